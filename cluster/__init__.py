@@ -1,0 +1,1 @@
+"""The machines: storage, the services a laptop lacks, Ray sessions and job submission."""

@@ -1,0 +1,1 @@
+"""Photographs in, WebDataset shards with sketches out."""

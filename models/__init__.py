@@ -1,0 +1,1 @@
+"""The networks: two-stage gated generator, SN-PatchGAN discriminator, their losses."""

@@ -1,0 +1,1 @@
+"""The job: prepare, train, evaluate, and the commands around them."""
