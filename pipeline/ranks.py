@@ -1,0 +1,83 @@
+"""Who this process is among the ranks, and the few things that ranks do together."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of one process in the process group; the plain single process is rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this local rank where the machine has one, else the processor."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def current(local_rank: int | None = None) -> Ranks:
+    """Rank and world size of the process group that exists now.
+
+    ``local_rank`` is for launchers that do not set ``LOCAL_RANK`` (Ray Train tells it by its API).
+    """
+    if not dist.is_initialized():
+        return Ranks()
+    if local_rank is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size())
+
+
+def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
+    """Mean of each scalar over all ranks; every rank calls it with the same names.
+
+    The values leave the device here, in one transfer.
+    """
+    stacked = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()]
+    )
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+        stacked /= dist.get_world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum of each scalar over all ranks, in double precision."""
+    stacked = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def from_first(value: T) -> T:
+    """What rank 0 passed in, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

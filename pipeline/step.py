@@ -1,0 +1,90 @@
+"""One update of both networks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.losses import hinge_discriminator, hinge_generator
+from models.masking import erase, paste
+from pipeline.batch import DeviceBatch
+
+
+class Updatable(Protocol):
+    """A network with its optimiser (``pipeline/engine.py`` has them)."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor | tuple[Tensor, Tensor]: ...
+
+    def update(self, loss: Tensor) -> None:
+        """Back-propagate ``loss`` and let the optimiser step."""
+
+
+def train_step(
+    batch: DeviceBatch,
+    generator: Updatable,
+    discriminator: Updatable,
+    *,
+    l1_weight: float = 1.0,
+    gan_weight: float = 1.0,
+    guided: bool = False,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Update the discriminator, then the generator, on one batch (spec of the release: 1:1).
+
+    The generator runs once: the discriminator learns from its detached result. ``precision``
+    bfloat16 puts the networks under autocast; parameters and losses stay float32.
+    Returns detached scalars, still on the device: the caller decides when to read them.
+    """
+    image, mask = batch.image, batch.mask  # (N, 3, H, W) in [-1, 1], (N, 1, H, W)
+    sketch = batch.sketch if guided else None
+    autocast = torch.autocast(image.device.type, precision, enabled=precision != torch.float32)
+
+    with autocast:
+        coarse, refined = generator(erase(image, mask), mask, sketch)
+    coarse, refined = coarse.float(), refined.float()
+    completed = paste(refined, into=image, mask=mask)
+
+    # Both halves in one pass, as the authors do: one spectral-norm iteration per update.
+    with autocast:
+        scores = discriminator(
+            torch.cat([image, completed.detach()]), _twice(mask), _twice(sketch)
+        )
+    real_score, fake_score = scores.float().chunk(2)
+    discriminator_loss = hinge_discriminator(real_score, fake_score)
+    discriminator.update(discriminator_loss)
+
+    # `.module`, not the engine: DeepSpeed and DDP would expect a backward pass of their own.
+    with frozen(discriminator.module) as critic, autocast:
+        completed_score = critic(completed, mask, sketch)
+    adversarial = hinge_generator(completed_score.float())
+    l1_coarse, l1_refined = F.l1_loss(coarse, image), F.l1_loss(refined, image)
+    generator.update(l1_weight * (l1_coarse + l1_refined) + gan_weight * adversarial)
+
+    values = {
+        "loss/discriminator": discriminator_loss,
+        "loss/adversarial": adversarial,
+        "loss/l1_coarse": l1_coarse,
+        "loss/l1_refined": l1_refined,
+        "score/margin": real_score.mean() - fake_score.mean(),
+    }
+    return {name: value.detach() for name, value in values.items()}
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` with parameters that take no gradient, for as long as the block runs."""
+    module.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        module.requires_grad_(True)
+
+
+def _twice(value: Tensor | None) -> Tensor | None:
+    return None if value is None else torch.cat([value, value])
