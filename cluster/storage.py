@@ -1,0 +1,542 @@
+"""Bytes under keys, in a directory or under an S3 prefix, behind one small interface."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from urllib.parse import unquote, urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as boto
+from botocore.config import Config
+from botocore.exceptions import FlexibleChecksumError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from pyarrow.fs import FileSystem
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+# Parts of 16 MiB keep 8 requests busy on a checkpoint of 100 MB; S3 itself asks for at least 5 MiB.
+TRANSFER = TransferConfig(
+    multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
+)
+READ_ATTEMPTS = 6
+
+
+class StorageError(OSError):
+    """Storage could not be used as asked; the message is one line with the URL and a remedy."""
+
+
+class MissingKeyError(StorageError, FileNotFoundError):
+    """There is nothing under this key."""
+
+
+class Store(Protocol):
+    """Values under keys like ``step-00000010/manifest.json``, below one URL.
+
+    Keys are relative, with forward slashes, and never contain ``..``. Every method may raise
+    StorageError. Stores can be pickled; they hold no credentials.
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    def get(self, key: str) -> bytes:
+        """The whole value. Raises MissingKeyError."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write atomically: readers see the old value or the new one, whole."""
+        ...
+
+    def upload(self, path: Path, key: str) -> None:
+        """Copy a local file to ``key``, atomically; big ones in parallel parts."""
+        ...
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy ``key`` to a local file, which appears once complete. Raises MissingKeyError."""
+        ...
+
+    def open(self, key: str) -> BinaryIO:
+        """Read from front to back; never ends early in silence. Raises MissingKeyError."""
+        ...
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """Every key that starts with the string ``prefix``, sorted."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def size(self, key: str) -> int:
+        """Bytes under ``key``. Raises MissingKeyError."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove ``key``; one that is missing is fine."""
+        ...
+
+
+def open_store(url: str) -> Store:
+    """The store at a plain path, ``file://`` or ``s3://bucket/prefix``. Touches nothing yet.
+
+    Credentials in the URL are refused: they belong into the environment.
+    """
+    if url.startswith("s3://"):
+        bucket, _, prefix = _s3_path(url).partition("/")
+        return S3Store(bucket, prefix)
+    return FileStore(_local_path(url))
+
+
+def join(url: str, *parts: str) -> str:
+    """``url`` with further path components: ``join("s3://b/runs", "x")`` is ``s3://b/runs/x``."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The URL of the S3 server that every client of ours talks to; None stands for AWS itself."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if url := environment.get(name, "").rstrip("/"):
+            parts = urlsplit(url)
+            if "@" in parts.netloc:
+                raise StorageError(
+                    f"{name} carries a user name or password: put them into AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY"
+                )
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise StorageError(f"{name}={url} is no http:// or https:// address")
+            return url
+    return None
+
+
+def s3_client(environment: Mapping[str, str] = os.environ) -> S3Client:
+    """A boto3 client with our endpoint, retries and time limits.
+
+    ``environment`` gives the endpoint, the region and the keys; where it has no keys, boto3 looks
+    in its usual places (profile, web identity, instance).
+    """
+    retries: dict[str, Any] = {}
+    if "AWS_RETRY_MODE" not in os.environ:
+        retries["mode"] = "adaptive"
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        retries["total_max_attempts"] = 5
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=endpoint(environment),
+        # boto3 itself reads AWS_DEFAULT_REGION only; the other AWS clients read AWS_REGION.
+        region_name=_region(environment),
+        aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=environment.get("AWS_SESSION_TOKEN"),
+        config=Config(
+            retries=cast(Any, retries),
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=32,
+            tcp_keepalive=True,
+        ),
+    )
+
+
+def pyarrow_filesystem(url: str) -> tuple[FileSystem, str]:
+    """pyarrow's file system for ``url``, and the path of ``url`` inside it.
+
+    pyarrow ignores AWS_ENDPOINT_URL (apache/arrow#49643), so the endpoint is handed over.
+    """
+    from pyarrow import fs  # half a second, and few callers
+
+    if not url.startswith("s3://"):
+        return fs.LocalFileSystem(), str(_local_path(url))
+    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 60}
+    if address := endpoint():
+        parts = urlsplit(address)
+        options |= {"endpoint_override": parts.netloc + parts.path, "scheme": parts.scheme}
+        options["region"] = _region() or "us-east-1"
+    elif region := _region():
+        options["region"] = region
+    return fs.S3FileSystem(**options), _s3_path(url)
+
+
+class FileStore:
+    """A directory; it is made by the first write."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def get(self, key: str) -> bytes:
+        with self._explained(key):
+            return self._path(key).read_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._explained(key), _replacing(self._path(key)) as file:
+            file.write(data)
+
+    def upload(self, path: Path, key: str) -> None:
+        with self._explained(key), path.open("rb") as source, _replacing(self._path(key)) as file:
+            shutil.copyfileobj(source, file, MIB)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._explained(key), self._path(key).open("rb") as source, _replacing(path) as file:
+            shutil.copyfileobj(source, file, MIB)
+
+    def open(self, key: str) -> BinaryIO:
+        with self._explained(key):
+            return self._path(key).open("rb", buffering=MIB)
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        start = self._root / prefix.rpartition("/")[0]
+        found = []
+        with self._explained(prefix):
+            for folder, _, names in os.walk(start, onerror=_raise_unless_missing):
+                for name in names:
+                    key = Path(folder, name).relative_to(self._root).as_posix()
+                    if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                        found.append(key)
+        return sorted(found)
+
+    def exists(self, key: str) -> bool:
+        with self._explained(key):
+            return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        with self._explained(key):
+            return self._path(key).stat().st_size
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with self._explained(key):
+            path.unlink(missing_ok=True)
+        for folder in path.parents:
+            if folder == self._root:
+                break
+            try:  # S3 has no empty folders, so we leave none either
+                folder.rmdir()
+            except OSError:
+                break
+
+    def _path(self, key: str) -> Path:
+        return self._root / _checked(key)
+
+    @contextlib.contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            kind = MissingKeyError if isinstance(error, FileNotFoundError) else StorageError
+            raise kind(f"{join(self.url, key)}: {error.strerror or error}") from error
+
+
+class S3Store:
+    """The keys below ``s3://bucket/prefix``."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket, self._prefix = bucket, prefix
+        self._own_client: tuple[int, S3Client] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        with self.open(key) as source:
+            return source.read()
+
+    def put(self, key: str, data: bytes) -> None:
+        self._upload(io.BytesIO(data), key)
+
+    def upload(self, path: Path, key: str) -> None:
+        with path.open("rb") as source:
+            self._upload(source, key)
+
+    def download(self, key: str, path: Path) -> None:
+        expected = self.size(key)
+        with self._explained(key), _replacing(path) as file:
+            self._client.download_fileobj(self._bucket, self._full(key), file, Config=TRANSFER)
+            if file.tell() != expected:
+                raise StorageError(
+                    f"{join(self.url, key)} ended after {file.tell()} of {expected} bytes"
+                )
+
+    def open(self, key: str) -> BinaryIO:
+        with self._explained(key):
+            source = _S3Reader(self._client, self._bucket, self._full(key))
+        return io.BufferedReader(source, MIB)
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        below = f"{self._prefix}/" if self._prefix else ""
+        found = []
+        with self._explained(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=below + prefix
+            )
+            for page in pages:
+                found += [item["Key"].removeprefix(below) for item in page.get("Contents", [])]
+        return sorted(key for key in found if not key.endswith("/"))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except MissingKeyError:
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        with self._explained(key):
+            head = self._client.head_object(Bucket=self._bucket, Key=self._full(key))
+        return head["ContentLength"]
+
+    def delete(self, key: str) -> None:
+        with self._explained(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_bucket": self._bucket, "_prefix": self._prefix, "_own_client": None}
+
+    @property
+    def _client(self) -> S3Client:
+        # Connections do not survive a fork, so a child makes its own client.
+        if self._own_client is None or self._own_client[0] != os.getpid():
+            self._own_client = os.getpid(), s3_client()
+        return self._own_client[1]
+
+    def _full(self, key: str) -> str:
+        return f"{self._prefix}/{_checked(key)}".lstrip("/")
+
+    def _upload(self, source: IO[bytes], key: str) -> None:
+        with self._explained(key):
+            self._client.upload_fileobj(source, self._bucket, self._full(key), Config=TRANSFER)
+
+    @contextlib.contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        with explained(join(self.url, key)):
+            yield
+
+
+class _S3Reader(io.RawIOBase):
+    """One object from front to back; a connection that breaks is taken up again where it broke."""
+
+    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+        answer = client.get_object(Bucket=bucket, Key=key)
+        self._body, self._etag = answer["Body"], answer["ETag"]
+        self._size, self._position = answer["ContentLength"], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted == 0:
+            return 0
+        with explained(f"s3://{self._bucket}/{self._key}"):
+            for attempt in range(1, READ_ATTEMPTS + 1):
+                try:
+                    if data := self._body.read(wanted):
+                        buffer[: len(data)] = data
+                        self._position += len(data)
+                        return len(data)
+                except (boto.HTTPClientError, boto.IncompleteReadError, OSError) as error:
+                    log.info("read broken off, going on position=%d: %s", self._position, error)
+                    if attempt == READ_ATTEMPTS:
+                        raise
+                self._reopen()
+        raise StorageError(
+            f"s3://{self._bucket}/{self._key} ended after {self._position} of {self._size} bytes"
+        )
+
+    def close(self) -> None:
+        if not self.closed:
+            self._body.close()
+        super().close()
+
+    def _reopen(self) -> None:
+        self._body.close()
+        self._body = self._client.get_object(
+            Bucket=self._bucket,
+            Key=self._key,
+            Range=f"bytes={self._position}-{self._size - 1}",
+            IfMatch=self._etag,
+        )["Body"]
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what boto3 raises into one-line StorageErrors about ``url`` that say what to do."""
+    try:
+        yield
+    except boto.ClientError as error:
+        raise _from_answer(url, error) from error
+    except (boto.BotoCoreError, Boto3Error) as error:
+        raise StorageError(f"{url}: {_remedy_without_answer(error)}") from error
+
+
+def _from_answer(url: str, error: boto.ClientError) -> StorageError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    text = str(error.response.get("Error", {}).get("Message", ""))
+    server = f"the S3 server {endpoint() or 'of AWS'}"
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return MissingKeyError(f"{url}: there is no such object")
+    if "checksum" in text.lower() or "aws-chunked" in text.lower():
+        return StorageError(f"{url}: {_CHECKSUMS.format(server=server)}")
+    for codes, remedy in _REMEDIES.items():
+        if code in codes:
+            return StorageError(f"{url}: {remedy.format(server=server)}")
+    operation = error.operation_name
+    return StorageError(_without_secrets(f"{url}: {operation} failed at {server}: {code} {text}"))
+
+
+_CHECKSUMS = (
+    "{server} does not understand the checksums of newer AWS clients: "
+    "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
+    "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
+)
+_REMEDIES = {
+    ("NoSuchBucket",): "no such bucket at {server}: make it first, or correct the URL",
+    ("SignatureDoesNotMatch",): (
+        "{server} refused the signature (SignatureDoesNotMatch): "
+        "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID"
+    ),
+    ("InvalidAccessKeyId",): (
+        "{server} does not know the access key (InvalidAccessKeyId): correct AWS_ACCESS_KEY_ID, "
+        "or AWS_ENDPOINT_URL if this is another server"
+    ),
+    ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"): (
+        "the credentials have expired: renew AWS_SESSION_TOKEN and its keys"
+    ),
+    ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"): (
+        "{server} denied access: these credentials need "
+        "s3:GetObject, PutObject, DeleteObject and ListBucket there"
+    ),
+    ("RequestTimeTooSkewed",): "the clock of this machine differs from the server's: set it right",
+    ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"): (
+        "the bucket is in another region: set AWS_REGION to it"
+    ),
+    ("PreconditionFailed", "412"): "the object was replaced while it was being read: read it again",
+    ("SlowDown", "503", "ServiceUnavailable", "InternalError", "500"): (
+        "{server} is overloaded or unwell, also after retries: try again later"
+    ),
+    ("QuotaExceeded", "InsufficientStorage", "507", "XMinioStorageFull"): "{server} is full",
+    ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"): _CHECKSUMS,
+}
+
+
+def _remedy_without_answer(error: Exception) -> str:
+    server = endpoint() or "AWS"
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return (
+            "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "(or AWS_PROFILE, or give the instance a role)"
+        )
+    if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError):
+        return f"cannot reach {server}: is the server up, and AWS_ENDPOINT_URL right?"
+    if isinstance(error, boto.SSLError):
+        return f"no trusted connection to {server}: set AWS_CA_BUNDLE to its certificate"
+    if isinstance(error, FlexibleChecksumError):
+        return _CHECKSUMS.format(server=server)
+    return _without_secrets(f"{type(error).__name__} at {server}: {error}")
+
+
+def _without_secrets(text: str) -> str:
+    """``text`` on one line, with the values of this process's credentials blanked out."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return " ".join(text.split())
+
+
+def _region(environment: Mapping[str, str] = os.environ) -> str | None:
+    return environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+
+
+def _s3_path(url: str) -> str:
+    """``bucket/prefix`` of an S3 URL; one that may hold a secret is refused without showing it."""
+    path = url.removeprefix("s3://").rstrip("/")
+    bucket, _, prefix = path.partition("/")
+    if "@" in bucket or ":" in bucket or "?" in path:
+        raise StorageError(
+            "an S3 URL is s3://bucket/prefix and carries no keys or options: "
+            "put those into the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}", bucket):
+        raise StorageError(
+            f"{url}: {bucket!r} is no bucket name (3 to 63 letters, digits, . and -)"
+        )
+    if prefix:
+        _checked(prefix)
+    return path
+
+
+def _local_path(url: str) -> Path:
+    """Absolute, because Ray runs workers in other directories."""
+    if url.startswith("file://"):
+        host, slash, path = url.removeprefix("file://").partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise StorageError(f"{url} names another machine: write file:///absolute/path")
+        return Path("/" + unquote(path))
+    if "://" in url:
+        raise StorageError(f"{url}: storage is a plain path, file:// or s3://")
+    if not url:
+        raise StorageError("the storage URL is empty: give a path, file:// or s3://bucket/prefix")
+    return Path(url).expanduser().absolute()
+
+
+def _checked(key: str) -> str:
+    if any(part in ("", ".", "..") for part in key.split("/")):
+        raise StorageError(f"key {key!r} is not a plain relative path like a/b.json")
+    return key
+
+
+TEMPORARY = ".unfinished-"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path`` once it is complete and on the disk."""
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    try:
+        with _create(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on the disk, too
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            raise StorageError(f"{path}: {error.strerror or error}") from error
+        raise
+
+
+def _create(path: Path) -> BinaryIO:
+    while True:
+        # A delete nearby may take the folder away again while it is still empty.
+        with contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("xb")
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
