@@ -1,0 +1,293 @@
+"""Holes: the authors' masks, corrected ones, the paper's brush, boxes, and a user's own."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from cluster.storage import open_store
+
+Mask: TypeAlias = UInt8[np.ndarray, "height width"]  # 1 in the hole, 0 where pixels are known
+Sheet: TypeAlias = UInt8[np.ndarray, "height width 3"]
+
+KINDS = ("official", "corrected", "brush", "box", "folder")
+
+_REFERENCE_PX = 256  # the side that the authors' constants, and ours, are meant for
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Brush:
+    """Parameters of the paper's Algorithm 1, for which the paper gives no values.
+
+    Lengths are pixels of a 256-pixel picture and scale with the picture's diagonal.
+    """
+
+    max_vertex: int = 12
+    """Segments in a stroke: uniform in 1 ... max_vertex."""
+    max_length: float = 60.0
+    """Length of a segment: uniform below it."""
+    max_brush_width: float = 40.0
+    """Width of a stroke: uniform below it, at least one pixel."""
+    max_angle: float = 2.0
+    """Radians: the direction of a segment is uniform below it, reversed on even vertices."""
+    max_strokes: int = 4
+    """Strokes in a mask: uniform in 1 ... max_strokes."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} of the brush is {value}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Box:
+    """One rectangle, each side uniform between two fractions of the picture's side."""
+
+    min_side: float = 0.25
+    max_side: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_side <= self.max_side <= 1:
+            raise ValueError(
+                f"sides of the box are {self.min_side} to {self.max_side} of the picture's: "
+                "must be 0 <= min_side <= max_side <= 1"
+            )
+
+
+DEFAULT_BRUSH = Brush()
+DEFAULT_BOX = Box()
+
+
+def official_mask(height: int, width: int, rng: random.Random) -> Mask:
+    """A rectangle and 1 to 3 strokes, as the authors' release draws them (v2, inpaint_ops.py).
+
+    Kept as it is, with what looks unintended: strokes are never flipped, so the pen always drifts
+    to the right and 35 % of their area falls in the left half; height and width are swapped for
+    the pen, so on a wide picture strokes end at ``x = height``; brush widths do not scale.
+    At 256 x 256 a mask covers 0.31 of the picture on average.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    _draw_zigzags(mask, rng, limit_x=height, limit_y=width, right=1, down=1, scale=1.0)
+    _draw_rectangle(mask, rng)
+    return mask
+
+
+def corrected_mask(height: int, width: int, rng: random.Random) -> Mask:
+    """What ``official_mask`` means to be, at any size and aspect ratio.
+
+    Strokes start anywhere, reach every side, are flipped left-right and top-bottom at random, and
+    their width scales with the picture, so coverage (0.31 on average) does not depend on its size.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    _draw_zigzags(
+        mask,
+        rng,
+        limit_x=width,
+        limit_y=height,
+        right=1 if rng.random() < 0.5 else -1,
+        down=1 if rng.random() < 0.5 else -1,
+        scale=_scale(height, width),
+    )
+    _draw_rectangle(mask, rng)
+    return mask
+
+
+def brush_mask(height: int, width: int, rng: random.Random, brush: Brush = DEFAULT_BRUSH) -> Mask:
+    """Several strokes of the paper's Algorithm 1, each flipped at random; never empty."""
+    mask = np.zeros((height, width), np.uint8)
+    scale = _scale(height, width)
+    for _ in range(_below(brush.max_strokes, rng) + 1):
+        # Drawing mirrored steps from a uniform start is flipping the drawn stroke.
+        right = 1 if rng.random() < 0.5 else -1
+        down = 1 if rng.random() < 0.5 else -1
+        x, y = float(_below(width, rng)), float(_below(height, rng))
+        vertices = [(int(x), int(y))]
+        for i in range(_below(brush.max_vertex, rng) + 1):
+            angle = brush.max_angle * rng.random()
+            if i % 2 == 0:
+                angle = 2 * math.pi - angle
+            length = brush.max_length * scale * rng.random()
+            x = min(max(x + right * length * math.sin(angle), 0.0), width - 1.0)
+            y = min(max(y + down * length * math.cos(angle), 0.0), height - 1.0)
+            vertices.append((int(x), int(y)))
+        _draw_stroke(mask, vertices, brush.max_brush_width * scale * rng.random())
+    return mask
+
+
+def box_mask(height: int, width: int, rng: random.Random, box: Box = DEFAULT_BOX) -> Mask:
+    """One rectangular hole, wholly inside the picture."""
+    box_height = max(1, round(rng.uniform(box.min_side, box.max_side) * height))
+    box_width = max(1, round(rng.uniform(box.min_side, box.max_side) * width))
+    top = _below(height - box_height + 1, rng)
+    left = _below(width - box_width + 1, rng)
+    mask = np.zeros((height, width), np.uint8)
+    mask[top : top + box_height, left : left + box_width] = 1
+    return mask
+
+
+def read_mask(data: bytes, height: int, width: int, *, name: str, white_is_hole: bool) -> Mask:
+    """A mask file (any format of OpenCV), stretched to the size, then binarised at 127.5.
+
+    ``name`` is for the ValueError when ``data`` is no picture or has no hole.
+    """
+    gray = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
+    if gray is None:
+        raise ValueError(f"mask {name} is not a picture that OpenCV can read")
+    if gray.shape != (height, width):
+        shrinks = gray.shape[0] >= height and gray.shape[1] >= width
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        gray = cv2.resize(gray, (width, height), interpolation=how)
+    white = gray > 127.5
+    mask = (white if white_is_hole else ~white).astype(np.uint8)
+    if not mask.any():
+        raise ValueError(
+            f"mask {name} has no hole at {height} x {width}: "
+            f"{'white' if white_is_hole else 'black'} pixels mark it"
+        )
+    return mask
+
+
+class MaskSampler:
+    """Draws masks from a mixture of kinds; equal ``rng`` states give equal masks.
+
+    ``mixture`` maps kinds (``official``, ``corrected``, ``brush``, ``box``, ``folder``) to weights;
+    a kind's probability is its share of their sum. ``folder`` is the URL or path of a folder of
+    mask pictures, drawn equally often, white in the hole unless ``white_is_hole`` is false.
+    Can be pickled.
+    """
+
+    def __init__(
+        self,
+        mixture: Mapping[str, float],
+        *,
+        brush: Brush = DEFAULT_BRUSH,
+        box: Box = DEFAULT_BOX,
+        folder: str | None = None,
+        white_is_hole: bool = True,
+    ) -> None:
+        unknown = sorted(set(mixture) - set(KINDS))
+        if unknown:
+            raise ValueError(f"no such kind of mask: {unknown[0]}; there are {', '.join(KINDS)}")
+        for kind, weight in mixture.items():
+            if not weight >= 0:
+                raise ValueError(f"weight of {kind} masks is {weight}: must be 0 or more")
+        used = sorted(kind for kind, weight in mixture.items() if weight > 0)
+        if not used:
+            raise ValueError(f"no kind of mask has a weight above 0; there are {', '.join(KINDS)}")
+        if "folder" in used and folder is None:
+            raise ValueError("masks of kind 'folder' need a folder of mask pictures")
+
+        self._kinds = used
+        self._weights = [mixture[kind] for kind in used]
+        self._brush, self._box, self._white_is_hole = brush, box, white_is_hole
+        self._store = open_store(folder) if folder is not None and "folder" in used else None
+        self._files: list[str] = []
+        self._contents: dict[str, bytes] = {}
+        if self._store is not None:
+            names = self._store.list_keys()
+            self._files = [n for n in names if PurePosixPath(n).suffix.lower() in _SUFFIXES]
+            if not self._files:
+                raise ValueError(f"no mask pictures in {folder}: wanted {', '.join(_SUFFIXES)}")
+
+    def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
+        """One mask; which kind is the first draw from ``rng``."""
+        match rng.choices(self._kinds, self._weights)[0]:
+            case "official":
+                return official_mask(height, width, rng)
+            case "corrected":
+                return corrected_mask(height, width, rng)
+            case "brush":
+                return brush_mask(height, width, rng, self._brush)
+            case "box":
+                return box_mask(height, width, rng, self._box)
+            case _:
+                return self._from_folder(height, width, rng)
+
+    def _from_folder(self, height: int, width: int, rng: random.Random) -> Mask:
+        assert self._store is not None
+        name = self._files[_below(len(self._files), rng)]
+        if name not in self._contents:  # kept as files: a mask is a few KB packed, 64 and more not
+            self._contents[name] = self._store.get(name)
+        data = self._contents[name]
+        return read_mask(data, height, width, name=name, white_is_hole=self._white_is_hole)
+
+
+def mask_sheet(
+    sampler: MaskSampler, *, height: int, width: int, rows: int, columns: int, seed: int
+) -> Sheet:
+    """A grid of drawn masks, white in the hole, each with the share of the picture it covers."""
+    gap, caption = 8, 20
+    sheet = np.full(
+        (rows * (height + caption + gap) + gap, columns * (width + gap) + gap, 3), 128, np.uint8
+    )
+    for index in range(rows * columns):
+        row, column = divmod(index, columns)
+        mask = sampler(height, width, random.Random(f"sheet/{seed}/{index}"))
+        top, left = gap + row * (height + caption + gap), gap + column * (width + gap)
+        sheet[top : top + height, left : left + width] = mask[..., None] * 255
+        text_at = (left + 2, top + height + caption - 5)
+        text = f"{mask.mean():.0%}"
+        cv2.putText(sheet, text, text_at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return sheet
+
+
+def _draw_zigzags(
+    mask: Mask,
+    rng: random.Random,
+    *,
+    limit_x: int,
+    limit_y: int,
+    right: int,
+    down: int,
+    scale: float,
+) -> None:
+    """Draw the authors' 1 to 3 strokes; ``right`` and ``down`` of -1 mirror their directions.
+
+    Starting uniformly in [0, limit) and walking mirrored steps is mirroring the drawn strokes.
+    """
+    radius = math.hypot(*mask.shape) / 8
+    for _ in range(_below(3, rng) + 1):
+        segments = 4 + _below(8, rng)
+        low = math.radians(72 - 24 * rng.random())
+        high = math.radians(72 + 24 * rng.random())
+        x, y = _below(limit_x, rng), _below(limit_y, rng)
+        vertices = [(x, y)]
+        for i in range(segments):
+            angle = low + (high - low) * rng.random()
+            length = min(max(rng.gauss(radius, radius // 2), 0.0), 2 * radius)
+            upward = -1 if i % 2 == 0 else 1
+            x = int(min(max(x + right * length * math.cos(angle), 0.0), limit_x))
+            y = int(min(max(y + down * upward * length * math.sin(angle), 0.0), limit_y))
+            vertices.append((x, y))
+        _draw_stroke(mask, vertices, (12 + 28 * rng.random()) * scale)
+
+
+def _draw_stroke(mask: Mask, vertices: list[tuple[int, int]], brush_width: float) -> None:
+    # OpenCV rounds the joints and ends: the authors' line plus a disc at every vertex, in one call.
+    points = np.array(vertices, np.int32)
+    cv2.polylines(mask, [points], isClosed=False, color=1, thickness=max(1, int(brush_width)))
+
+
+def _draw_rectangle(mask: Mask, rng: random.Random) -> None:
+    """Fill the authors' rectangle: half the picture's sides, less up to an eighth at either end."""
+    height, width = mask.shape
+    box_height, box_width = height // 2, width // 2
+    top, left = _below(height - box_height, rng), _below(width - box_width, rng)
+    less_y, less_x = _below(box_height // 8 + 1, rng), _below(box_width // 8 + 1, rng)
+    mask[top + less_y : top + box_height - less_y, left + less_x : left + box_width - less_x] = 1
+
+
+def _scale(height: int, width: int) -> float:
+    return math.hypot(height, width) / math.hypot(_REFERENCE_PX, _REFERENCE_PX)
+
+
+def _below(limit: int, rng: random.Random) -> int:
+    """A uniform integer in [0, limit); four times as fast as ``rng.randrange``."""
+    return int(limit * rng.random())

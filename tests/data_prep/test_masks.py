@@ -1,0 +1,235 @@
+"""Holes have the statistics of the authors' generator, without its faults where asked."""
+
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.storage import Store
+from data_prep import masks
+from data_prep.masks import Box, Brush, Mask, MaskSampler, brush_mask, corrected_mask, official_mask
+
+DRAWS = 2000
+
+
+def draw(generator: Callable[..., Mask], size: tuple[int, int], draws: int) -> np.ndarray:
+    rng = random.Random(7)
+    return np.stack([generator(*size, rng) for _ in range(draws)])  # (draws, H, W)
+
+
+def strokes_alone(
+    monkeypatch: pytest.MonkeyPatch, generator: Callable[..., Mask], size: tuple[int, int], n: int
+) -> np.ndarray:
+    monkeypatch.setattr(masks, "_draw_rectangle", lambda mask, rng: None)
+    return draw(generator, size, n)
+
+
+@pytest.mark.parametrize("generator", [official_mask, corrected_mask])
+def test_coverage_at_256_is_the_one_measured_on_the_authors_generator(
+    generator: Callable[..., Mask],
+) -> None:
+    coverage = draw(generator, (256, 256), DRAWS).mean((1, 2))
+    assert 0.29 <= coverage.mean() <= 0.33
+    assert 0.06 <= coverage.std() <= 0.08
+    assert np.quantile(coverage, [0.05, 0.5, 0.95]) == pytest.approx(
+        [0.207, 0.304, 0.434], abs=0.015
+    )
+
+
+@pytest.mark.parametrize(("size", "mean"), [(128, 0.393), (512, 0.256)])
+def test_official_coverage_changes_with_the_size_as_it_did_for_the_authors(
+    size: int, mean: float
+) -> None:
+    assert draw(official_mask, (size, size), 400).mean() == pytest.approx(mean, abs=0.015)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (512, 512), (256, 384), (384, 256)])
+def test_corrected_coverage_is_the_same_at_every_size_and_aspect_ratio(
+    size: tuple[int, int],
+) -> None:
+    assert 0.29 <= draw(corrected_mask, size, 400).mean() <= 0.335
+
+
+def test_official_strokes_drift_to_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = strokes_alone(monkeypatch, official_mask, (256, 256), DRAWS)
+    assert 0.30 <= drawn[:, :, :128].sum() / drawn.sum() <= 0.40
+    assert drawn.mean() == pytest.approx(0.151, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (256, 384), (384, 256)])
+def test_corrected_strokes_are_balanced_and_reach_every_side(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    drawn = strokes_alone(monkeypatch, corrected_mask, size, DRAWS)
+    height, width = size
+    assert 0.45 <= drawn[:, :, : width // 2].sum() / drawn.sum() <= 0.55
+    assert 0.45 <= drawn[:, : height // 2].sum() / drawn.sum() <= 0.55
+    assert drawn.any(axis=(1, 2)).all()
+    touched = drawn.mean(0)  # how often each pixel was in a hole
+    assert touched.min() > 0.02
+
+
+def test_official_strokes_on_a_wide_picture_end_at_its_height(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = strokes_alone(monkeypatch, official_mask, (256, 384), 400)
+    widest_brush = 40
+    assert not drawn[:, :, 256 + widest_brush // 2 + 1 :].any()
+    assert not drawn.any(axis=(1, 2)).all()  # some run off the canvas altogether
+
+
+def test_the_rectangle_has_sides_of_96_to_128_and_stays_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(masks, "_draw_zigzags", lambda mask, rng, **_: None)
+    drawn = draw(official_mask, (256, 256), DRAWS)
+    heights = drawn.any(axis=2).sum(1)
+    widths = drawn.any(axis=1).sum(1)
+    for sides in (heights, widths):
+        assert set(sides.tolist()) == set(range(96, 129, 2))
+    assert (drawn.sum(axis=(1, 2)) == heights * widths).all()
+    assert drawn.mean() == pytest.approx(0.191, abs=0.005)
+
+
+def test_joints_and_ends_of_a_stroke_are_as_wide_as_the_stroke() -> None:
+    mask = np.zeros((100, 100), np.uint8)
+    masks._draw_stroke(mask, [(20, 50), (80, 50)], 20.0)
+    assert mask[50, 20 - 9] == 1
+    assert mask[50, 80 + 9] == 1
+    assert mask[50 - 9 : 50 + 10, 50].all()
+    assert not mask[:38].any()
+
+
+def test_the_four_parameters_of_algorithm_1_bound_what_it_draws() -> None:
+    one_short_line = Brush(
+        max_vertex=1, max_length=10.0, max_brush_width=3.0, max_angle=0.01, max_strokes=1
+    )
+    for seed in range(50):
+        mask = brush_mask(256, 256, random.Random(seed), one_short_line)
+        assert mask.any()
+        assert mask.any(axis=1).sum() <= 10 + 3 + 2  # max_angle near 0: up or down, never sideways
+        assert mask.any(axis=0).sum() <= 3 + 2
+    more = Brush(max_vertex=24, max_length=120.0, max_brush_width=80.0, max_strokes=8)
+    assert draw(brush_mask, (64, 64), 200).mean() * 2 < np.mean(
+        [brush_mask(64, 64, random.Random(seed), more).mean() for seed in range(200)]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["official", "corrected", "brush", "box"]),
+    height=st.integers(8, 300),
+    width=st.integers(8, 300),
+    seed=st.integers(),
+)
+def test_every_kind_draws_a_binary_hole_of_the_asked_size_and_repeats_it(
+    kind: str, height: int, width: int, seed: int
+) -> None:
+    sampler = MaskSampler({kind: 1.0})
+    mask = sampler(height, width, random.Random(seed))
+    assert mask.shape == (height, width)
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) <= {0, 1}
+    assert mask.any()
+    again = pickle.loads(pickle.dumps(sampler))(height, width, random.Random(seed))
+    np.testing.assert_array_equal(mask, again)
+
+
+def test_a_mixture_draws_its_kinds_in_proportion() -> None:
+    whole, quarter = (
+        Box(min_side=1.0, max_side=1.0),
+        Brush(max_vertex=1, max_length=1.0, max_strokes=1),
+    )
+    sampler = MaskSampler({"box": 3.0, "brush": 1.0}, box=whole, brush=quarter)
+    rng = random.Random(0)
+    boxes = sum(bool(sampler(32, 32, rng).all()) for _ in range(DRAWS))
+    assert boxes / DRAWS == pytest.approx(0.75, abs=0.04)
+
+
+def png(picture: np.ndarray) -> bytes:
+    return cv2.imencode(".png", picture)[1].tobytes()
+
+
+def test_masks_of_a_folder_are_binarised_at_half_white_with_the_asked_polarity(
+    store: Store,
+) -> None:
+    gray = np.zeros((64, 64), np.uint8)
+    gray[:, :32], gray[:, 32:] = 127, 128
+    store.put("a/mask.PNG", png(gray))
+    store.put("readme.txt", b"not a mask")
+    white = MaskSampler({"folder": 1.0}, folder=store.url)
+    black = MaskSampler({"folder": 1.0}, folder=store.url, white_is_hole=False)
+    for size in (64, 32, 128):
+        right = white(size, size, random.Random(0))
+        assert right[:, size // 2 + 1 :].all()
+        assert not right[:, : size // 2 - 1].any()
+        np.testing.assert_array_equal(black(size, size, random.Random(0)), 1 - right)
+
+
+def test_every_mask_of_a_folder_is_drawn(tmp_path: Path) -> None:
+    for i in range(5):
+        picture = np.zeros((16, 16), np.uint8)
+        picture[i] = 255
+        (tmp_path / f"{i}.png").write_bytes(png(picture))
+    sampler = MaskSampler({"folder": 1.0}, folder=str(tmp_path))
+    rng = random.Random(0)
+    rows = {int(sampler(16, 16, rng).any(axis=1).argmax()) for _ in range(100)}
+    assert rows == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "mask m.png is not a picture"),
+        (b"no png", "mask m.png is not a picture"),
+        (png(np.zeros((8, 8), np.uint8)), "mask m.png has no hole at 8 x 8: white pixels"),
+    ],
+    ids=["empty file", "no picture", "all black"],
+)
+def test_an_unusable_mask_file_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "m.png").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        MaskSampler({"folder": 1.0}, folder=str(tmp_path))(8, 8, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "complaint"),
+    [
+        ({"blob": 1.0}, "no such kind of mask: blob; there are official"),
+        ({}, "no kind of mask has a weight"),
+        ({"box": 0.0}, "no kind of mask has a weight"),
+        ({"box": -1.0}, "weight of box masks is -1.0"),
+        ({"folder": 1.0}, "need a folder of mask pictures"),
+    ],
+)
+def test_a_mixture_that_cannot_be_meant_is_refused(
+    mixture: dict[str, float], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        MaskSampler(mixture)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("nothing here")
+    with pytest.raises(ValueError, match="no mask pictures in"):
+        MaskSampler({"folder": 1.0}, folder=str(tmp_path))
+
+
+def test_impossible_brushes_and_boxes_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_length of the brush is 0"):
+        Brush(max_length=0.0)
+    with pytest.raises(ValueError, match=r"sides of the box are 0\.6 to 0\.5"):
+        Box(min_side=0.6, max_side=0.5)
+
+
+def test_a_sheet_shows_the_masks_in_white_on_a_grid() -> None:
+    sampler = MaskSampler({"box": 1.0}, box=Box(min_side=1.0, max_side=1.0))
+    sheet = masks.mask_sheet(sampler, height=32, width=48, rows=2, columns=3, seed=0)
+    assert sheet.shape == (2 * (32 + 20 + 8) + 8, 3 * (48 + 8) + 8, 3)
+    assert (sheet[8 : 8 + 32, 8 : 8 + 48] == 255).all()
