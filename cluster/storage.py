@@ -33,6 +33,7 @@ TRANSFER = TransferConfig(
     multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
 )
 READ_ATTEMPTS = 6
+S3_FAULTS = (boto.ClientError, boto.BotoCoreError, Boto3Error)
 
 
 class StorageError(OSError):
@@ -120,17 +121,17 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def s3_client(environment: Mapping[str, str] = os.environ) -> S3Client:
+def s3_client(environment: Mapping[str, str] = os.environ, *, attempts: int = 5) -> S3Client:
     """A boto3 client with our endpoint, retries and time limits.
 
     ``environment`` gives the endpoint, the region and the keys; where it has no keys, boto3 looks
-    in its usual places (profile, web identity, instance).
+    in its usual places (profile, web identity, instance). AWS_MAX_ATTEMPTS and AWS_RETRY_MODE
+    there take the place of ``attempts`` and of the adaptive retries.
     """
-    retries: dict[str, Any] = {}
-    if "AWS_RETRY_MODE" not in os.environ:
-        retries["mode"] = "adaptive"
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        retries["total_max_attempts"] = 5
+    retries = {
+        "total_max_attempts": int(environment.get("AWS_MAX_ATTEMPTS", attempts)),
+        "mode": environment.get("AWS_RETRY_MODE", "adaptive"),
+    }
     return boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint(environment),
@@ -269,10 +270,8 @@ class S3Store:
         expected = self.size(key)
         with self._explained(key), _replacing(path) as file:
             self._client.download_fileobj(self._bucket, self._full(key), file, Config=TRANSFER)
-            if file.tell() != expected:
-                raise StorageError(
-                    f"{join(self.url, key)} ended after {file.tell()} of {expected} bytes"
-                )
+            if (found := file.seek(0, os.SEEK_END)) != expected:
+                raise StorageError(f"{join(self.url, key)} ended after {found} of {expected} bytes")
 
     def open(self, key: str) -> BinaryIO:
         with self._explained(key):

@@ -1,0 +1,108 @@
+"""Run one command; when our parent dies, or we are told to end, so does all that it started.
+
+Used as a program: ``python guard.py PARENT_PID GRACE_S COMMAND ...``. A service often starts
+further processes that leave its process group and lose their parent; this process adopts those
+orphans, so at the end its descendants are exactly what is left of the service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+POLL_S = 0.2
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+@contextlib.contextmanager
+def guarded(
+    command: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    folder: Path,
+    grace_s: float,
+    keep_open: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[bytes]]:
+    """``command`` running in ``folder`` with ``environment`` alone, its output appended to ``log``.
+
+    On leaving it gets SIGTERM, and after ``grace_s`` SIGKILL with everything it started; also when
+    this process is killed. File descriptors in ``keep_open`` stay open until all that is over.
+    """
+    program = [sys.executable, "-I", __file__, str(os.getpid()), str(grace_s), *map(str, command)]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            program,
+            env=dict(environment),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=keep_open,
+            start_new_session=True,  # Ctrl-C in a terminal is for us to handle, not for the service
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main(parent: int, grace_s: float, command: Sequence[str]) -> int:
+    """The command's exit code; 143 after it was ended from here."""
+    ending = False
+
+    def end(*_: object) -> None:
+        nonlocal ending
+        ending = True
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    child = subprocess.Popen(command)
+    while not ending and os.getppid() == parent:
+        if (code := _reap(child.pid)) is not None:
+            _kill_all(psutil.Process().children(recursive=True))
+            return code
+        time.sleep(POLL_S)
+
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and _reap(child.pid) is None:
+        time.sleep(POLL_S / 4)
+    while left := psutil.Process().children(recursive=True):
+        _kill_all(left)
+    return 128 + signal.SIGTERM
+
+
+def _reap(child: int) -> int | None:
+    """Collect whoever has ended; the exit code of ``child`` once it has."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                return os.waitstatus_to_exitcode(ended[1])
+    return None
+
+
+def _kill_all(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
+    _reap(-1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
