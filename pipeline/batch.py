@@ -1,0 +1,55 @@
+"""A batch: small and whole on the host, ready for the networks on the device."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from models.masking import guide
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """What one update sees; the image has channels-last strides."""
+
+    image: Float[Tensor, "batch 3 height width"]
+    """RGB in [-1, 1]."""
+    mask: Float[Tensor, "batch 1 height width"]
+    """1 in the hole, 0 where pixels are known."""
+    sketch: Float[Tensor, "batch 1 height width"]
+    """1 on a stroke inside the hole, 0 elsewhere."""
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as the loader makes them: bytes, four to six times smaller than floats."""
+
+    image: UInt8[Tensor, "batch height width 3"]
+    """RGB, 0 to 255."""
+    mask: UInt8[Tensor, "batch height width"]
+    """1 in the hole, 0 where pixels are known."""
+    sketch: UInt8[Tensor, "batch height width"]
+    """1 on a stroke, anywhere in the picture."""
+    keys: tuple[str, ...]
+
+    def to(self, device: torch.device) -> DeviceBatch:
+        """Copy the bytes, then convert there; does not wait where the memory is pinned."""
+        image, mask, sketch = (
+            tensor.to(device, non_blocking=True) for tensor in (self.image, self.mask, self.sketch)
+        )
+        hole = mask[:, None].float()
+        return DeviceBatch(
+            # Permuted, not copied: the bytes already lie channels-last, and stay so as floats.
+            image=image.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0),
+            mask=hole,
+            sketch=guide(sketch[:, None].float(), hole),
+            keys=self.keys,
+        )
+
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from where a GPU fetches without waiting."""
+        return Batch(
+            self.image.pin_memory(), self.mask.pin_memory(), self.sketch.pin_memory(), self.keys
+        )
