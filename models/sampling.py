@@ -1,0 +1,28 @@
+"""Nearest-neighbour sampling on the authors' grid, whose corners are aligned."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from models.types import Features
+
+
+def nearest_indices(size: int, new_size: int) -> Int[Tensor, " new_size"]:
+    """Which of ``size`` pixels each of ``new_size`` takes: the first and last stay, half rounds up.
+
+    64 → 32 takes 0 2 … 28 30, then 33 35 … 63: not every second one. In float32, as the authors'
+    TensorFlow counts.
+    """
+    scale = (size - 1) / (new_size - 1) if new_size > 1 else size / new_size
+    positions = torch.arange(new_size, dtype=torch.float32) * scale
+    return (positions + 0.5).floor().long()
+
+
+def shrink(features: Features, factor: int) -> Float[Tensor, "batch channels new_height new_width"]:
+    """``features`` with each side divided by ``factor``, which must divide it."""
+    height, width = features.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"{height}×{width} pixels cannot shrink by {factor}: it must divide both")
+    rows = nearest_indices(height, height // factor).to(features.device)
+    columns = nearest_indices(width, width // factor).to(features.device)
+    return features.index_select(2, rows).index_select(3, columns)

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from models import Discriminator
+
+
+def vectors(discriminator: Discriminator) -> list[torch.Tensor]:
+    return [value.clone() for name, value in discriminator.named_buffers() if name.endswith("_u")]
+
+
+@pytest.mark.parametrize(("guided", "count"), [(False, 5_946_816), (True, 5_948_416)])
+def test_parameter_counts_are_the_releases(guided: bool, count: int) -> None:
+    assert sum(p.numel() for p in Discriminator(guided).parameters()) == count
+
+
+@pytest.mark.parametrize("size", [(256, 256), (64, 64), (65, 130), (8, 8)])
+def test_there_are_256_scores_for_every_64_pixels_rounded_up(size: tuple[int, int]) -> None:
+    scores = Discriminator()(torch.rand(1, 3, *size), torch.zeros(1, 1, *size))
+    assert scores.shape == (1, 256 * math.ceil(size[0] / 64) * math.ceil(size[1] / 64))
+
+
+def test_evaluation_leaves_the_vectors_and_training_moves_them_once_a_call() -> None:
+    discriminator, picture = Discriminator(), torch.rand(1, 3, 64, 64)
+    before = vectors(discriminator)
+    discriminator.eval()(picture, torch.zeros(1, 1, 64, 64))
+    assert all(map(torch.equal, before, vectors(discriminator)))
+    matrix = discriminator.state_dict()["conv2.parametrizations.weight.original"].flatten(1)
+    discriminator.train()(picture, torch.zeros(1, 1, 64, 64))
+    once = torch.nn.functional.normalize(matrix @ (matrix.T @ before[1]), dim=0)
+    torch.testing.assert_close(vectors(discriminator)[1], once, atol=1e-6, rtol=1e-5)
+
+
+def test_the_normalised_weight_comes_to_have_a_largest_singular_value_of_one() -> None:
+    discriminator, picture = Discriminator(), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(40):
+            discriminator(picture, torch.zeros(1, 1, 64, 64))
+    discriminator.eval()
+    weight = discriminator.get_submodule("conv1").weight
+    assert isinstance(weight, torch.Tensor)
+    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_second_call_before_the_backward_pass_is_allowed() -> None:
+    discriminator, picture = Discriminator(), torch.rand(1, 3, 64, 64)
+    first = discriminator(picture, torch.zeros(1, 1, 64, 64))
+    discriminator(picture, torch.zeros(1, 1, 64, 64))
+    gradients = torch.autograd.grad(first.sum(), list(discriminator.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_autocast_normalises_in_float32() -> None:
+    discriminator, picture = Discriminator(), torch.rand(1, 3, 64, 64)
+    mask = torch.zeros(1, 1, 64, 64)
+    discriminator.eval()
+    exact = discriminator(picture, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert discriminator.get_submodule("conv3").weight.dtype == torch.float32
+        fast = discriminator(picture, mask)
+    assert (exact - fast.float()).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_a_sketch_goes_to_a_guided_discriminator_only() -> None:
+    picture, mask = torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    with pytest.raises(ValueError, match="takes no sketch"):
+        Discriminator()(picture, mask, mask)
+    with pytest.raises(ValueError, match="needs a sketch"):
+        Discriminator(True)(picture, mask)

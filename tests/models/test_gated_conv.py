@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+
+from models.gated_conv import Conv, GatedConv, Padding, same_padding
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "even", "odd"),
+    [
+        (3, 1, 1, (1, 1), (1, 1)),
+        (3, 1, 16, (16, 16), (16, 16)),
+        (5, 1, 1, (2, 2), (2, 2)),
+        (3, 2, 1, (0, 1), (1, 1)),
+        (5, 2, 1, (1, 2), (2, 2)),
+        (4, 2, 1, (1, 1), (1, 2)),
+    ],
+)
+def test_padding_is_tensorflows_same(
+    kernel: int, stride: int, dilation: int, even: tuple[int, int], odd: tuple[int, int]
+) -> None:
+    assert same_padding(64, kernel, stride, dilation) == even
+    assert same_padding(65, kernel, stride, dilation) == odd
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 9), (9, 9), (1, 1)])
+def test_a_strided_convolution_takes_the_pixels_that_tensorflow_takes(
+    kernel: int, size: tuple[int, int]
+) -> None:
+    conv = Conv(1, 1, kernel=kernel, stride=2)
+    torch.nn.init.uniform_(conv.bias)
+    weight, bias = conv.weight.detach(), conv.bias.detach()
+    picture = torch.rand(1, 1, *size)
+    top, bottom = same_padding(size[0], kernel, 2)
+    left, right = same_padding(size[1], kernel, 2)
+    padded = torch.nn.functional.pad(picture[0, 0], [left, right, top, bottom])
+    expected = [
+        [
+            (padded[y : y + kernel, x : x + kernel] * weight[0, 0]).sum() + bias[0]
+            for x in range(0, 2 * math.ceil(size[1] / 2), 2)
+        ]
+        for y in range(0, 2 * math.ceil(size[0] / 2), 2)
+    ]
+    torch.testing.assert_close(conv(picture)[0, 0], torch.tensor(expected), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric", "reflect"])
+@pytest.mark.parametrize("size", [12, 13])
+def test_every_padding_gives_half_the_pixels_rounded_up(padding: Padding, size: int) -> None:
+    conv = GatedConv(2, 3, stride=2, padding=padding)
+    assert conv(torch.rand(1, 2, size, size)).shape == (1, 3, (size + 1) // 2, (size + 1) // 2)
+
+
+def test_reflected_padding_keeps_a_flat_picture_flat() -> None:
+    flat = torch.ones(1, 1, 8, 8)
+    mirrored = Conv(1, 1, padding="reflect")(flat)
+    assert mirrored.std() < 1e-6
+    assert Conv(1, 1, padding="same")(flat).std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"), [("elu", torch.nn.functional.elu), ("relu", torch.relu)]
+)
+def test_the_first_half_of_the_channels_is_the_feature_and_the_second_its_gate(
+    activation: str, function: object
+) -> None:
+    gated = GatedConv(4, 6, activation=activation)  # type: ignore[arg-type]
+    torch.nn.init.normal_(gated.bias)
+    picture = torch.randn(2, 4, 8, 8)
+    raw = torch.nn.functional.conv2d(picture, gated.weight, gated.bias, padding=1)
+    expected = function(raw[:, :6]) * torch.sigmoid(raw[:, 6:])  # type: ignore[operator]
+    torch.testing.assert_close(gated(picture), expected)
+
+
+def test_upsampling_repeats_pixels_before_the_convolution() -> None:
+    conv, picture = Conv(3, 5, upsample=True), torch.randn(2, 3, 6, 4)
+    repeated = picture.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected = torch.nn.functional.conv2d(repeated, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(conv(picture), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_weights_start_within_glorots_limit_of_features_and_gates_together() -> None:
+    gated = GatedConv(24, 48, kernel=3)
+    limit = math.sqrt(6 / (9 * (24 + 96)))
+    assert 0.98 * limit < gated.weight.abs().max() <= limit
+    assert gated.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+    assert not gated.bias.any()
