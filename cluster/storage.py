@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol, cast
@@ -244,6 +245,9 @@ class FileStore:
             raise kind(f"{join(self.url, key)}: {error.strerror or error}") from error
 
 
+_making_client = threading.Lock()
+
+
 class S3Store:
     """The keys below ``s3://bucket/prefix``."""
 
@@ -310,10 +314,11 @@ class S3Store:
 
     @property
     def _client(self) -> S3Client:
-        # Connections do not survive a fork, so a child makes its own client.
-        if self._own_client is None or self._own_client[0] != os.getpid():
-            self._own_client = os.getpid(), s3_client()
-        return self._own_client[1]
+        with _making_client:
+            # Connections do not survive a fork, so a child makes its own client.
+            if self._own_client is None or self._own_client[0] != os.getpid():
+                self._own_client = os.getpid(), s3_client()
+            return self._own_client[1]
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{_checked(key)}".lstrip("/")
@@ -333,6 +338,7 @@ class _S3Reader(io.RawIOBase):
 
     def __init__(self, client: S3Client, bucket: str, key: str) -> None:
         self._client, self._bucket, self._key = client, bucket, key
+        self._url = f"s3://{bucket}/{key}"
         answer = client.get_object(Bucket=bucket, Key=key)
         self._body, self._etag = answer["Body"], answer["ETag"]
         self._size, self._position = answer["ContentLength"], 0
@@ -341,24 +347,34 @@ class _S3Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._size - self._position)
+        wanted = min(len(buffer), self._size - self._position, MIB)
         if wanted == 0:
             return 0
-        with explained(f"s3://{self._bucket}/{self._key}"):
-            for attempt in range(1, READ_ATTEMPTS + 1):
+        with explained(self._url):
+            for _ in range(READ_ATTEMPTS):
                 try:
-                    if data := self._body.read(wanted):
-                        buffer[: len(data)] = data
-                        self._position += len(data)
-                        return len(data)
+                    data = self._body.read(wanted)
                 except (boto.HTTPClientError, boto.IncompleteReadError, OSError) as error:
-                    log.info("read broken off, going on position=%d: %s", self._position, error)
-                    if attempt == READ_ATTEMPTS:
-                        raise
+                    data, reason = b"", f": {error}"
+                else:
+                    reason = ""
+                if data:
+                    buffer[: len(data)] = data
+                    self._position += len(data)
+                    return len(data)
+                log.info("reading again url=%s position=%d%s", self._url, self._position, reason)
                 self._reopen()
         raise StorageError(
-            f"s3://{self._bucket}/{self._key} ended after {self._position} of {self._size} bytes"
+            f"{self._url}: the connection broke {READ_ATTEMPTS} times "
+            f"at byte {self._position} of {self._size}{reason}"
         )
+
+    def readall(self) -> bytes:
+        whole = bytearray(self._size - self._position)
+        rest = memoryview(whole)
+        while rest:
+            rest = rest[self.readinto(rest) :]
+        return bytes(whole)
 
     def close(self) -> None:
         if not self.closed:

@@ -1,0 +1,304 @@
+"""What a store promises, on a directory and on a real S3 server."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow.fs import FileSelector
+
+from cluster import storage
+from cluster.services import S3Server
+from cluster.storage import MissingKeyError, S3Store, StorageError, Store, join, open_store
+
+
+@pytest.fixture
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+
+def test_what_was_put_comes_back(store: Store) -> None:
+    store.put("a/b.json", b"one")
+    store.put("a/b.json", b"two")
+    assert store.get("a/b.json") == b"two"
+    assert store.size("a/b.json") == 3
+    assert store.exists("a/b.json")
+    with store.open("a/b.json") as source:
+        assert source.read(2) + source.read() == b"two"
+
+
+def test_an_empty_value_is_a_value(store: Store) -> None:
+    store.put("empty", b"")
+    assert store.get("empty") == b""
+    assert store.exists("empty")
+
+
+def test_keys_are_listed_by_their_beginning_in_order(store: Store) -> None:
+    for key in ["step-2/b", "step-10/a", "step-1", "other/x", "step-1/a"]:
+        if key != "step-1":
+            store.put(key, b"")
+    assert store.list_keys("step-1") == ["step-1/a", "step-10/a"]
+    assert store.list_keys("step-1/") == ["step-1/a"]
+    assert store.list_keys() == ["other/x", "step-1/a", "step-10/a", "step-2/b"]
+    assert store.list_keys("none/") == []
+
+
+def test_more_keys_than_one_page_of_s3_are_all_listed(s3_url: str) -> None:
+    store = open_store(s3_url)
+    keys = [f"k{number:04d}" for number in range(1005)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: store.put(key, b""), keys))
+    assert store.list_keys() == keys
+
+
+def test_a_missing_key_is_a_file_not_found_in_one_line(store: Store, tmp_path: Path) -> None:
+    calls: list[Any] = [store.get, store.open, store.size]
+    for call in [*calls, lambda key: store.download(key, tmp_path / "copy")]:
+        with pytest.raises(MissingKeyError) as caught:
+            call("not/there")
+        assert isinstance(caught.value, FileNotFoundError)
+        assert "\n" not in str(caught.value)
+        assert join(store.url, "not/there") in str(caught.value)
+    assert not (tmp_path / "copy").exists()
+    assert not store.exists("not/there")
+
+
+def test_deleting_leaves_nothing_and_may_be_repeated(store: Store) -> None:
+    store.put("a/b/c", b"")
+    store.delete("a/b/c")
+    store.delete("a/b/c")
+    assert store.list_keys() == []
+
+
+def test_a_big_file_goes_up_in_parts_and_comes_down_equal(store: Store, tmp_path: Path) -> None:
+    data = os.urandom(33 * storage.MIB)  # beyond the threshold of a multipart upload
+    (tmp_path / "here").write_bytes(data)
+    store.upload(tmp_path / "here", "big")
+    store.download("big", tmp_path / "new" / "there")
+    assert (tmp_path / "new" / "there").read_bytes() == data
+    assert store.size("big") == len(data)
+
+
+def test_a_store_survives_pickling_and_carries_no_secret(store: Store) -> None:
+    store.put("key", b"value")
+    frozen = pickle.dumps(store)
+    assert os.environ.get("AWS_SECRET_ACCESS_KEY", "unset").encode() not in frozen
+    assert pickle.loads(frozen).get("key") == b"value"
+
+
+def test_many_threads_may_share_a_store(store: Store) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: store.put(f"k{number}", b"x" * 1000), range(32)))
+    assert len(store.list_keys()) == 32
+
+
+@pytest.mark.parametrize("key", ["", "/absolute", "a/../b", "a//b", "a/"])
+def test_a_key_that_is_no_plain_path_is_refused(store: Store, key: str) -> None:
+    with pytest.raises(StorageError, match="plain relative path"):
+        store.put(key, b"")
+
+
+def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path) -> None:
+    class BreaksOff(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    store = open_store(str(tmp_path))
+    store.put("key", b"old")
+    source = tmp_path / "source"
+    source.write_bytes(b"new")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", _opening(source, BreaksOff()))
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.upload(source, "key")
+    assert store.get("key") == b"old"
+    assert store.list_keys() == ["key", "source"]
+
+
+def _opening(path: Path, instead: io.BytesIO) -> Any:
+    original = Path.open
+    return lambda self, *args, **kwargs: (
+        instead if self == path else original(self, *args, **kwargs)
+    )
+
+
+def test_a_full_or_forbidden_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = open_store(str(tmp_path / "file" / "below"))
+    with pytest.raises(StorageError, match="Not a directory"):
+        store.put("key", b"")
+
+
+def test_a_plain_path_and_a_file_url_are_the_same_store(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "a b")).put("key", b"1")
+    assert open_store(f"file://{tmp_path}/a%20b").get("key") == b"1"
+
+
+def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store("data").url == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "file://elsewhere/path", "gs://bucket/x", "s3://", "s3://ab/x", "s3://b_ü/x"]
+)
+def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    with pytest.raises(StorageError):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIAPLANTED:planted/secret@bucket/x",
+        "s3://AKIAPLANTED@bucket/x",
+        "s3://bucket/x?secret_key=planted",
+    ],
+)
+def test_an_s3_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
+    for use in (open_store, storage.pyarrow_filesystem):
+        with pytest.raises(StorageError) as caught:
+            use(url)
+        assert "planted" not in str(caught.value).lower()
+        assert "environment" in str(caught.value)
+
+
+def test_an_endpoint_with_a_password_is_refused_without_repeating_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:planted@127.0.0.1:9")
+    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        storage.endpoint()
+    assert "planted" not in str(caught.value)
+
+
+def test_the_endpoint_of_s3_goes_before_the_general_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://general:1/")
+    assert storage.endpoint() == "http://general:1"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://special:2")
+    assert storage.endpoint() == "http://special:2"
+
+
+def test_pyarrow_reaches_the_same_objects(store: Store) -> None:
+    store.put("folder/part", b"12345")
+    filesystem, path = storage.pyarrow_filesystem(store.url)
+    found = filesystem.get_file_info(FileSelector(f"{path}/folder"))
+    assert [(info.base_name, info.size) for info in found] == [("part", 5)]
+
+
+@pytest.mark.usefixtures("one_attempt")
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "planted-wrong", "does not belong to AWS_ACCESS_KEY_ID"),
+        ("AWS_ACCESS_KEY_ID", "planted-wrong", "correct AWS_ACCESS_KEY_ID"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "cannot reach http://127.0.0.1:9"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy_and_without_secrets(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    for use in (lambda store: store.put("key", b""), lambda store: store.list_keys()):
+        with pytest.raises(StorageError) as caught:
+            use(open_store(s3_url))
+        message = str(caught.value)
+        assert remedy in message
+        assert message.startswith(s3_url)
+        assert "\n" not in message
+        assert "planted" not in message
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in message
+
+
+def test_missing_credentials_are_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    with pytest.raises(StorageError, match="no credentials: set AWS_ACCESS_KEY_ID"):
+        open_store(s3_url).list_keys()
+
+
+@pytest.mark.usefixtures("s3_server")
+def test_a_bucket_that_is_not_there_is_named() -> None:
+    with pytest.raises(StorageError, match=r"s3://never-made.*no such bucket"):
+        open_store("s3://never-made/x").put("key", b"")
+
+
+def test_a_server_that_rejects_checksums_brings_up_the_setting() -> None:
+    answer = {"Error": {"Code": "InvalidRequest", "Message": "unknown x-amz-checksum-crc32"}}
+    with (
+        pytest.raises(StorageError, match="AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
+        storage.explained("s3://bucket/key"),
+    ):
+        raise storage.boto.ClientError(answer, "PutObject")  # type: ignore[arg-type]
+
+
+def test_reading_goes_on_where_the_connection_broke(
+    s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(5 * storage.MIB)
+    store = open_store(s3_url)
+    store.put("key", data)
+    opened = _count_and_break_bodies(monkeypatch, store, after_bytes=storage.MIB)
+    with store.open("key") as source:
+        assert source.read() == data
+    assert len(opened) > 2
+
+
+def test_an_object_replaced_while_being_read_is_an_error(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+    store.put("key", os.urandom(3 * storage.MIB))
+    _count_and_break_bodies(monkeypatch, store, after_bytes=storage.MIB)
+    with store.open("key") as source:
+        source.read(10)
+        open_store(s3_url).put("key", os.urandom(3 * storage.MIB))
+        with pytest.raises(StorageError, match="was replaced while"):
+            source.read()
+
+
+def test_a_connection_that_only_breaks_is_an_error_and_never_a_short_read(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+    store.put("key", os.urandom(storage.MIB))
+    _count_and_break_bodies(monkeypatch, store, after_bytes=0)
+    with store.open("key") as source, pytest.raises(StorageError, match=r"/key.*broke"):
+        source.read()
+
+
+def _count_and_break_bodies(
+    monkeypatch: pytest.MonkeyPatch, store: Store, *, after_bytes: int
+) -> list[int]:
+    """Let every connection of ``store`` break after so many bytes; returns a list that grows."""
+    assert isinstance(store, S3Store)
+    get_object, opened = store._client.get_object, []
+
+    class Breaks:
+        def __init__(self, body: Any) -> None:
+            self._body, self._left = body, after_bytes
+
+        def read(self, size: int) -> bytes:
+            if self._left <= 0:
+                raise ConnectionResetError("broken by the test")
+            data: bytes = self._body.read(min(size, self._left))
+            self._left -= len(data)
+            return data
+
+        def close(self) -> None:
+            self._body.close()
+
+    def breaking(**arguments: Any) -> Any:
+        answer: Any = get_object(**arguments)
+        opened.append(1)
+        return {**answer, "Body": Breaks(answer["Body"])}
+
+    monkeypatch.setattr(store._client, "get_object", breaking)
+    return opened
