@@ -1,0 +1,375 @@
+"""Shards: which picture goes where, how a tar is written and read, and a finished data set."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+from cluster.storage import MissingKeyError, StorageError, Store, join, open_store
+
+FORMAT = 1
+FIELDS = ("jpg", "sketch.png", "json")
+KEY = re.compile(r"[A-Za-z0-9_+=/-]{1,89}")  # with its longest field a name fits a USTAR header
+BLOCK = 512
+END = bytes(2 * BLOCK)
+
+Split = Literal["train", "val"]
+
+
+class ShardError(ValueError):
+    """A shard or data set that is missing, damaged or not ours; one line, naming it."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One picture's files, as they lie in the tar."""
+
+    key: str
+    jpg: bytes
+    sketch: bytes
+    """A PNG of one channel with the values 0 and 255."""
+    meta: bytes
+    """JSON: where the picture came from and how its sketch was made."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished tar. A shard whose pictures all failed is a valid tar of no samples."""
+
+    name: str
+    """File name below the URL of the data set, ``demo-train-000000.tar``."""
+    split: Split
+    samples: int
+    bytes: int
+    sha256: str
+    md5: str
+    first_key: str
+    last_key: str
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def plan(keys: Iterable[str], *, shard_samples: int, seed: int) -> list[list[str]]:
+    """Deal keys to shards, each shard sorted; a function of the arguments alone, not their order.
+
+    A key's hash says which shard it belongs to, so a shard mixes folders and classes, and a picture
+    that is added or removed changes one shard. The number of shards is a power of two: streams
+    divide it, and it stays as it is until the number of pictures has doubled. A shard then holds
+    between half of ``shard_samples`` and all of it, give or take its square root; none is empty.
+
+    Raises ShardError for a key that cannot name a tar member, or that occurs twice.
+    """
+    salt = seed.to_bytes(8, "little", signed=True)
+    hashed = [
+        (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest()), key)
+        for key in sorted(keys)
+    ]
+    for (_, key), (_, following) in itertools.pairwise(hashed):
+        if key == following:
+            raise ShardError(f"key {key!r} stands for two pictures: keys must be unique")
+    for _, key in hashed:
+        if not KEY.fullmatch(key):
+            raise ShardError(f"key {key!r} cannot name a sample: it must match {KEY.pattern}")
+    bits = max(0, (len(hashed) - 1) // shard_samples).bit_length()
+    while True:
+        shards: list[list[str]] = [[] for _ in range(1 << bits)]
+        for number, key in hashed:
+            shards[number >> (64 - bits)].append(key)
+        if all(shards) or bits == 0:
+            return shards if hashed else []
+        bits -= 1
+
+
+def shard_name(dataset: str, split: Split, number: int) -> str:
+    return f"{dataset}-{split}-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[RawSample], *, split: Split, name: str) -> Shard:
+    """Write one tar; equal samples give equal bytes (no times, no owners, no order of chance)."""
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    count, written = 0, 0
+    first_key = last_key = ""
+    with path.open("wb", buffering=0) as file:
+        for sample in samples:
+            if not KEY.fullmatch(sample.key):
+                raise ShardError(f"{name}: key {sample.key!r} must match {KEY.pattern}")
+            if count and sample.key <= last_key:
+                raise ShardError(f"{name}: {sample.key} after {last_key}: samples must be sorted")
+            block = sample_block(sample)
+            file.write(block)
+            sha256.update(block)
+            md5.update(block)
+            count, written = count + 1, written + len(block)
+            first_key, last_key = first_key or sample.key, sample.key
+        file.write(END)
+        sha256.update(END)
+        md5.update(END)
+    return Shard(
+        name=name,
+        split=split,
+        samples=count,
+        bytes=written + len(END),
+        sha256=sha256.hexdigest(),
+        md5=md5.hexdigest(),
+        first_key=first_key,
+        last_key=last_key,
+    )
+
+
+def sample_block(sample: RawSample) -> bytes:
+    """The three members of a sample with their USTAR headers, padded to whole blocks."""
+    pieces = []
+    contents = (sample.jpg, sample.sketch, sample.meta)
+    for field, data in zip(FIELDS, contents, strict=True):
+        pieces += [_header(f"{sample.key}.{field}", len(data)), data, bytes(-len(data) % BLOCK)]
+    return b"".join(pieces)
+
+
+# A USTAR header without name, size and checksum; mode 0444, owner 0, time 0.
+_BEFORE_SIZE = b"0000444\0" + b"0000000\0" * 2
+_AFTER_SIZE = b"\0" + b"00000000000\0"
+_AFTER_CHECKSUM = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 156, b"\0")
+# The checksum counts its own field as eight spaces.
+_CONSTANT_SUM = sum(_BEFORE_SIZE) + sum(_AFTER_SIZE) + 8 * ord(" ") + sum(_AFTER_CHECKSUM)
+
+
+def _header(name: str, size: int) -> bytes:
+    encoded, digits = name.encode("ascii"), b"%011o" % size
+    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(digits))
+    return b"".join(
+        (encoded.ljust(100, b"\0"), _BEFORE_SIZE, digits, _AFTER_SIZE, checksum, _AFTER_CHECKSUM)
+    )
+
+
+def read_samples(source: Readable | Path | bytes, *, name: str = "") -> Iterator[RawSample]:
+    """Every sample of a shard, in order; reads from front to back, so any stream will do.
+
+    ``name`` is for messages. Raises ShardError where the tar ends early or is not one of ours.
+    """
+    if isinstance(source, Path):
+        with source.open("rb", buffering=1 << 20) as file:
+            yield from read_samples(file, name=name or str(source))
+        return
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    name = name or str(getattr(source, "name", "the shard"))
+    while (first := _member(stream, name)) is not None:
+        key, _, field = first[0].partition(".")
+        members = {field: first[1]}
+        for _ in FIELDS[1:]:
+            if (member := _member(stream, name)) is None:
+                raise ShardError(f"{name}: {key} has {', '.join(members)} instead of all fields")
+            other_key, _, field = member[0].partition(".")
+            if other_key != key:
+                raise ShardError(f"{name}: {member[0]} stands where {key} is incomplete")
+            members[field] = member[1]
+        try:
+            yield RawSample(key, *(members[field] for field in FIELDS))
+        except KeyError as error:
+            raise ShardError(f"{name}: {key} has no {error.args[0]}") from None
+
+
+def _member(stream: Readable, name: str) -> tuple[str, bytes] | None:
+    """The next member's name and data, or None at the end of the tar."""
+    header = stream.read(BLOCK)
+    if len(header) == BLOCK and header[0]:
+        if header[257:262] != b"ustar" or header[156:157] != b"0":
+            raise ShardError(f"{name} is no shard of ours: a plain USTAR file was expected")
+        try:
+            size = int(header[124:135], 8)
+        except ValueError:
+            raise ShardError(f"{name} is damaged: a member's size is unreadable") from None
+        member = header[: header.index(0, 0, 101)].decode("ascii", "replace")
+        data = stream.read(size + -size % BLOCK)
+        if len(data) == size + -size % BLOCK:
+            return member, data[:size]
+        raise ShardError(f"{name} is truncated: it ends inside {member}")
+    if header + stream.read(BLOCK) == END:
+        return None
+    raise ShardError(f"{name} is truncated: the end of the tar is missing")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished data set on storage: everything here is in its ``dataset.json``."""
+
+    url: str
+    name: str
+    digest: str
+    """SHA-256 over the settings that shape bytes and every shard's own SHA-256."""
+    settings: dict[str, Any]
+    counts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    """Size and SHA-256 of what lies beside the shards."""
+
+    @classmethod
+    def open(cls, url: str) -> Dataset:
+        """Read ``dataset.json``; ShardError where there is none, since then nothing is finished."""
+        try:
+            data = open_store(url).get("dataset.json")
+        except MissingKeyError:
+            raise ShardError(
+                f"{url} holds no finished data set (dataset.json is missing): prepare it first"
+            ) from None
+        try:
+            record = json.loads(data)
+            found = record["format"]
+        except (ValueError, KeyError, TypeError):
+            raise ShardError(f"{join(url, 'dataset.json')} is not a data set of ours") from None
+        if found != FORMAT:
+            raise ShardError(f"{url} has data set format {found}; this program reads {FORMAT}")
+        return cls(
+            url=url,
+            **{field: record[field] for field in cls.__dataclass_fields__ if field != "url"},
+        )
+
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.url)
+
+    @cached_property
+    def index(self) -> list[Shard]:
+        """Every shard of every split, in the order of the names."""
+        entries = json.loads(self.store.get("index.json"))["shardlist"]
+        return [shard_from_index(entry) for entry in entries]
+
+    def shards(self, split: Split) -> list[Shard]:
+        return [shard for shard in self.index if shard.split == split]
+
+    def read(self, shard: Shard) -> Iterator[RawSample]:
+        """Every sample of one shard, straight from storage."""
+        with contextlib.closing(self.store.open(shard.name)) as file:
+            yield from read_samples(file, name=join(self.url, shard.name))
+
+
+def index_entry(shard: Shard) -> dict[str, Any]:
+    """A shard in the words of wids, with what we add."""
+    return {
+        "url": shard.name,
+        "nsamples": shard.samples,
+        "filesize": shard.bytes,
+        "md5sum": shard.md5,
+        "sha256": shard.sha256,
+        "split": shard.split,
+        "first_key": shard.first_key,
+        "last_key": shard.last_key,
+    }
+
+
+def shard_from_index(entry: dict[str, Any]) -> Shard:
+    return Shard(
+        name=entry["url"],
+        split=entry["split"],
+        samples=entry["nsamples"],
+        bytes=entry["filesize"],
+        sha256=entry["sha256"],
+        md5=entry["md5sum"],
+        first_key=entry["first_key"],
+        last_key=entry["last_key"],
+    )
+
+
+def digest_of(shaping: dict[str, Any], shards: Sequence[Shard]) -> str:
+    """What names the content: the settings that shape bytes, and the shards' hashes in order."""
+    content = {
+        "format": FORMAT,
+        "settings": shaping,
+        "shards": [[shard.name, shard.samples, shard.bytes, shard.sha256] for shard in shards],
+    }
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Compact, sorted, ASCII: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def verify(
+    dataset: Dataset, *, threads: int = 8, progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """Read every byte again; one line per fault, naming the file, and none if all is as written.
+
+    ``progress(bytes_done, bytes_in_all)`` is called after each file, from one thread.
+    """
+    checks: list[tuple[int, Callable[[], list[str]]]] = [
+        (entry["bytes"], _file_check(dataset, name, entry)) for name, entry in dataset.files.items()
+    ]
+    try:
+        index = dataset.index
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        return [f"index.json cannot be read: {error}"]
+    checks += [(shard.bytes, _shard_check(dataset, shard)) for shard in index]
+    faults = []
+    total, done = sum(size for size, _ in checks), 0
+    with ThreadPoolExecutor(threads) as pool:
+        results = pool.map(lambda check: check[1](), checks)
+        for (size, _), found in zip(checks, results, strict=True):
+            faults += found
+            done += size
+            if progress:
+                progress(done, total)
+    shaping = dataset.settings["shaping"]
+    if not faults and digest_of(shaping, index) != dataset.digest:
+        faults.append("dataset.json: the digest is not that of the settings and shards listed")
+    return faults
+
+
+def _file_check(dataset: Dataset, name: str, entry: dict[str, Any]) -> Callable[[], list[str]]:
+    def check() -> list[str]:
+        try:
+            data = dataset.store.get(name)
+        except StorageError as error:
+            return [str(error)]
+        if len(data) != entry["bytes"]:
+            return [f"{name} has {len(data)} bytes instead of {entry['bytes']}"]
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            return [f"{name} has other content than was written (SHA-256 differs)"]
+        return []
+
+    return check
+
+
+def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
+    def check() -> list[str]:
+        try:
+            with contextlib.closing(dataset.store.open(shard.name)) as file:
+                hashing = _Hashing(file)
+                keys = [sample.key for sample in read_samples(hashing, name=shard.name)]
+                while hashing.read(1 << 20):
+                    pass
+        except (StorageError, ShardError) as error:
+            return [str(error)]
+        if hashing.count != shard.bytes:
+            return [f"{shard.name} has {hashing.count} bytes instead of {shard.bytes}"]
+        if hashing.sha256.hexdigest() != shard.sha256:
+            return [f"{shard.name} has other content than was written (SHA-256 differs)"]
+        if len(keys) != shard.samples:
+            return [f"{shard.name} has {len(keys)} samples instead of {shard.samples}"]
+        return []
+
+    return check
+
+
+class _Hashing:
+    """A stream that remembers the hash and the number of bytes that went through it."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self.sha256, self.count = hashlib.sha256(), 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self._source.read(size)
+        self.sha256.update(data)
+        self.count += len(data)
+        return data
