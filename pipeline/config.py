@@ -248,11 +248,15 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(recipe.read_text()) or {}
     except OSError as error:
-        raise ConfigError(f"{recipe}: {error.strerror or error}: give the path of a recipe") from error
+        raise ConfigError(
+            f"{recipe}: {error.strerror or error}: give the path of a recipe"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{recipe} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{recipe} should hold sections such as 'train:', not a {type(tree).__name__}")
+        raise ConfigError(
+            f"{recipe} should hold sections such as 'train:', not a {type(tree).__name__}"
+        )
     for override in overrides:
         _set_in(tree, override)
     try:
@@ -265,7 +269,9 @@ def _set_in(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *sections, key = name.split(".")
     if not equals or not all([*sections, key]):
-        raise ConfigError(f"{override!r} is no override: write section.key=value, as train.steps=100")
+        raise ConfigError(
+            f"{override!r} is no override: write section.key=value, as train.steps=100"
+        )
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -273,7 +279,9 @@ def _set_in(tree: dict[str, Any], override: str) -> None:
     try:
         tree[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{override!r}: the value is not YAML: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _describe(error: ValidationError) -> str:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,10 @@ class EngineState:
     steps: int = 0
 
 
+@runtime_checkable
 class Engine(Protocol):
+    """A network with its optimiser, whoever spreads it over ranks."""
+
     @property
     def module(self) -> nn.Module:
         """The bare network: for passes whose gradients belong to the other network."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +10,13 @@ from torch import Tensor, nn
 from models.losses import hinge_discriminator, hinge_generator
 from models.masking import erase, paste
 from pipeline.batch import DeviceBatch
-
-
-class Updatable(Protocol):
-    """A network with its optimiser (``pipeline/engine.py`` has them)."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def __call__(self, *inputs: Tensor | None) -> Tensor | tuple[Tensor, Tensor]: ...
-
-    def update(self, loss: Tensor) -> None:
-        """Back-propagate ``loss`` and let the optimiser step."""
+from pipeline.engine import Engine
 
 
 def train_step(
     batch: DeviceBatch,
-    generator: Updatable,
-    discriminator: Updatable,
+    generator: Engine,
+    discriminator: Engine,
     *,
     l1_weight: float = 1.0,
     gan_weight: float = 1.0,
@@ -52,9 +40,7 @@ def train_step(
 
     # Both halves in one pass, as the authors do: one spectral-norm iteration per update.
     with autocast:
-        scores = discriminator(
-            torch.cat([image, completed.detach()]), _twice(mask), _twice(sketch)
-        )
+        scores = discriminator(torch.cat([image, completed.detach()]), _twice(mask), _twice(sketch))
     real_score, fake_score = scores.float().chunk(2)
     discriminator_loss = hinge_discriminator(real_score, fake_score)
     discriminator.update(discriminator_loss)

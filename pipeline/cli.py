@@ -1,0 +1,177 @@
+"""The command line: ``python -m pipeline COMMAND``."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from pipeline import config
+
+DONE, MISTAKE, WRONG_USAGE, STOPPED = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code says how it ended (0 done, 1 mistake, 2 usage, 3 stopped)."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    try:
+        return command(parsed)
+    except KeyboardInterrupt:
+        print("stopped; run the same command to go on", file=sys.stderr)
+        return STOPPED
+    except _told_in_one_line() as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+def _told_in_one_line() -> tuple[type[Exception], ...]:
+    """Kinds of errors that are the user's or the environment's; the rest keep their traceback."""
+    from pipeline.checkpoint import CheckpointError
+    from pipeline.errors import TrainingError
+
+    return (ValueError, OSError, CheckpointError, TrainingError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Train free-form, sketch-guided image inpainting: photographs in, "
+        "verified checkpoints out.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for name, command, text in (
+        ("prepare", _prepare, "shard the pictures with their sketches"),
+        ("train", _train, "train, or go on training, to train.steps"),
+        ("evaluate", _evaluate, "measure the best checkpoint on held-out pictures"),
+        ("run", _run, "prepare, train and evaluate"),
+        ("show", _show, "print the complete resolved configuration"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub.add_argument("recipe", type=Path, metavar="RECIPE")
+        sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        sub.set_defaults(command=command)
+
+    sub = commands.add_parser("inpaint", help="fill holes in pictures")
+    sub.add_argument(
+        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
+    )
+    sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of them")
+    sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole; file or folder")
+    sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
+    sub.add_argument("--out", type=Path, required=True, help="file or folder to write")
+    sub.set_defaults(command=_inpaint)
+
+    _add_checkpoints(commands.add_parser("checkpoints", help="look at checkpoints, fetch them"))
+    _add_dataset(commands.add_parser("dataset", help="look at a sharded data set, verify it"))
+
+    sub = commands.add_parser("demo", help="the whole job on this machine, everything embedded")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument("--recipe", type=Path, default=Path("pipeline/recipes/demo.yaml"))
+    sub.add_argument("--folder", type=Path, default=Path(".demo"), help="what it keeps, and where")
+    sub.set_defaults(command=_demo)
+    return parser
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, text in (
+        ("ls", "list the finished checkpoints with their figures"),
+        ("show", "print one checkpoint's manifest"),
+        ("pull", "copy one checkpoint here, every byte checked"),
+        ("verify", "read every byte of every checkpoint against its digest"),
+        ("prune", "delete all but the newest and the best"),
+    ):
+        sub = actions.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub.add_argument("url", metavar="URL", help="a run's folder, or one checkpoint's")
+        if name in ("show", "pull"):
+            sub.add_argument("--step", default="newest", help="a step, 'newest' or 'best'")
+        if name == "pull":
+            sub.add_argument("--out", type=Path, required=True, help="folder to write")
+        if name == "prune":
+            sub.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
+        sub.set_defaults(command=_checkpoints, action=name)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, text in (
+        ("show", "print what the data set holds"),
+        ("verify", "read every byte against its digest"),
+    ):
+        sub = actions.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub.add_argument("url", metavar="URL", help="the data set's folder")
+        sub.set_defaults(command=_dataset, action=name)
+
+
+def _load(arguments: argparse.Namespace) -> config.Config:
+    return config.load(arguments.recipe, arguments.overrides)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    tree = _load(arguments).model_dump(mode="json")
+    print(yaml.safe_dump(tree, sort_keys=False), end="")
+    return DONE
+
+
+# The heavy parts are imported where a command needs them, so that mistakes are told at once.
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from pipeline.run import prepare
+
+    prepare(_load(arguments))
+    return DONE
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pipeline.train import train
+
+    return DONE if train(_load(arguments)) else STOPPED
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pipeline.run import evaluate
+
+    evaluate(_load(arguments))
+    return DONE
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipeline.run import run
+
+    return DONE if run(_load(arguments)) else STOPPED
+
+
+def _inpaint(arguments: argparse.Namespace) -> int:
+    from pipeline.inpaint import inpaint
+
+    for path in inpaint(
+        arguments.weights, arguments.image, arguments.mask, arguments.out, sketch=arguments.sketch
+    ):
+        print(path)
+    return DONE
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from pipeline import retrieval
+
+    return DONE if retrieval.ACTIONS[arguments.action](arguments) else MISTAKE
+
+
+def _dataset(arguments: argparse.Namespace) -> int:
+    from pipeline import retrieval
+
+    return DONE if retrieval.DATASET_ACTIONS[arguments.action](arguments) else MISTAKE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from pipeline.demo import demo
+
+    return demo(arguments.recipe, arguments.overrides, arguments.folder)

@@ -1,0 +1,127 @@
+"""Fill the holes of one picture, or of a folder of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from data_prep.pictures import decode
+from models.inference import fill
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from models import Generator
+from models.masking import guide
+from pipeline.networks import load_generator
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+HOLE_ABOVE = 127.5  # spec section 5.3: white is the hole
+MOSTLY_HOLE = 0.9
+
+
+def inpaint(
+    weights: str, image: Path, mask: Path, out: Path, *, sketch: Path | None = None
+) -> Iterator[Path]:
+    """Fill ``image`` where ``mask`` is white; yields each file written.
+
+    With a folder of images, ``mask`` and ``sketch`` are folders with files of the same stem, or one
+    file for all, and ``out`` is a folder. ``sketch`` is white strokes on black; only those inside
+    the hole count. Outputs are PNG unless ``out`` has another suffix; known pixels are unchanged.
+    Every picture is checked before the first one is filled.
+    """
+    jobs = list(_jobs(image, mask, sketch, out))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = load_generator(weights).to(device).eval()
+    if sketch is not None and not generator.guided:
+        raise ValueError(f"{weights} takes no sketch: leave out --sketch, or use guided weights")
+    for picture, hole, strokes, target in jobs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _fill_file(generator, device, picture, hole, strokes, target)
+        yield target
+
+
+def _jobs(
+    image: Path, mask: Path, sketch: Path | None, out: Path
+) -> Iterator[tuple[Path, Path, Path | None, Path]]:
+    if not image.is_dir():
+        target = out / f"{image.stem}.png" if out.is_dir() else out
+        if target.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"--out {out} should be a folder or end in {', '.join(sorted(SUFFIXES))}"
+            )
+        yield _existing(image), _existing(mask), sketch and _existing(sketch), target
+        return
+    pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise ValueError(f"{image} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    for picture in pictures:
+        yield (
+            picture,
+            _partner(picture, mask),
+            sketch and _partner(picture, sketch),
+            out / f"{picture.stem}.png",
+        )
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: give a picture")
+    return path
+
+
+def _partner(picture: Path, given: Path) -> Path:
+    """The file in the folder ``given`` that goes with ``picture``, or ``given`` itself."""
+    if not given.is_dir():
+        return _existing(given)
+    for path in sorted(given.iterdir()):
+        if path.stem == picture.stem and path.suffix.lower() in SUFFIXES:
+            return path
+    raise FileNotFoundError(f"{given} has no file {picture.stem}.* to go with {picture}")
+
+
+def _fill_file(
+    generator: Generator,
+    device: torch.device,
+    picture: Path,
+    hole: Path,
+    strokes: Path | None,
+    target: Path,
+) -> None:
+    original = decode(picture.read_bytes())  # (H, W, 3) uint8, upright
+    mask = _binary(hole, original.shape[:2], picture)
+    if mask.mean() > MOSTLY_HOLE:
+        raise ValueError(
+            f"{hole}: {mask.mean():.0%} is white, and white is the hole: invert it if it means the "
+            "opposite"
+        )
+    image_tensor = torch.from_numpy(original).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+    mask_tensor = _plane(mask, device)
+    sketch_tensor = None
+    if generator.guided:
+        # Without strokes of the user's the network is told that there are no edges.
+        drawn = np.zeros_like(mask) if strokes is None else _binary(strokes, mask.shape, picture)
+        sketch_tensor = guide(_plane(drawn, device), mask_tensor)
+    completed = fill(generator, image_tensor, mask_tensor, sketch_tensor)
+    filled = ((completed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
+    # From the bytes, not from the network: known pixels stay exactly as they were.
+    result = np.where(mask[..., None] > 0, filled.to("cpu", torch.uint8).numpy(), original)
+    Image.fromarray(result).save(target)
+
+
+def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> np.ndarray:
+    """1 where the picture at ``path`` is brighter than half, (H, W) uint8."""
+    try:
+        with Image.open(path) as opened:
+            values = np.asarray(opened.convert("L"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no picture that can be read") from error
+    if values.shape != shape[:2]:
+        raise ValueError(
+            f"{path} is {values.shape[1]}×{values.shape[0]}, but {picture} is "
+            f"{shape[1]}×{shape[0]}: both should be of one size"
+        )
+    return (values > HOLE_ABOVE).astype(np.uint8)
+
+
+def _plane(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, torch.float32)[None, None]  # (1, 1, H, W)

@@ -1,0 +1,147 @@
+"""Both engines train the pair of networks alike, save alike, and resume each other's state."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from models import Discriminator, Generator
+from pipeline import ranks as distributed
+from pipeline.batch import Batch
+from pipeline.engine import Adam, Engine, EngineState, build_engine
+from pipeline.ranks import Ranks
+from pipeline.state import Position, TrainingState
+from pipeline.step import train_step
+from tests.distributed import on_ranks
+
+GLOBAL_BATCH = 2
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class Trained:
+    losses: list[dict[str, float]]
+    files: dict[str, bytes]
+
+
+def batch(step: int, rank: int, world_size: int) -> Batch:
+    """This rank's share of the same global batch for every world size."""
+    rng = torch.Generator().manual_seed(step)
+    image = torch.randint(256, (GLOBAL_BATCH, SIDE, SIDE, 3), generator=rng, dtype=torch.uint8)
+    sketch = torch.randint(2, (GLOBAL_BATCH, SIDE, SIDE), generator=rng, dtype=torch.uint8)
+    mask = torch.zeros(GLOBAL_BATCH, SIDE, SIDE, dtype=torch.uint8)
+    mask[0, 16:40, 8:40] = 1
+    mask[1, 30:60, 20:60] = 1
+    mine = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
+    return Batch(image[mine], mask[mine], sketch[mine], ("a", "b")[mine])
+
+
+def engines(
+    kind: str, zero_stage: int, state: TrainingState | None
+) -> tuple[Engine, Engine, Ranks]:
+    torch.manual_seed(3)
+    ranks = distributed.current()
+    generator, discriminator = (
+        build_engine(
+            kind,
+            network,
+            adam=Adam(learning_rate=1e-3),
+            ranks=ranks,
+            state=engine_state,
+            zero_stage=zero_stage,
+            batch_per_rank=GLOBAL_BATCH // ranks.world_size,
+        )
+        for network, engine_state in (
+            (Generator(guided=True, width=4), state and state.generator),
+            (Discriminator(guided=True), state and state.discriminator),
+        )
+    )
+    return generator, discriminator, ranks
+
+
+def trained(
+    kind: str,
+    *,
+    steps: int,
+    zero_stage: int = 1,
+    files: dict[str, bytes] | None = None,
+    precision: torch.dtype = torch.float32,
+) -> Trained:
+    torch.set_num_threads(1)
+    state = TrainingState.read(files) if files else None
+    generator, discriminator, ranks = engines(kind, zero_stage, state)
+    first = state.position.step if state else 0
+    losses = []
+    for step in range(first, first + steps):
+        values = train_step(
+            batch(step, ranks.rank, ranks.world_size).to(torch.device("cpu")),
+            generator,
+            discriminator,
+            guided=True,
+            precision=precision,
+        )
+        losses.append(distributed.mean(values, torch.device("cpu")))
+    learned = generator.state()
+    after = TrainingState(
+        Position(first + steps), learned, discriminator.state(), ema=learned.weights
+    )
+    return Trained(losses, after.files({}))
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Trained:
+    """Four steps in one plain process: what everything else is compared with."""
+    return trained("ddp", steps=4)
+
+
+def assert_same_losses(found: Trained, expected: list[dict[str, float]]) -> None:
+    for mine, theirs in zip(found.losses, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+
+
+def test_two_ranks_of_ddp_learn_what_one_process_learns(undisturbed):
+    first, second = on_ranks(2, trained, "ddp", steps=4)
+    assert_same_losses(first, undisturbed.losses)
+    assert first.files["generator.safetensors"] == second.files["generator.safetensors"]
+    assert first.files["discriminator.safetensors"] == second.files["discriminator.safetensors"]
+
+
+def test_a_resumed_run_repeats_the_undisturbed_one_exactly(undisturbed):
+    half = trained("ddp", steps=2)
+    rest = trained("ddp", steps=2, files=half.files)
+    assert half.losses + rest.losses == undisturbed.losses
+    assert rest.files == undisturbed.files
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_deepspeed_learns_saves_and_resumes_like_ddp(undisturbed, zero_stage):
+    half, _ = on_ranks(2, trained, "deepspeed", steps=2, zero_stage=zero_stage)
+    assert_same_losses(half, undisturbed.losses[:2])
+    rest, _ = on_ranks(2, trained, "deepspeed", steps=2, zero_stage=zero_stage, files=half.files)
+    assert_same_losses(rest, undisturbed.losses[2:])
+
+
+def test_checkpoints_move_between_engines_and_world_sizes(undisturbed):
+    half, _ = on_ranks(2, trained, "deepspeed", steps=2, zero_stage=2)
+    assert_same_losses(trained("ddp", steps=2, files=half.files), undisturbed.losses[2:])
+    back, _ = on_ranks(2, trained, "deepspeed", steps=2, files=trained("ddp", steps=2).files)
+    assert_same_losses(back, undisturbed.losses[2:])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
+def test_bf16_trains_close_to_fp32_with_float32_state(undisturbed, kind):
+    found, _ = on_ranks(2, trained, kind, steps=2, precision=torch.bfloat16)
+    for mine, theirs in zip(found.losses, undisturbed.losses, strict=False):
+        assert mine["loss/l1_refined"] == pytest.approx(theirs["loss/l1_refined"], rel=0.05)
+        assert mine["loss/discriminator"] == pytest.approx(theirs["loss/discriminator"], rel=0.05)
+    state = TrainingState.read(found.files)
+    assert {value.dtype for value in state.generator.weights.values()} == {torch.float32}
+
+
+def test_the_state_has_the_moments_of_every_parameter(undisturbed):
+    state: EngineState = TrainingState.read(undisturbed.files).generator
+    parameters = [name for name, _ in Generator(guided=True, width=4).named_parameters()]
+    assert state.steps == 4
+    assert sorted(state.moments) == sorted(
+        f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in parameters
+    )
