@@ -1,0 +1,215 @@
+"""Bytes of any picture to upright RGB, to the stored size, and to bytes again."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
+
+MAX_PIXELS = 100_000_000
+ORIENTATION = 0x0112  # the EXIF tag
+WHITE = (255, 255, 255, 255)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; ``reason`` is one word for statistics."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upright RGB picture, perhaps already smaller than it is in the file."""
+
+    pixels: Pixels
+    width: int
+    """Of the upright picture in the file, in pixels."""
+    height: int
+
+
+def decode(data: bytes, *, enough_px: int | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode a picture of any format, upright and as 8-bit RGB.
+
+    EXIF orientation is applied, CMYK and palettes are converted, 16 bits are scaled to 8,
+    transparency lies on white, of several frames the first counts; colour profiles are ignored.
+    ``enough_px``: a JPEG may come back smaller, by libjpeg's scaled DCT, as long as neither side
+    falls under this.
+
+    Raises PictureError with the reason ``empty``, ``unknown_format``, ``too_many_pixels``,
+    ``unsupported_mode`` or ``damaged``.
+    """
+    if not data:
+        raise PictureError("empty", "the file is empty")
+    if data[:2] == b"\xff\xd8":
+        try:
+            return _decode_jpeg(data, enough_px, max_pixels)
+        except ValueError as error:
+            if isinstance(error, PictureError):
+                raise
+            # Anything simplejpeg dislikes, Pillow judges: it repairs more and explains better.
+    return _decode_any(data, max_pixels)
+
+
+def fit(
+    picture: Decoded, short_px: int, *, crop: tuple[int, int, int, int] | None = None
+) -> Pixels:
+    """Scale by area so that the short side has ``short_px``; the aspect ratio stays.
+
+    ``crop`` is (left, top, right, bottom) in pixels of the whole upright picture.
+    Raises PictureError ``too_small`` rather than enlarge.
+    """
+    pixels, width, height = picture.pixels, picture.width, picture.height
+    if crop:
+        left, top, right, bottom = crop
+        if pixels.shape[:2] != (height, width):
+            raise ValueError("a crop needs the picture in full size: decode without enough_px")
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(f"crop {crop} is not inside a picture of {width} x {height} pixels")
+        pixels, width, height = pixels[top:bottom, left:right], right - left, bottom - top
+    short = min(width, height)
+    if short < short_px:
+        raise PictureError(
+            "too_small", f"{width} x {height} pixels: the short side is under {short_px}"
+        )
+    size = tuple(_scaled(side, short_px, short) for side in (width, height))
+    if size == (pixels.shape[1], pixels.shape[0]):
+        return np.ascontiguousarray(pixels)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
+    """A JPEG with full colour resolution (4:4:4)."""
+    encoded: bytes = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="444"
+    )
+    return encoded
+
+
+def encode_sketch(strokes: Strokes) -> bytes:
+    """A one-channel 8-bit PNG: 255 on a stroke, else 0.
+
+    Written by hand since Pillow and OpenCV try row filters, which do nothing for two values and
+    take ten times as long.
+    """
+    height, width = strokes.shape
+    rows = np.zeros((height, 1 + width), np.uint8)  # each row opens with its filter: none
+    np.multiply(strokes, 255, out=rows[:, 1:])
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    body = packer.compress(rows.data) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", head), _chunk(b"IDAT", body), _chunk(b"IEND", b"")]
+    )
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _scaled(side: int, short_px: int, short: int) -> int:
+    return (side * short_px + short // 2) // short
+
+
+def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _refuse_bomb(width, height, max_pixels)
+    if colorspace not in ("YCbCr", "RGB", "Gray"):
+        raise ValueError(f"{colorspace} is for Pillow")
+    # FF E1 opens the segments that hold EXIF and XMP; inside compressed data it cannot occur.
+    orientation = _orientation(_open(data, max_pixels)) if b"\xff\xe1" in data else 1
+    smallest = {"min_height": enough_px, "min_width": enough_px} if enough_px else {}
+    pixels = _upright(simplejpeg.decode_jpeg(data, "RGB", **smallest), orientation)
+    if orientation > 4:
+        width, height = height, width
+    return Decoded(pixels, width, height)
+
+
+def _decode_any(data: bytes, max_pixels: int) -> Decoded:
+    image = _open(data, max_pixels)
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            image.load()
+            # After load: a TIFF has then been turned already.
+            pixels = _upright(_to_rgb(image), _orientation(image))
+        except PictureError:
+            raise
+        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ...
+            raise PictureError("damaged", f"{image.format}: {_told(error)}") from error
+    return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0])
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture's header, read; its pixels are not decoded yet."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:
+            raise PictureError("too_many_pixels", _told(error)) from error
+        except UnidentifiedImageError as error:
+            raise PictureError("unknown_format", "no picture format that we know") from error
+        except Exception as error:
+            raise PictureError("damaged", _told(error)) from error
+    _refuse_bomb(*image.size, max_pixels)
+    return image
+
+
+def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise PictureError(
+            "too_many_pixels", f"{width} x {height} pixels: more than the limit of {max_pixels}"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; EXIF blocks are often damaged, and then the picture counts as upright."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            found = int(image.getexif().get(ORIENTATION, 1))
+        except Exception:
+            return 1
+    return found if 1 <= found <= 8 else 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation in (5, 6, 7, 8):
+        pixels = np.swapaxes(pixels, 0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):  # I;16, I;16B: 16 bits; I: Pillow's 32 bits, here for 16 too
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise PictureError("unsupported_mode", "one channel of 32 bits: its range is unknown")
+        gray = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, WHITE)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    elif image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
+        raise PictureError("unsupported_mode", f"pixels of kind {image.mode} are not supported")
+    return np.asarray(image.convert("RGB"))
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
