@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["models", "data_prep.masks", "pipeline.batch", "pipeline.step"], "beartype.beartype")
+install_import_hook(
+    ["models", "data_prep.masks", "pipeline.batch", "pipeline.step"], "beartype.beartype"
+)
 
 from cluster.services import S3Server, start_s3  # noqa: E402
 from cluster.storage import Store, open_store  # noqa: E402

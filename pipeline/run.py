@@ -1,0 +1,117 @@
+"""The stages of a job, and all of them in order."""
+
+import json
+import logging
+import tempfile
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cluster.session import connect
+from cluster.storage import open_store
+from data_prep.shards import Dataset
+from data_prep.stage import build_dataset
+from pipeline import networks
+from pipeline.checkpoint import CheckpointError, Checkpoints
+from pipeline.config import Config
+from pipeline.evaluate import evaluate as measure
+from pipeline.feed import validation_batches
+from pipeline.locations import checkpoints_url, dataset_url, run_store
+from pipeline.progress import progress
+from pipeline.ranks import Ranks
+from pipeline.train import BEST, open_run_tracker, train
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: Config) -> bool:
+    """Prepare, train, evaluate; finished stages are skipped. False: stopped on request."""
+    with connect():
+        prepare(cfg)
+        if not train(cfg):
+            return False
+    evaluate(cfg)
+    return True
+
+
+def prepare(cfg: Config) -> Dataset:
+    """The sharded data set of the recipe, built where it is not finished yet."""
+    with connect(), progress("prepare") as advance:
+        return build_dataset(
+            dataset_url(cfg),
+            name=cfg.data.name,
+            source=cfg.data.source,
+            root=cfg.data.root,
+            subject=cfg.data.subject,
+            stored_px=cfg.data.stored_px,
+            jpeg_quality=cfg.data.jpeg_quality,
+            shard_samples=cfg.data.shard_samples,
+            val_fraction=cfg.data.val_fraction,
+            max_pixels=cfg.data.max_pixels,
+            max_failed_fraction=cfg.data.max_failed_fraction,
+            replace=cfg.data.replace,
+            threshold=cfg.sketch.threshold,
+            line_width=cfg.sketch.line_width_px,
+            hed_weights=cfg.sketch.hed_weights,
+            hed_precision=cfg.sketch.hed_precision,
+            seed=cfg.seed,
+            progress=advance,
+        )
+
+
+def evaluate(cfg: Config) -> dict[str, float]:
+    """Measure the best checkpoint's averaged generator on held-out pictures.
+
+    The figures (definitions in ``pipeline/metrics.py``), one row per picture, and a sheet of
+    samples are kept in ``<run>/evaluation/<step>/``; equal settings are measured once.
+    """
+    checkpoints = Checkpoints(open_store(checkpoints_url(cfg)))
+    step = checkpoints.best(*BEST)
+    if step is None:
+        raise CheckpointError(f"run {cfg.name} has no checkpoint yet: train it first")
+    dataset = Dataset.open(dataset_url(cfg))
+    store, folder = run_store(cfg), f"evaluation/step-{step:08d}"
+    settings = {
+        "step": step,
+        "dataset_digest": dataset.digest,
+        "seed": cfg.seed,
+        "size_px": cfg.train.size_px,
+        "masks": cfg.masks.model_dump(mode="json"),
+        "samples": cfg.evaluate.samples,
+    }
+    if store.exists(f"{folder}/metrics.json"):
+        known = json.loads(store.get(f"{folder}/metrics.json"))
+        if known["settings"] == settings:
+            log.info("evaluated already step=%d %s", step, _figures(known["metrics"]))
+            return dict(known["metrics"])
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "ema.safetensors"
+        path.write_bytes(checkpoints.read(step, path.name))
+        generator = networks.load_generator(path)
+    device = Ranks().device
+    limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
+    evaluation = measure(
+        generator.to(device),
+        validation_batches(cfg, dataset, Ranks(), limit),
+        device=device,
+        keep=cfg.evaluate.sheet,
+    )
+    metrics = evaluation.means
+    sheet = BytesIO()
+    Image.fromarray(evaluation.sheet()).save(sheet, "PNG")
+    store.put(f"{folder}/samples.png", sheet.getvalue())
+    store.put(f"{folder}/rows.csv", evaluation.csv().encode())
+    record = {"settings": settings, "pictures": len(evaluation.rows), "metrics": metrics}
+    store.put(f"{folder}/metrics.json", json.dumps(record, indent=1).encode())  # last: finished
+    with open_run_tracker(cfg, dataset, step) as tracker:
+        tracker.metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        tracker.image("evaluation", step, evaluation.sheet())
+    log.info("evaluated step=%d pictures=%d %s", step, len(evaluation.rows), _figures(metrics))
+    return metrics
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in metrics.items())

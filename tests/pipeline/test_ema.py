@@ -1,0 +1,35 @@
+"""The averaged generator."""
+
+import torch
+from torch import nn
+
+from pipeline.ema import Average
+
+
+def test_the_average_follows_with_the_given_decay_once_it_is_long():
+    live = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(live.weight, 0.0)
+    average = Average(live, decay=0.9, updates=1000)
+    nn.init.constant_(live.weight, 1.0)
+    for expected in (0.1, 0.19, 0.271):
+        average.update()
+        torch.testing.assert_close(average.weights()["weight"], torch.tensor([[expected]]))
+
+
+def test_the_average_of_a_young_run_forgets_the_initial_weights():
+    live = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(live.weight, 0.0)
+    average = Average(live, decay=0.999)
+    nn.init.constant_(live.weight, 1.0)
+    for _ in range(50):
+        average.update()
+    assert average.weights()["weight"].item() > 0.99
+
+
+def test_the_average_takes_no_gradient_and_leaves_the_live_weights_alone():
+    live = nn.Linear(2, 2)
+    before = live.weight.detach().clone()
+    average = Average(live, decay=0.5)
+    average.update()
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+    torch.testing.assert_close(live.weight, before)

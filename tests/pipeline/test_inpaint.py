@@ -1,0 +1,96 @@
+"""Filling holes from files: what is written, and what is told instead."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline import cli, networks
+from pipeline.config import Model
+from pipeline.inpaint import inpaint
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unguided", "guided"])
+def weights(request, tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    cfg = Model(guided=request.param)
+    path = tmp_path_factory.mktemp("weights") / "ema.safetensors"
+    save_file(networks.generator(cfg).state_dict(), path, networks.weights_header(cfg))
+    return str(path)
+
+
+def draw(path, height=37, width=50, hole=(slice(5, 20), slice(8, 30))):
+    """A picture of odd size, a mask and a sketch, written under ``path``."""
+    rng = np.random.default_rng(1)
+    image = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[hole] = 255
+    sketch = np.zeros((height, width), np.uint8)
+    sketch[10, :] = 255
+    for name, values in (("image", image), ("mask", mask), ("sketch", sketch)):
+        Image.fromarray(values).save(path / f"{name}.png")
+    return image, mask > 0
+
+
+def test_the_hole_is_filled_and_every_known_pixel_is_as_it_was(weights, tmp_path):
+    image, hole = draw(tmp_path)
+    out = tmp_path / "filled.png"
+    assert list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out)) == [out]
+    filled = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(filled[~hole], image[~hole])
+    assert (filled[hole] != image[hole]).mean() > 0.9
+
+
+def test_a_folder_is_filled_picture_by_picture(weights, tmp_path):
+    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    pictures.mkdir()
+    masks.mkdir()
+    draw(tmp_path)
+    for stem in ("a", "b"):
+        (pictures / f"{stem}.png").write_bytes((tmp_path / "image.png").read_bytes())
+        (masks / f"{stem}.png").write_bytes((tmp_path / "mask.png").read_bytes())
+    written = list(inpaint(weights, pictures, masks, tmp_path / "out"))
+    assert [path.name for path in written] == ["a.png", "b.png"]
+    assert all(path.exists() for path in written)
+
+
+def test_strokes_inside_the_hole_change_the_fill_of_a_guided_generator(tmp_path):
+    torch.manual_seed(0)
+    cfg = Model(guided=True)
+    weights = tmp_path / "ema.safetensors"
+    save_file(networks.generator(cfg).state_dict(), weights, networks.weights_header(cfg))
+    draw(tmp_path)
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    (plain,) = inpaint(str(weights), image, mask, tmp_path / "plain.png")
+    (led,) = inpaint(
+        str(weights), image, mask, tmp_path / "led.png", sketch=tmp_path / "sketch.png"
+    )
+    assert plain.read_bytes() != led.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ({"mask": "nowhere.png"}, "nowhere.png is not there"),
+        ({"out": "filled.txt"}, "should be a folder or end in"),
+        ({"mask": "small.png"}, "both should be of one size"),
+        ({"mask": "inverted.png"}, "invert it"),
+        ({"image": "words.png"}, "words.png"),
+        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors is not there"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(weights, tmp_path, capsys, spoil, told):
+    draw(tmp_path)
+    Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
+    Image.new("L", (50, 37), 255).save(tmp_path / "inverted.png")
+    (tmp_path / "words.png").write_text("no picture")
+    given = {"weights": weights, "image": "image.png", "mask": "mask.png", "out": "filled.png"}
+    paths = {name: str(tmp_path / value) for name, value in (given | spoil).items()}
+    code = cli.main(
+        ["inpaint", paths["weights"], paths["image"], paths["mask"], "--out", paths["out"]]
+    )
+    error = capsys.readouterr().err
+    assert code == cli.MISTAKE
+    assert told in error
+    assert len(error.strip().splitlines()) == 1

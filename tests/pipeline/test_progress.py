@@ -1,0 +1,24 @@
+"""Progress without a terminal: plain lines, few of them."""
+
+import logging
+
+from pipeline.progress import progress
+
+
+def test_a_log_gets_the_last_line_with_counts_and_failures(caplog):
+    with caplog.at_level(logging.INFO), progress("prepare", "pictures") as advance:
+        for done in range(101):
+            advance(done, 100, 2) if done <= 100 else None
+    assert len(caplog.messages) == 1
+    assert "prepare done=100/100 failed=2" in caplog.messages[0]
+
+
+def test_lines_come_at_intervals_with_the_rate_and_the_time_left(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), progress("prepare", "pictures") as advance:
+        for done in range(0, 30, 5):
+            advance(done, 100, 0)
+            now[0] += 4.0
+    assert [message.split()[1] for message in caplog.messages] == ["done=15/100"]
+    assert "pictures_per_s=1.2 left=00:01:08" in caplog.messages[0]

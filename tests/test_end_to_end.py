@@ -1,0 +1,162 @@
+"""The whole job on two ranks: left alone, stopped half way, killed; and what is left on storage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import skimage
+from PIL import Image
+
+from pipeline import config
+from pipeline.cli import DONE, MISTAKE, STOPPED
+from pipeline.locations import checkpoints_url, dataset_url, run_url
+
+RECIPE = "pipeline/recipes/demo.yaml"
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve small crops of real photographs, eight to train on and four held out."""
+    folder = tmp_path_factory.mktemp("pictures")
+    source = Path(skimage.__file__).parent / "data"
+    for split, name, count in (("train", "chelsea.png", 8), ("val", "coffee.png", 4)):
+        photograph = Image.open(source / name).convert("RGB")
+        (folder / split).mkdir()
+        for number in range(count):
+            left, top = 24 * number, 10 * number
+            photograph.crop((left, top, left + 96, top + 80)).save(folder / split / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(pictures, tmp_path_factory) -> list[str]:
+    """Overrides that make the demo's recipe small, with one storage for all tests here."""
+    return [
+        f"storage={tmp_path_factory.mktemp('storage')}",
+        "data.source=folder",
+        f"data.root={pictures}",
+        "data.name=crops",
+        "data.stored_px=72",
+        "data.shard_samples=4",
+        "train.size_px=64",
+        f"train.steps={STEPS}",
+        "train.log_every_steps=1",
+        "train.save_every_steps=2",
+        "train.keep_checkpoints=10",
+        "evaluate.samples_while_training=4",
+        "tracking.backend=jsonl",
+    ]
+
+
+def pipeline(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def succeeded(*arguments: str) -> str:
+    result = pipeline(*arguments)
+    assert result.returncode == DONE, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def left_alone(settings) -> config.Config:
+    """A run that nobody disturbed: prepared, trained by Ray Train, evaluated."""
+    overrides = [*settings, "name=left-alone"]
+    succeeded("run", RECIPE, *overrides)
+    return config.load(Path(RECIPE), overrides)
+
+
+def weights(cfg: config.Config) -> bytes:
+    folder = Path(checkpoints_url(cfg)) / f"step-{STEPS:08d}"
+    return b"".join(
+        (folder / f"{name}.safetensors").read_bytes()
+        for name in ("generator", "ema", "discriminator", "optimizer")
+    )
+
+
+def test_the_job_leaves_a_data_set_checkpoints_and_an_evaluation(left_alone):
+    assert (Path(dataset_url(left_alone)) / "dataset.json").exists()
+    manifest = json.loads(
+        (Path(checkpoints_url(left_alone)) / f"step-{STEPS:08d}/manifest.json").read_text()
+    )
+    assert manifest["metrics"]["val/psnr_db"] > 5
+    assert len(manifest["dataset_digest"]) == 64
+    (evaluated,) = (Path(run_url(left_alone)) / "evaluation").iterdir()
+    assert json.loads((evaluated / "metrics.json").read_text())["pictures"] == 4
+    assert Image.open(evaluated / "samples.png").width > 300
+
+
+def test_a_finished_job_does_nothing_again(left_alone, settings):
+    before = {path: path.stat().st_mtime_ns for path in Path(left_alone.storage).rglob("*.*")}
+    succeeded("train", RECIPE, *settings, "name=left-alone")
+    succeeded("evaluate", RECIPE, *settings, "name=left-alone")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_stopped_half_way_ends_where_the_undisturbed_one_does(left_alone, settings):
+    overrides = [*settings, "name=stopped"]
+    cfg = config.load(Path(RECIPE), overrides)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "train", RECIPE, *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(Path(checkpoints_url(cfg)) / "step-00000002/manifest.json", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == STOPPED
+    succeeded("train", RECIPE, *overrides)
+    assert weights(cfg) == weights(left_alone)
+
+
+def test_a_run_whose_processes_were_all_killed_ends_there_too(left_alone, settings):
+    overrides = [*settings, "name=killed", "train.launcher=local"]
+    cfg = config.load(Path(RECIPE), overrides)
+    torchrun = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "pipeline", "train", RECIPE, *overrides),
+    ]
+    process = subprocess.Popen(
+        torchrun,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for(Path(checkpoints_url(cfg)) / "step-00000002/manifest.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    again = subprocess.run(
+        torchrun,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert again.returncode == DONE, again.stderr[-4000:]
+    assert weights(cfg) == weights(left_alone)
+
+
+def test_training_without_a_data_set_says_what_to_do(settings):
+    result = pipeline("train", RECIPE, *settings, "data.name=nothing")
+    assert result.returncode == MISTAKE
+    assert "prepare it first" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {path.name} came"
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.05)
