@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_prep.pictures import decode
+from data_prep.masks import Mask
+from data_prep.pictures import PictureError, Pixels, decode
 from models.inference import fill
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from models import Generator
@@ -87,7 +88,7 @@ def _fill_file(
     strokes: Path | None,
     target: Path,
 ) -> None:
-    original = decode(picture.read_bytes())  # (H, W, 3) uint8, upright
+    original = _read(picture)
     mask = _binary(hole, original.shape[:2], picture)
     if mask.mean() > MOSTLY_HOLE:
         raise ValueError(
@@ -108,13 +109,16 @@ def _fill_file(
     Image.fromarray(result).save(target)
 
 
-def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> np.ndarray:
-    """1 where the picture at ``path`` is brighter than half, (H, W) uint8."""
+def _read(path: Path) -> Pixels:
     try:
-        with Image.open(path) as opened:
-            values = np.asarray(opened.convert("L"))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no picture that can be read") from error
+        return decode(path.read_bytes()).pixels
+    except PictureError as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+
+
+def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
+    """1 where the picture at ``path`` is brighter than half."""
+    values = _read(path).mean(axis=2)
     if values.shape != shape[:2]:
         raise ValueError(
             f"{path} is {values.shape[1]}×{values.shape[0]}, but {picture} is "
@@ -123,5 +127,5 @@ def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> np.ndarray:
     return (values > HOLE_ABOVE).astype(np.uint8)
 
 
-def _plane(values: np.ndarray, device: torch.device) -> Tensor:
+def _plane(values: Mask, device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device, torch.float32)[None, None]  # (1, 1, H, W)

@@ -56,10 +56,10 @@ def _lines(what: str, unit: str) -> Iterator[Advance]:
 
     def advance(done: int, total: int, failed: int) -> None:
         nonlocal told_at
-        now = time.monotonic()
+        now, rate = time.monotonic(), clock.rate(done)
         if done < total and now - told_at < LINE_EVERY_S:
             return
-        told_at, rate = now, clock.rate(done)
+        told_at = now
         left_s = (total - done) / rate if rate else 0.0
         log.info(
             "%s done=%d/%d failed=%d %s_per_s=%.1f left=%s",
