@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
@@ -185,7 +186,7 @@ class MaskSampler:
             raise ValueError("masks of kind 'folder' need a folder of mask pictures")
 
         self._kinds = used
-        self._weights = [mixture[kind] for kind in used]
+        self._weights = list(accumulate(mixture[kind] for kind in used))
         self._brush, self._box, self._white_is_hole = brush, box, white_is_hole
         self._store = open_store(folder) if folder is not None and "folder" in used else None
         self._files: list[str] = []
@@ -198,7 +199,7 @@ class MaskSampler:
 
     def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
         """One mask; which kind is the first draw from ``rng``."""
-        match rng.choices(self._kinds, self._weights)[0]:
+        match rng.choices(self._kinds, cum_weights=self._weights)[0]:
             case "official":
                 return official_mask(height, width, rng)
             case "corrected":
@@ -253,20 +254,26 @@ def _draw_zigzags(
     Starting uniformly in [0, limit) and walking mirrored steps is mirroring the drawn strokes.
     """
     radius = math.hypot(*mask.shape) / 8
+    longest = 2 * radius
+    uniform, gauss, cos, sin = rng.random, rng.gauss, math.cos, math.sin  # looked up once
     for _ in range(_below(3, rng) + 1):
         segments = 4 + _below(8, rng)
-        low = math.radians(72 - 24 * rng.random())
-        high = math.radians(72 + 24 * rng.random())
+        low = math.radians(72 - 24 * uniform())
+        spread = math.radians(72 + 24 * uniform()) - low
         x, y = _below(limit_x, rng), _below(limit_y, rng)
         vertices = [(x, y)]
-        for i in range(segments):
-            angle = low + (high - low) * rng.random()
-            length = min(max(rng.gauss(radius, radius // 2), 0.0), 2 * radius)
-            upward = -1 if i % 2 == 0 else 1
-            x = int(min(max(x + right * length * math.cos(angle), 0.0), limit_x))
-            y = int(min(max(y + down * upward * length * math.sin(angle), 0.0), limit_y))
+        vertical = -down  # the first segment of a stroke goes up
+        for _ in range(segments):
+            angle = low + spread * uniform()
+            length = gauss(radius, radius // 2)
+            length = 0.0 if length < 0.0 else longest if length > longest else length
+            x = int(x + right * length * cos(angle))
+            y = int(y + vertical * length * sin(angle))
+            x = 0 if x < 0 else limit_x if x > limit_x else x
+            y = 0 if y < 0 else limit_y if y > limit_y else y
             vertices.append((x, y))
-        _draw_stroke(mask, vertices, (12 + 28 * rng.random()) * scale)
+            vertical = -vertical
+        _draw_stroke(mask, vertices, (12 + 28 * uniform()) * scale)
 
 
 def _draw_stroke(mask: Mask, vertices: list[tuple[int, int]], brush_width: float) -> None:

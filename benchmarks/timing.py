@@ -1,0 +1,70 @@
+"""How benchmarks measure and what they write: interleaved variants, CPU time, ratios of one run."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, float]:
+    """Median seconds of one call of each variant.
+
+    Called in turn, A B C … C B A, so that a machine that others use slows all of them alike. The
+    clock counts the process's CPU time unless told otherwise; every variant runs once before.
+    """
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        order = list(variants.items())
+        for name, run in order if number % 2 == 0 else reversed(order):
+            started = clock()
+            run()
+            seconds[name].append(clock() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def write_result(name: str, result: Mapping[str, Any], *, packages: Sequence[str]) -> Path:
+    """Keep ``result`` as ``results/<name>.json`` with the machine and the versions; print it."""
+    record = {
+        "benchmark": name,
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in packages},
+        **result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+    return path
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
