@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import dlib
 import numpy as np
 from jaxtyping import Float, UInt8
 
-DETECTION_PX = 512  # dlib's detector wants faces of 80 pixels and more; beyond this it only slows
+DETECTION_PX = 512
 # The file inside the package face_recognition_models 0.3.0.
 PACKAGED_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
+INSTALL = "faces need landmarks: pip install 'deepfill-pipeline[faces]'"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class FaceDetector:
     """Finds faces with HOG features, then the 68 points in iBUG order."""
 
     def __init__(self) -> None:
+        try:
+            import dlib  # an optional extra, and scenes do without
+        except ModuleNotFoundError:
+            raise ValueError(INSTALL) from None
         path = packaged_model()
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != PACKAGED_SHA256:
@@ -46,7 +50,8 @@ class FaceDetector:
         scale = max(1.0, max(height, width) / DETECTION_PX)
         size = (round(width / scale), round(height / scale))
         small = pixels if scale == 1 else cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        boxes = self._find(small, 0)
+        # Small pictures are doubled for the search, since the detector wants faces of 80 pixels.
+        boxes = self._find(small, 1 if 2 * max(small.shape[:2]) <= DETECTION_PX else 0)
         if not boxes:
             return None
         box = max(boxes, key=lambda found: (found.area(), -found.left(), -found.top()))
@@ -72,6 +77,6 @@ def packaged_model() -> Path:
     """The file in face_recognition_models, found without importing it (it wants pkg_resources)."""
     spec = importlib.util.find_spec("face_recognition_models")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("faces need landmarks: pip install 'deepfill-pipeline[faces]'")
+        raise ValueError(INSTALL)
     folder = spec.submodule_search_locations[0]
     return Path(folder, "models", "shape_predictor_68_face_landmarks.dat")

@@ -41,6 +41,19 @@ class Decoded:
     width: int
     """Of the upright picture in the file, in pixels."""
     height: int
+    plain_jpeg: bool = False
+    """The file itself is an upright JPEG in colour, with no metadata about cameras or places."""
+
+    def cropped(self, crop: tuple[int, int, int, int]) -> Decoded:
+        """The part at (left, top, right, bottom), in pixels of the whole upright picture."""
+        left, top, right, bottom = crop
+        if self.pixels.shape[:2] != (self.height, self.width):
+            raise ValueError("a crop needs the picture in full size: decode without enough_px")
+        if not (0 <= left < right <= self.width and 0 <= top < bottom <= self.height):
+            raise PictureError(
+                "crop_outside", f"crop {crop} of a picture of {self.width} x {self.height} pixels"
+            )
+        return Decoded(self.pixels[top:bottom, left:right], right - left, bottom - top)
 
 
 def decode(data: bytes, *, enough_px: int | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -66,22 +79,12 @@ def decode(data: bytes, *, enough_px: int | None = None, max_pixels: int = MAX_P
     return _decode_any(data, max_pixels)
 
 
-def fit(
-    picture: Decoded, short_px: int, *, crop: tuple[int, int, int, int] | None = None
-) -> Pixels:
+def fit(picture: Decoded, short_px: int) -> Pixels:
     """Scale by area so that the short side has ``short_px``; the aspect ratio stays.
 
-    ``crop`` is (left, top, right, bottom) in pixels of the whole upright picture.
     Raises PictureError ``too_small`` rather than enlarge.
     """
     pixels, width, height = picture.pixels, picture.width, picture.height
-    if crop:
-        left, top, right, bottom = crop
-        if pixels.shape[:2] != (height, width):
-            raise ValueError("a crop needs the picture in full size: decode without enough_px")
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise ValueError(f"crop {crop} is not inside a picture of {width} x {height} pixels")
-        pixels, width, height = pixels[top:bottom, left:right], right - left, bottom - top
     short = min(width, height)
     if short < short_px:
         raise PictureError(
@@ -132,12 +135,13 @@ def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         raise ValueError(f"{colorspace} is for Pillow")
     # FF E1 opens the segments that hold EXIF and XMP; inside compressed data it cannot occur.
-    orientation = _orientation(_open(data, max_pixels)) if b"\xff\xe1" in data else 1
+    bare = b"\xff\xe1" not in data
+    orientation = 1 if bare else _orientation(_open(data, max_pixels))
     smallest = {"min_height": enough_px, "min_width": enough_px} if enough_px else {}
     pixels = _upright(simplejpeg.decode_jpeg(data, "RGB", **smallest), orientation)
     if orientation > 4:
         width, height = height, width
-    return Decoded(pixels, width, height)
+    return Decoded(pixels, width, height, plain_jpeg=bare and colorspace == "YCbCr")
 
 
 def _decode_any(data: bytes, max_pixels: int) -> Decoded:

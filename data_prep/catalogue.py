@@ -1,0 +1,304 @@
+"""What lies beside the shards: manifest, index, sizes, card, and last of all ``dataset.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Store
+from data_prep.shards import (
+    FORMAT,
+    Dataset,
+    Shard,
+    digest_of,
+    index_entry,
+    shard_from_index,
+)
+
+WORDS = pa.dictionary(pa.int8(), pa.string())
+# Lists of open length: pyarrow cannot read back null entries in lists of fixed size.
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("index_in_shard", pa.int32()),
+        ("split", WORDS),
+        ("source_path", pa.string()),
+        ("source_sha256", pa.string()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("crop", pa.list_(pa.int32())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int32()),
+        ("sketch_kind", WORDS),
+        ("sketch_status", WORDS),
+        ("sketch_density", pa.float32()),
+        ("detector", WORDS),
+        ("detector_weights_sha256", WORDS),
+        ("threshold", pa.float32()),
+        ("face_box", pa.list_(pa.float32())),
+        ("landmarks", pa.list_(pa.float32())),
+        ("status", WORDS),
+        ("error_type", WORDS),
+        ("error_message", pa.string()),
+        ("phash", pa.int64()),
+    ]
+)
+LICENCES = {
+    "bundled": "Photographs in the packages scikit-image and scikit-learn, under the licences "
+    "stated there (public domain, CC0, CC BY); not to be passed on without those.",
+    "folder": "That of the pictures in the folder; nothing was said about it when this was made.",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of one finished shard; once this is on storage the shard is."""
+
+    plan: str
+    """Hash of the settings and pictures that the shard was made from."""
+    shard: Shard
+    statuses: dict[str, int]
+    sketches: dict[str, int]
+    density_sum: float
+    errors: list[str]
+    """The first few pictures that failed, with the reason."""
+
+    @property
+    def pictures(self) -> int:
+        return sum(self.statuses.values())
+
+    @property
+    def failed(self) -> int:
+        return self.statuses.get("failed", 0)
+
+
+def part_of(plan: str, shard: Shard, rows: Sequence[dict[str, Any]]) -> Part:
+    used = [row for row in rows if row["status"] == "ok"]
+    failed = [row for row in rows if row["status"] == "failed"]
+    return Part(
+        plan=plan,
+        shard=shard,
+        statuses=dict(Counter(row["status"] for row in rows)),
+        sketches=dict(Counter(_sketch_word(row) for row in used)),
+        density_sum=sum(row["sketch_density"] for row in used),
+        errors=[
+            f"{row['source_path']}: {row['error_type']}: {row['error_message']}"
+            for row in failed[:10]
+        ],
+    )
+
+
+def _sketch_word(row: dict[str, Any]) -> str:
+    ok = row["sketch_status"] == "ok"
+    return str(row["sketch_kind"] if ok else row["sketch_status"])
+
+
+def write_part(store: Store, part: Part, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep the rows, then the record: the shard is finished."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
+    store.put(rows_key(part.shard.name), sink.getvalue().to_pybytes())
+    record = dict(vars(part)) | {"shard": index_entry(part.shard)}
+    store.put(record_key(part.shard.name), json.dumps(record).encode())
+
+
+def read_part(store: Store, shard: str) -> Part:
+    """Raises ValueError where the record is not one of this version."""
+    record = json.loads(store.get(record_key(shard)))
+    try:
+        return Part(**(record | {"shard": shard_from_index(record["shard"])}))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{record_key(shard)} is a record of another version: {error}") from error
+
+
+def record_key(shard: str) -> str:
+    return f"parts/{shard}.json"
+
+
+def rows_key(shard: str) -> str:
+    return f"parts/{shard}.parquet"
+
+
+def publish(
+    store: Store,
+    parts: Sequence[Part],
+    *,
+    name: str,
+    source: str,
+    requested: dict[str, Any],
+    shaping: dict[str, Any],
+) -> None:
+    """Write everything that lies beside the shards; ``dataset.json`` last, which commits it."""
+    shards = [part.shard for part in parts]
+    digest = digest_of(shaping, shards)
+    counts = count(parts)
+    files = {
+        "index.json": _json(
+            {
+                "__kind__": "wids-shard-index-v1",
+                "wids_version": 1,
+                "name": name,
+                "shardlist": [index_entry(shard) for shard in shards],
+            }
+        ),
+        "sizes.json": _json({shard.name: shard.samples for shard in shards}),
+        "README.md": card(name, source, digest, counts, shaping).encode(),
+    }
+    written = {key: _put(store, key, data) for key, data in files.items()}
+    written["manifest.parquet"] = _write_manifest(store, shards, digest)
+    record = {
+        "format": FORMAT,
+        "name": name,
+        "digest": digest,
+        "settings": {"requested": requested, "shaping": shaping},
+        "counts": counts,
+        "files": written,
+        "made_with": _versions(),
+    }
+    store.put("dataset.json", _json(record))
+
+
+def count(parts: Iterable[Part]) -> dict[str, Any]:
+    """Pictures by what became of them, sketches by kind, and the size of each split."""
+    statuses: Counter[str] = Counter()
+    sketches: Counter[str] = Counter()
+    splits: dict[str, Counter[str]] = {}
+    density = 0.0
+    for part in parts:
+        statuses.update(part.statuses)
+        sketches.update(part.sketches)
+        density += part.density_sum
+        of_split = splits.setdefault(part.shard.split, Counter())
+        of_split.update(shards=1, samples=part.shard.samples, bytes=part.shard.bytes)
+    used = statuses["ok"]
+    return {
+        "pictures": {word: statuses[word] for word in ("ok", "skipped", "failed")},
+        "splits": {split: dict(splits[split]) for split in sorted(splits)},
+        "sketches": dict(sorted(sketches.items())),
+        "sketch_density": density / used if used else 0.0,
+    }
+
+
+def _write_manifest(store: Store, shards: Sequence[Shard], digest: str) -> dict[str, Any]:
+    """All rows in one file, shard by shard, so that millions fit into little memory."""
+    schema = SCHEMA.with_metadata({"schema_version": "1", "dataset_digest": digest})
+    with tempfile.TemporaryDirectory(prefix="deepfill-") as folder:
+        path = Path(folder, "manifest.parquet")
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for shard in shards:
+                rows = pq.read_table(
+                    pa.BufferReader(store.get(rows_key(shard.name))), schema=SCHEMA
+                )
+                writer.write_table(rows.replace_schema_metadata(schema.metadata))
+        store.upload(path, "manifest.parquet")
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _put(store: Store, key: str, data: bytes) -> dict[str, Any]:
+    store.put(key, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("simplejpeg", "pillow", "opencv-python-headless", "numpy", "torch", "dlib-bin")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def card(
+    name: str, source: str, digest: str, counts: dict[str, Any], shaping: dict[str, Any]
+) -> str:
+    """The README of a data set, with the header that Hugging Face reads."""
+    splits, pictures = counts["splits"], counts["pictures"]
+    called = {"train": "train", "val": "validation"}
+    data_files = "".join(
+        f'  - split: {called[split]}\n    path: "{name}-{split}-*.tar"\n' for split in splits
+    )
+    table = "".join(
+        f"| {split} | {of['samples']:,} | {of['shards']:,} | {of['bytes'] / 1e6:,.1f} MB |\n"
+        for split, of in splits.items()
+    )
+    sketches = ", ".join(f"{number:,} {kind}" for kind, number in counts["sketches"].items())
+    settings = "".join(f"| {key} | {value} |\n" for key, value in sorted(shaping.items()))
+    return f"""---
+license: other
+pretty_name: {name}
+task_categories:
+- image-to-image
+tags:
+- webdataset
+- inpainting
+size_categories:
+- {_size_category(pictures["ok"])}
+configs:
+- config_name: default
+  data_files:
+{data_files}---
+
+# {name}
+
+Pictures with sketches for guided inpainting, as WebDataset shards. Digest `{digest}`.
+
+| split | samples | shards | size |
+| --- | ---: | ---: | ---: |
+{table}
+A sample is `<key>.jpg`, `<key>.sketch.png` (one channel, 0 or 255) and `<key>.json` (where the
+picture came from, how its sketch was made). Sketches: {sketches or "none"}; they cover
+{counts["sketch_density"]:.1%} of the pixels. Of {sum(pictures.values()):,} pictures
+{pictures["skipped"]:,} were skipped and {pictures["failed"]:,} could not be read:
+`manifest.parquet` has a row for each, with the reason.
+
+## Licence
+
+{LICENCES[source]}
+
+## How it was made
+
+| setting | value |
+| --- | --- |
+{settings}"""
+
+
+def _size_category(samples: int) -> str:
+    bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
+    return next((word for bound, word in bounds if samples < bound), "1M<n<10M")
+
+
+def describe(dataset: Dataset) -> dict[str, str]:
+    """What ``dataset show`` prints, as labels and values."""
+    counts = dataset.counts
+    pictures, sketches = counts["pictures"], counts["sketches"]
+    shown = {"name": dataset.name, "url": dataset.url, "digest": dataset.digest}
+    for split, of in counts["splits"].items():
+        shown[split] = (
+            f"{of['samples']:,} samples in {of['shards']:,} shards, {of['bytes'] / 1e6:,.1f} MB"
+        )
+    shown["pictures"] = ", ".join(f"{number:,} {word}" for word, number in pictures.items())
+    shown["sketches"] = ", ".join(f"{number:,} {kind}" for kind, number in sketches.items())
+    shown["sketch density"] = f"{counts['sketch_density']:.1%} of the pixels"
+    shown["licence"] = LICENCES[dataset.settings["requested"]["source"]]
+    return shown | {key: str(value) for key, value in dataset.settings["shaping"].items()}
