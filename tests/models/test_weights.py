@@ -1,0 +1,283 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models import Discriminator, Generator
+from models.masking import erase, paste
+from models.weights import (
+    LAYERS,
+    discriminator_weights,
+    generator_weights,
+    read_source,
+)
+from tests.models.golden import hashed, pictures
+
+Variables = dict[str, np.ndarray]
+
+
+def golden_variables() -> Variables:
+    """Every variable of the authors' checkpoint by its formula, in TensorFlow's layout and names.
+
+    In the order of the layer tables: kernel, bias, and for the discriminator u.
+    """
+    variables: Variables = {}
+
+    def add(name: str, shape: tuple[int, ...], amplitude: float) -> None:
+        values = amplitude * hashed(math.prod(shape), len(variables) + 1)
+        variables[name] = values.astype(np.float32).reshape(shape)
+
+    state = Generator().state_dict()
+    for name in (name.removesuffix(".weight") for name in state if name.endswith("weight")):
+        scope = next(layer.scope for layer in LAYERS if layer.name == name)
+        inner = f"/{scope}_conv" if scope.endswith("upsample") else ""
+        outputs, inputs, height, width = state[f"{name}.weight"].shape
+        amplitude = 4 / math.sqrt(height * width * inputs)
+        add(f"inpaint_net/{scope}{inner}/kernel", (height, width, inputs, outputs), amplitude)
+        add(f"inpaint_net/{scope}{inner}/bias", (outputs,), 0.1)
+    inputs = 4
+    for number, outputs in enumerate((64, 128, 256, 256, 256, 256), start=1):
+        scope = f"discriminator/sn_patch_gan/conv{number}"
+        add(f"{scope}/kernel", (5, 5, inputs, outputs), 4 / math.sqrt(25 * inputs))
+        add(f"{scope}/bias", (outputs,), 0.1)
+        add(f"{scope}/kernel_sn/u", (1, outputs), 1.0)
+        inputs = outputs
+    return variables
+
+
+def as_nipponjo(variables: Variables, style: str) -> dict[str, dict[str, Tensor]]:
+    """The same networks as nipponjo's code saves them."""
+    generator, discriminator = {}, {}
+    for layer in LAYERS:
+        upsample = layer.scope.endswith("upsample")
+        scope = f"inpaint_net/{layer.scope}" + (f"/{layer.scope}_conv" if upsample else "")
+        name = layer.scope if style == "networks_tf" else layer.block
+        name += ".conv.conv" if upsample else ".conv"
+        kernel = torch.from_numpy(variables[f"{scope}/kernel"])
+        generator[f"{name}.weight"] = kernel.permute(3, 2, 0, 1).clone()
+        generator[f"{name}.bias"] = torch.from_numpy(variables[f"{scope}/bias"])
+    for number in range(1, 7):
+        scope, name = f"discriminator/sn_patch_gan/conv{number}", f"conv{number}.conv_sn"
+        kernel = torch.from_numpy(variables[f"{scope}/kernel"])
+        discriminator[f"{name}.weight"] = kernel.permute(3, 2, 0, 1).clone()
+        discriminator[f"{name}.bias"] = torch.from_numpy(variables[f"{scope}/bias"])
+        discriminator[f"{name}.weight_u"] = torch.from_numpy(variables[f"{scope}/kernel_sn/u"]).T
+    return {"G": generator, "D": discriminator}
+
+
+@pytest.fixture(scope="module")
+def variables() -> Variables:
+    return golden_variables()
+
+
+@pytest.fixture(scope="module")
+def npz(variables: Variables, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The authors' training checkpoint: the networks, the optimiser's moments and the counters."""
+    path = tmp_path_factory.mktemp("tensorflow") / "snap-0.npz"
+    extra = {
+        "inpaint_net/conv1/kernel/Adam": variables["inpaint_net/conv1/kernel"],
+        "inpaint_net/conv1/kernel/Adam_1": variables["inpaint_net/conv1/kernel"],
+        "discriminator/sn_patch_gan/conv1/bias/Adam": np.zeros(64, np.float32),
+        "beta1_power": np.float32(0.5),
+        "global_step": np.int32(7),
+    }
+    np.savez(path, **variables, **extra)  # type: ignore[arg-type]
+    return path
+
+
+def loaded(weights: dict[str, Tensor]) -> Generator:
+    generator = Generator()
+    generator.load_state_dict(weights)
+    return generator.eval()
+
+
+def close(actual: Tensor, expected: list[float], tolerance: float) -> None:
+    torch.testing.assert_close(actual.detach(), torch.tensor(expected), atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def test_the_authors_weights_give_the_authors_numbers(npz: Path) -> None:
+    source = read_source(npz)
+    generator = loaded(generator_weights(source, colours="rgb"))  # fed as the authors were
+    discriminator = Discriminator()
+    discriminator.load_state_dict(discriminator_weights(source, colours="rgb"))
+    image, mask = pictures()
+    coarse, refined = generator(erase(image, mask), mask)
+    close(coarse[0, :, 0, 0], [-0.2838651, 0.2546821, -0.0757419], 1e-5)
+    close(coarse[0, :, 32, 0], [0.2279796, -0.1528118, 0.1839894], 1e-5)
+    close(refined[0, :, 0, 0], [0.4257191, -0.1378485, 0.3541894], 1e-4)
+    close(refined[0, :, 32, 0], [-0.1827685, 0.1473866, 0.3451788], 1e-4)
+    both = torch.cat([image, paste(refined, into=image, mask=mask)])
+    scores = discriminator(both, mask.repeat(2, 1, 1, 1))
+    close(scores[0, :3], [0.1459145, 0.1225760, -0.0036087], 1e-6)
+    assert scores.mean().item() == pytest.approx(0.0251680, abs=1e-6)
+
+
+@torch.no_grad()
+def test_weights_of_bgr_pictures_do_the_same_to_rgb_ones(npz: Path) -> None:
+    source = read_source(npz)
+    image, mask = pictures()
+    incomplete = erase(image, mask)
+    as_fed = loaded(generator_weights(source, colours="rgb"))(incomplete, mask)
+    converted = loaded(generator_weights(source, colours="bgr"))(incomplete.flip(1), mask)
+    for before, after, tolerance in zip(as_fed, converted, (1e-5, 1e-4), strict=True):
+        torch.testing.assert_close(after.flip(1), before, atol=tolerance, rtol=0)
+
+    scores = []
+    for colours, picture in (("rgb", image), ("bgr", image.flip(1))):
+        discriminator = Discriminator().eval()
+        discriminator.load_state_dict(discriminator_weights(source, colours=colours))  # type: ignore[arg-type]
+        scores.append(discriminator(picture, mask))
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("style", ["networks_tf", "networks"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_nipponjos_files_hold_the_same_weights(
+    variables: Variables, npz: Path, tmp_path: Path, style: str, alone: bool
+) -> None:
+    content = as_nipponjo(variables, style)
+    content["G"]["stage2.contextual_attention.fuse_weight"] = torch.eye(3).view(1, 1, 3, 3)
+    path = tmp_path / "states.pth"
+    torch.save(content["G"] if alone else content | {"G_optim": {"state": {}}, "n_iter": 3}, path)
+    source, official = read_source(path), read_source(npz)
+    assert (source.style, official.style) == (style, "tensorflow")
+    assert source.files == (path,)
+    same(generator_weights(source, colours="rgb"), generator_weights(official, colours="rgb"))
+    if alone:
+        with pytest.raises(ValueError, match=r"states\.pth holds no discriminator"):
+            discriminator_weights(source, colours="rgb")
+    else:
+        expected = discriminator_weights(official, colours="rgb")
+        same(discriminator_weights(source, colours="rgb"), expected)
+
+
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_a_generator_with_six_inputs_is_guided(variables: Variables, tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).normal(size=(5, 5, 6, 48)).astype(np.float32)
+    guided = variables | {"inpaint_net/conv1/kernel": kernel}
+    np.savez(tmp_path / "guided.npz", **guided)  # type: ignore[arg-type]
+    weights = generator_weights(read_source(tmp_path / "guided.npz"), colours="bgr")
+    Generator(guided=True).load_state_dict(weights)
+    first = torch.from_numpy(kernel).permute(3, 2, 0, 1)
+    expected = first[:, [2, 1, 0, 3, 4, 5]]  # the sketch, ones and mask are no colours
+    assert torch.equal(weights["coarse.conv01.weight"], expected)
+
+
+def test_the_tables_names_are_complete_and_unique() -> None:
+    names = [name.removesuffix(".weight") for name in Generator().state_dict() if "weight" in name]
+    assert [layer.name for layer in LAYERS] == names
+    for column in zip(*LAYERS, strict=True):
+        assert len(set(column)) == 42
+
+
+def test_a_checkpoint_of_tensorflow_is_read_or_asked_for(tmp_path: Path) -> None:
+    try:
+        import tensorflow  # type: ignore[import-untyped]
+    except ImportError:
+        (tmp_path / "snap-0.index").write_bytes(b"")
+        with pytest.raises(ValueError, match="pip install tensorflow-cpu"):
+            read_source(tmp_path / "snap-0.index")
+        return
+    expected = golden_variables()
+    names, values = list(expected), list(expected.values())
+    tensorflow.raw_ops.SaveV2(
+        prefix=str(tmp_path / "snap-0"),
+        tensor_names=names,
+        shape_and_slices=[""] * len(names),
+        tensors=[tensorflow.constant(value) for value in values],
+    )
+    for given in ("snap-0", "snap-0.index", "snap-0.data-00000-of-00001", "."):
+        source = read_source(tmp_path / given)
+        assert [file.name for file in source.files] == [
+            "snap-0.data-00000-of-00001",
+            "snap-0.index",
+        ]
+        read = {**source.generator, **source.discriminator}
+        assert read.keys() == expected.keys()
+        assert all(np.array_equal(read[name].numpy(), expected[name]) for name in names)
+
+
+def remove(variables: Variables) -> Variables:
+    return {name: values for name, values in variables.items() if "pmconv6/bias" not in name}
+
+
+def add(variables: Variables) -> Variables:
+    return variables | {"inpaint_net/conv18/kernel": np.zeros(1, np.float32)}
+
+
+def widen(variables: Variables) -> Variables:
+    return variables | {"inpaint_net/conv3/kernel": np.zeros((3, 3, 64, 128), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove, "Generator misses inpaint_net/pmconv6/bias$"),
+        (add, "Generator has the unknown inpaint_net/conv18/kernel$"),
+        (widen, "^inpaint_net/conv3/kernel is 3×3×64×128, should be 3×3×48×96$"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    variables: Variables, tmp_path: Path, change: Callable[[Variables], Variables], message: str
+) -> None:
+    np.savez(tmp_path / "changed.npz", **change(variables))  # type: ignore[arg-type]
+    source = read_source(tmp_path / "changed.npz")
+    with pytest.raises(ValueError, match=message):
+        generator_weights(source, colours="rgb")
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return pytest.fail, ("a weights file ran code",)
+
+
+@pytest.mark.parametrize("name", ["states.pth", "snap-0.npz"])
+def test_code_in_a_file_is_not_run(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".npz":
+        np.savez(path, payload=np.array([Payload()], dtype=object))
+    else:
+        torch.save({"G": Payload()}, path)
+    with pytest.raises(ValueError, match=f"{name} is no"):
+        read_source(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ours.pth", {"coarse.conv01.weight": torch.zeros(1)}, "but coarse.conv01.weight$"),
+        ("list.pth", [torch.zeros(1)], "should hold tensors by name"),
+        ("nested.pth", {"G": {"a": 1}}, "should hold tensors by name"),
+    ],
+)
+def test_other_files_are_told_apart(
+    tmp_path: Path, name: str, content: object, message: str
+) -> None:
+    torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        read_source(tmp_path / name)
+
+
+def test_what_is_not_there_or_no_weights_is_told_in_one_line(tmp_path: Path) -> None:
+    for name in ("missing.pth", "missing.npz"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is not there"):
+            read_source(tmp_path / name)
+    for name in ("text.pth", "text.npz"):
+        (tmp_path / name).write_text("no weights")
+        with pytest.raises(ValueError, match=f"{name} is no") as told:
+            read_source(tmp_path / name)
+        assert "\n" not in str(told.value)
+    np.savez(tmp_path / "other.npz", encoder=np.zeros(1))
+    with pytest.raises(ValueError, match="no variable begins with inpaint_net/, but there is enc"):
+        read_source(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="holds 0 TensorFlow checkpoints"):
+        read_source(tmp_path)
