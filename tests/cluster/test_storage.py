@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from pyarrow.fs import FileSelector
 
 from cluster import storage
@@ -204,7 +206,11 @@ def test_a_wrong_setting_is_named_with_its_remedy_and_without_secrets(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, remedy: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    for use in (lambda store: store.put("key", b""), lambda store: store.list_keys()):
+    uses: list[Callable[[Store], object]] = [
+        lambda store: store.put("key", b""),
+        lambda store: store.list_keys(),
+    ]
+    for use in uses:
         with pytest.raises(StorageError) as caught:
             use(open_store(s3_url))
         message = str(caught.value)
@@ -231,12 +237,12 @@ def test_a_bucket_that_is_not_there_is_named() -> None:
 
 
 def test_a_server_that_rejects_checksums_brings_up_the_setting() -> None:
-    answer = {"Error": {"Code": "InvalidRequest", "Message": "unknown x-amz-checksum-crc32"}}
+    answer: Any = {"Error": {"Code": "InvalidRequest", "Message": "unknown x-amz-checksum-crc32"}}
     with (
         pytest.raises(StorageError, match="AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
         storage.explained("s3://bucket/key"),
     ):
-        raise storage.boto.ClientError(answer, "PutObject")  # type: ignore[arg-type]
+        raise ClientError(answer, "PutObject")
 
 
 def test_reading_goes_on_where_the_connection_broke(

@@ -1,0 +1,212 @@
+"""A Ray head of our own: it takes jobs, shares a machine, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from cluster.session import RayHead, SessionError, connect, local_ray
+from cluster.submit import INTERRUPTED, SubmitError, package_files, submit
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def head(folder: Path) -> Iterator[RayHead]:
+    with local_ray(folder, environment={"AWS_SECRET_ACCESS_KEY": "planted-secret"}) as head:
+        yield head
+    assert wait_for_none(folder) == []
+    for file in folder.rglob("*"):
+        if file.is_file():
+            assert b"planted-secret" not in file.read_bytes(), file
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A runtime environment with one program to run, ``program.py``."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "job.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "working_dir": str(tmp_path / "code"),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"},
+            }
+        )
+    )
+    return tmp_path / "job.yaml"
+
+
+def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
+    head: RayHead, job: Path
+) -> None:
+    (job.parent / "code" / "program.py").write_text(
+        "import os, sys\n"
+        "from cluster.session import connect\n"
+        "with connect():\n"
+        "    import ray\n"
+        "    here = os.environ['AWS_SECRET_ACCESS_KEY']\n"
+        "    there = ray.get(ray.remote(lambda: os.environ['AWS_SECRET_ACCESS_KEY']).remote())\n"
+        "    print(len(here), len(there), sys.executable, 'cpus', ray.cluster_resources()['CPU'])\n"
+    )
+    lines: list[str] = []
+    settings = yaml.safe_load(job.read_text())
+    settings["env_vars"]["PYTHONPATH"] = str(ROOT)
+    job.write_text(yaml.safe_dump(settings))
+
+    def run(entrypoint: list[str]) -> int:
+        return submit(
+            entrypoint,
+            runtime_env=job,
+            dashboard_url=head.dashboard_url,
+            environment=head.environment,
+            on_line=lines.append,
+        )
+
+    failing = ["python", "-c", "raise SystemExit(7)"]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(run, [["python", "program.py"], failing])) == [0, 1], lines
+    (printed,) = [line for line in lines if line.startswith("14 ")]
+    python = Path(sys.executable).with_name("python")
+    assert printed == f"14 14 {python} cpus {float(os.cpu_count() or 1)}"
+
+
+def test_ctrl_c_lets_the_job_save(head: RayHead, job: Path) -> None:
+    (job.parent / "code" / "program.py").write_text(
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    lines: list[str] = []
+
+    def interrupt_once_begun(line: str) -> None:
+        lines.append(line)
+        if line == "begun":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code = submit(
+        ["python", "program.py"],
+        runtime_env=job,
+        dashboard_url=head.dashboard_url,
+        environment=head.environment,
+        on_line=interrupt_once_begun,
+    )
+    assert code == INTERRUPTED
+    assert "saved" in lines
+
+
+def test_only_those_with_the_token_may_submit(head: RayHead, folder: Path, job: Path) -> None:
+    assert stat.S_IMODE((folder / "auth_token").stat().st_mode) == 0o600
+    lines: list[str] = []
+    code = submit(
+        ["python", "-c", "print('ran')"],
+        runtime_env=job,
+        dashboard_url=head.dashboard_url,
+        environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"},
+        on_line=lines.append,
+    )
+    assert code != 0
+    assert "ran" not in lines
+
+
+def test_a_second_head_on_the_same_folder_is_refused(head: RayHead, folder: Path) -> None:
+    with pytest.raises(SessionError, match="another Ray head"), local_ray(folder, environment={}):
+        pass
+
+
+def test_two_heads_share_a_machine_and_end_with_their_parents(
+    head: RayHead, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time, pathlib\n"
+        "from cluster.session import local_ray\n"
+        "with local_ray(pathlib.Path(sys.argv[1]), environment={}, cpus=1) as head:\n"
+        "    print(head.dashboard_url, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().strip() not in ("", head.dashboard_url)
+        begun = processes_of(tmp_path)
+        parent.kill()
+    assert len(begun) > 10
+    deadline = time.monotonic() + 20
+    while any(process.is_running() for process in begun):
+        assert time.monotonic() < deadline, [p for p in begun if p.is_running()]
+        time.sleep(0.1)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(SessionError, match=r"RAY_ADDRESS=127.0.0.1:9: start one"), connect():
+        pass
+
+
+def test_our_own_package_is_small_and_holds_what_a_job_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    files = package_files(Path("ray_job.yaml"))
+    assert Path("cluster/storage.py") in files
+    assert Path("pipeline/__init__.py") in files
+    assert not [path for path in files if path.parts[0] in (".git", ".venv", ".demo", "tests")]
+    assert sum(files.values()) < 5e6
+
+
+def test_a_package_that_is_too_big_is_refused_with_its_biggest_files(job: Path) -> None:
+    code = job.parent / "code"
+    for name, megabytes in {"small": 1, "big": 30, "other": 25}.items():
+        with (code / f"{name}.bin").open("wb") as file:
+            file.truncate(megabytes * 10**6)
+    with pytest.raises(SubmitError, match=r"56 MB.*excludes.*big.bin \(30.0 MB\), other.bin"):
+        package_files(job)
+    (code / ".gitignore").write_text("big.bin\n")
+    assert package_files(job).keys() == {Path(p) for p in (".gitignore", "small.bin", "other.bin")}
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"])
+def test_a_secret_in_the_runtime_environment_is_refused_by_name(job: Path, name: str) -> None:
+    job.write_text(yaml.safe_dump({"env_vars": {name: "planted-secret"}}))
+    with pytest.raises(SubmitError, match=f"env_vars.{name}") as caught:
+        package_files(job)
+    assert "planted" not in str(caught.value)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The guard that was started for ``folder``, and everything below it."""
+    for process in psutil.process_iter():
+        try:
+            if "guard.py" in " ".join(process.cmdline()) and process.cwd() == str(folder):
+                return [process, *process.children(recursive=True)]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return []
+
+
+def wait_for_none(folder: Path, timeout_s: float = 10) -> list[psutil.Process]:
+    deadline = time.monotonic() + timeout_s
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
