@@ -118,8 +118,8 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the threads; batches in the making are dropped."""
+        self._files.close()  # first: decoders may be waiting for shards
         self._decoders.shutdown(cancel_futures=True)
-        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -132,12 +132,11 @@ class TrainLoader:
         while True:
             if opened_for != (epoch, self._order.block(step)):
                 opened_for = epoch, self._order.block(step)
-                numbers = {
-                    number
-                    for stream in self._streams
-                    for number in self._order.shards_ahead(epoch, step, stream)
-                }
-                opened = self._files.open([self._shards[number] for number in sorted(numbers)])
+                ahead = [self._order.shards_ahead(epoch, step, each) for each in self._streams]
+                soonest_first = itertools.chain(*itertools.zip_longest(*ahead))
+                opened = self._files.open(
+                    self._shards[number] for number in soonest_first if number is not None
+                )
             samples = [
                 StoredSample(opened[self._shards[place.shard].name], place.sample)
                 for stream in self._streams
@@ -218,8 +217,8 @@ def val_batches(
         try:
             yield from in_order(tasks(files), decoders, ahead=threads + 1)
         finally:
+            files.close()  # first: decoders may be waiting for shards
             decoders.shutdown(cancel_futures=True)
-            files.close()
 
     return batches()
 
@@ -272,13 +271,16 @@ class Order:
         """Number of the block that ``step`` begins in, the same for every stream."""
         return step * self._per_step // self._block
 
-    def shards_ahead(self, epoch: int, step: int, stream: int) -> set[int]:
-        """Shards that ``stream`` reads in ``step``, in the rest of its block and in the next."""
+    def shards_ahead(self, epoch: int, step: int, stream: int) -> list[int]:
+        """Shards that ``stream`` reads in ``step``, in the rest of its block and in the next.
+
+        In the order in which it comes to them; one may stand there twice.
+        """
         block = max(self._block, self._per_step)
         first = self.block(step) * self._block
         ahead = self._shards_between(epoch, stream, first, min(first + 2 * block, self._length))
         if first + 2 * block >= self._length:
-            ahead |= self._shards_between(epoch + 1, stream, 0, block)
+            ahead += self._shards_between(epoch + 1, stream, 0, min(block, self._length))
         return ahead
 
     def _place(self, epoch: int, stream: int, position: int) -> Place:
@@ -291,11 +293,11 @@ class Order:
         k = bisect_right(starts, index) - 1
         return Place(shards[k], index - starts[k])
 
-    def _shards_between(self, epoch: int, stream: int, first: int, last: int) -> set[int]:
+    def _shards_between(self, epoch: int, stream: int, first: int, last: int) -> list[int]:
         shards, starts = self._line(epoch)
         begin, end = stream * self._length + first, stream * self._length + last
         touched = shards[bisect_right(starts, begin) - 1 : bisect_right(starts, end - 1)]
-        return {number for number in touched if self._counts[number]}
+        return [number for number in touched if self._counts[number]]
 
     def _make_line(self, epoch: int) -> tuple[list[int], list[int]]:
         """The epoch's order of shards, and where on the line each begins."""
@@ -317,8 +319,9 @@ def _shuffled(count: int, name: str) -> list[int]:
 class ShardFiles:
     """Shards as memory maps: of the data set's own files, or of checked copies in ``cache``.
 
-    Copies are named by their SHA-256, so ranks, runs and data sets share them; removing one that
-    another process reads does it no harm.
+    Copies are named by their SHA-256, which is checked as they arrive, so ranks, runs and data sets
+    share them; removing one that another process reads does it no harm. Of the data set's own
+    files only the sizes are checked: ``dataset verify`` reads them whole.
     """
 
     def __init__(
@@ -332,11 +335,13 @@ class ShardFiles:
 
     def open(self, shards: Iterable[Shard]) -> dict[str, "Future[OpenShard]"]:
         """Begin to open ``shards``, in this order, and let go of all others; by their names."""
-        self._opened = {
-            shard.name: self._opened.get(shard.name) or self._openers.submit(self._open, shard)
-            for shard in shards
-        }
-        return self._opened
+        opened: dict[str, Future[OpenShard]] = {}
+        for shard in shards:
+            if shard.name not in opened:
+                known = self._opened.get(shard.name)
+                opened[shard.name] = known or self._openers.submit(self._open, shard)
+        self._opened = opened
+        return opened
 
     def close(self) -> None:
         self._openers.shutdown(cancel_futures=True)

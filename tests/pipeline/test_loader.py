@@ -283,19 +283,19 @@ def test_the_order_deals_every_sample_once_and_knows_its_shards_ahead(
         for stream in range(streams):
             given = order.samples(epoch, step, stream)
             assert len(given) == 12 // streams
-            assert {place.shard for place in given} <= order.shards_ahead(epoch, step, stream)
+            assert {place.shard for place in given} <= set(order.shards_ahead(epoch, step, stream))
             assert given == new_order().samples(epoch, step, stream)  # found without what is before
             places += given
     assert len(places) == len(set(places)) == sum(counts) // 12 * 12
     assert all(place.sample < counts[place.shard] for place in places)
     last = order.shards_ahead(epoch, order.steps - 1, 0)
-    assert {place.shard for place in order.samples(epoch + 1, 0, 0)} <= last
+    assert {place.shard for place in order.samples(epoch + 1, 0, 0)} <= set(last)
 
 
 def test_a_stream_reads_its_shards_one_after_the_other() -> None:
     order = Order([100] * 16, streams=4, global_batch=8, shuffle_block=50, seed=0)
     for stream in range(4):
-        widths = [len(order.shards_ahead(0, step, stream)) for step in range(150)]
+        widths = [len(set(order.shards_ahead(0, step, stream))) for step in range(150)]
         assert max(widths) <= 2
 
 
