@@ -3,96 +3,267 @@
 A query is a pixel of the feature map at half size; a key is one too, but only where no hole is
 near. Each query takes a mixture of the full-size 4×4 patches of the keys, by the similarity of the
 3×3 surroundings at half size. Every sample of a batch has its own mask.
+
+All pairs of query and key form a matrix, both counted row by row. What the authors write as
+convolutions over unfolded patches are sums along diagonals of that matrix: query and key take the
+same step. This gives the same numbers with a ninth of the multiplications. For a large picture the
+matrix is made in bands of query rows, so its memory can be bounded.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.masking import valid_keys
 from models.sampling import shrink
 from models.types import Features, Mask
 
+Preset = Literal["official", "renormalised"]
+Pairs = Float[Tensor, "batch queries keys"]
+
 SOFTMAX_SCALE = 10.0
 SMALLEST_NORM = 1e-4
+CACHED_ROWS, CACHED_PAIRS = 8, 2**21  # measured: twice as fast as the whole for 512×512 pixels
+HALO = 3  # query rows around a band that its scores are made from
 
-Pairs = Float[Tensor, "batch height width height width"]  # query row, column; key row, column
 
-
-def contextual_attention(features: Features, mask: Mask, *, fuse: bool = True) -> Features:
+def contextual_attention(
+    features: Features,
+    mask: Mask,
+    *,
+    fuse: bool = True,
+    preset: Preset = "official",
+    max_bytes: int | None = None,
+) -> Features:
     """``features`` rebuilt from patches of their known part; zeros where a mask leaves no key.
 
-    ``mask`` is at the size of ``features``, whose sides are even. Border pixels come out as the
-    authors': divided by 4 though fewer patches meet there. ``fuse`` prefers coherent patches.
+    ``mask`` is at the size of ``features``, whose sides are even. ``fuse`` prefers coherent
+    patches. "official" is the authors' code: a masked score becomes 0 before the softmax, what it
+    attracts is lost, and overlapping patches are divided by 4 even at the border where fewer meet.
+    "renormalised" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory
+    that the matrix of pairs takes; ``ValueError`` if a single row of queries needs more.
     """
-    small = shrink(features, 2)
-    height, width = small.shape[-2:]
-    valid = valid_keys(shrink(mask, 2)).float()  # (N, L)
+    height, width = features.shape[2] // 2, features.shape[3] // 2
+    # On a processor one sample's matrix at a time, and where no gradients are asked for a few rows
+    # of a large one, stay in the cache.
+    in_cache = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    together = 1 if in_cache else len(features)
+    rows = height if max_bytes is None else band_rows(height, width, max_bytes // together)
+    if in_cache and not torch.is_grad_enabled():
+        rows = min(rows, max(CACHED_ROWS, CACHED_PAIRS // (height * width**2)))
+    valid = valid_keys(shrink(mask, 2))
     with torch.autocast(features.device.type, enabled=False):
-        scores = similarity(small.float())
-        if fuse:
-            scores = fused(scores)
-        # A masked score becomes 0, not −∞; what it attracts is lost, not given to the others.
-        scores = scores.flatten(3).flatten(1, 2) * (SOFTMAX_SCALE * valid)[:, None]  # (N, L, L)
-        attention = scores.softmax(dim=2)
-    patches = F.unfold(features, 4, padding=1, stride=2) * valid[:, None]  # (N, 16 C, L)
-    mixed = torch.bmm(patches.to(features.dtype), attention.transpose(1, 2).to(features.dtype))
-    return F.fold(mixed, (2 * height, 2 * width), 4, padding=1, stride=2) / 4
+        if in_cache:
+            samples = zip(torch.split(features, 1), torch.split(valid, 1), strict=True)
+            mixed = torch.cat([_attend(*sample, fuse, preset, rows) for sample in samples])
+        else:
+            mixed = _attend(features, valid, fuse, preset, rows)
+        return mixed / _overlaps(mixed, preset)
 
 
-def similarity(features: Features) -> Pairs:
-    """⟨P_q, P_k / max(‖P_k‖, 1e-4)⟩ of the 3×3 patches P around every two pixels.
+def band_rows(height: int, width: int, max_bytes: int) -> int:
+    """How many query rows of a ``height`` × ``width`` grid fit into ``max_bytes`` at a time."""
+    if attention_bytes(height, width, height) <= max_bytes:
+        return height
+    row = attention_bytes(height, width, 2) - attention_bytes(height, width, 1)
+    rows = (max_bytes - attention_bytes(height, width, 1)) // max(row, 1) + 1
+    if rows < 1:
+        raise ValueError(
+            f"attention over {8 * height}×{8 * width} pixels needs "
+            f"{attention_bytes(height, width, 1) / 2**20:,.0f} MiB for a single row, but "
+            f"{max_bytes / 2**20:,.0f} MiB are allowed: allow more or use a smaller picture"
+        )
+    return int(min(rows, height))
 
-    The inner product of two patches is the sum of nine inner products of pixels, each pair moved by
-    the same step: a diagonal 3×3 box filter over the products of single pixels, which needs nine
-    times fewer multiplications than unfolded patches.
-    """
-    height, width = features.shape[-2:]
-    pixels = features.flatten(2)  # (N, C, L)
-    products = torch.bmm(pixels.transpose(1, 2), pixels)
-    products = products.view(-1, height, width, height, width)
-    squares = features.square().sum(dim=1, keepdim=True)
+
+def attention_bytes(height: int, width: int, rows: int) -> int:
+    """What bands of ``rows`` query rows take for each sample: three matrices in float32."""
+    band = height if rows >= height else min(rows + 2 * HALO, height)
+    return 3 * 4 * band * (width + 1) * height * (width + 1)
+
+
+def _attend(
+    features: Features,
+    valid: Bool[Tensor, "batch keys"],
+    fuse: bool,
+    preset: Preset,
+    rows: int,
+) -> Features:
+    """The mixture of patches, overlaps added up."""
+    small = shrink(features, 2).float()
+    batch, channels, height, width = small.shape
+    # A column of zeros keeps the rows apart, so that a step may leave the picture sideways.
+    pixels = F.pad(small, [0, 1])
+    inverse_norms = _inverse_norms(small)
+    # (N, 2, 2, C, L): pixels of even and odd rows, even and odd columns
+    phases = features.reshape(batch, channels, height, 2, width, 2).permute(0, 3, 5, 1, 2, 4)
+    phases = F.pad(phases, [0, 1]).flatten(4)
+    painted = features.new_zeros(batch, 2, 2, channels, height, width + 1)
+    keep = valid[:, None].float()  # (N, 1, L)
+    for first, last in _bands(height, rows):
+        scores = _scores(pixels, inverse_norms, first, last, fuse)
+        if preset == "official":
+            scores = scores * (SOFTMAX_SCALE * keep)
+        else:
+            lowest = torch.finfo(scores.dtype).min
+            scores = (SOFTMAX_SCALE * scores).masked_fill(~valid[:, None], lowest)
+        attention = scores.softmax(dim=2) * keep
+        above, below = min(first, 1), min(height - last, 1)  # patches reach into these rows
+        attention = attention.to(features.dtype).view(batch, last - first, width, height, width)
+        attention = F.pad(attention, [0, 1, 0, 0, 0, 1, above, below]).flatten(3).flatten(1, 2)
+        painted[..., first - above : last + below, :] += _paint(attention, phases, width)
+    painted = painted[..., :width].permute(0, 3, 4, 1, 5, 2)  # (N, C, h, 2, w, 2)
+    return painted.reshape(batch, channels, 2 * height, 2 * width)
+
+
+def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, height, rows):
+        yield first, min(first + rows, height)
+
+
+def _inverse_norms(small: Features) -> Float[Tensor, "batch 1 keys"]:
+    """1 / max(‖P‖, 1e-4) of the 3×3 patches P around every pixel."""
+    squares = small.square().sum(dim=1, keepdim=True)
     squares = F.avg_pool2d(squares, 3, stride=1, padding=1, divisor_override=1)
-    return _box(products) / squares.clamp_min(SMALLEST_NORM**2).sqrt()[:, None]
+    return squares.clamp_min(SMALLEST_NORM**2).rsqrt().flatten(2)
 
 
-def fused(scores: Pairs) -> Pairs:
-    """Scores raised where the neighbours of the query match the neighbours of the key.
+def _scores(pixels: Features, inverse_norms: Tensor, first: int, last: int, fuse: bool) -> Pairs:
+    """Scores of the query rows ``first`` to ``last``."""
+    if not fuse:
+        return _similarity(pixels, inverse_norms, first, last)
+    height, width = pixels.shape[2], pixels.shape[3] - 1
+    start, stop = max(first - 1, 0), min(last + 1, height)
+    middle = _fused_along_rows(pixels, inverse_norms, start, stop)
+    if stop - start == height:
+        fused: Tensor = _FuseColumns.apply(middle, width)  # type: ignore[no-untyped-call]
+    else:
+        # Columns are joined end to end: above the top row is the bottom one, a column to the left.
+        edges = [(height - 1, height) if first == 0 else None, (0, 1) if last == height else None]
+        above, below = (edge and _fused_along_rows(pixels, inverse_norms, *edge) for edge in edges)
+        fused = _fuse_columns(middle, width, above, below)
+    return fused[:, (first - start) * width : (last - start) * width]
 
-    Query and key take the same step: to the next pixel of a row, rows joined end to end; then to
-    the next of a column, columns joined likewise.
+
+def _fused_along_rows(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> Pairs:
+    """Similarity raised where the next pixels of query and key match, rows joined end to end."""
+    height, width = pixels.shape[2], pixels.shape[3] - 1
+    start, stop = max(first - 1, 0), min(last + 1, height)
+    fused = _with_moved(_similarity(pixels, inverse_norms, start, stop), 1, -1)
+    return fused[:, (first - start) * width : (last - start) * width]
+
+
+def _similarity(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> Pairs:
+    """⟨P_q, P_k⟩ / max(‖P_k‖, 1e-4) for the queries of some rows, and every key.
+
+    The product of two 3×3 patches is the sum of nine products of pixels, each pair moved by the
+    same step: products of single pixels, summed along diagonals across and then down.
     """
-    height, width = scores.shape[1:3]
-    along_rows = _diagonal(scores.flatten(3).flatten(1, 2))
-    columns = along_rows.view(-1, height, width, height, width).permute(0, 2, 1, 4, 3)
-    along_columns = _diagonal(columns.flatten(3).flatten(1, 2))
-    return along_columns.view(-1, width, height, width, height).permute(0, 2, 1, 4, 3)
+    batch, _, height, padded = pixels.shape
+    start, stop = max(first - 1, 0), min(last + 1, height)
+    queries, keys = pixels[:, :, start:stop].flatten(2), pixels.flatten(2)  # (N, C, L)
+    products = torch.bmm(queries.transpose(1, 2), keys)
+    products = _with_moved(_with_moved(products, 1, -1), padded, -padded)
+    products = products.view(batch, stop - start, padded, height, padded)
+    inside = products[:, first - start : last - start, :-1, :, :-1]
+    return inside.flatten(3).flatten(1, 2) * inverse_norms
 
 
-def _box(pairs: Tensor) -> Tensor:
-    """Sum over the nine steps that query and key can take together within the picture."""
-    across = _diagonal(pairs.permute(0, 1, 3, 2, 4))  # (N, row, key row, column, key column)
-    across = across.permute(0, 3, 4, 1, 2)  # (N, column, key column, row, key row)
-    return _diagonal(across).permute(0, 3, 1, 4, 2)
+def _paint(attention: Pairs, phases: Tensor, width: int) -> Tensor:
+    """Patches added up where they overlap, (N, 2, 2, C, rows, width + 1).
+
+    Pixels of even rows lie in the patches of their own query and of the one above, of odd rows in
+    their own and the one below; columns alike. So one product for each of the four kinds of pixel
+    does, instead of one for each of the sixteen pixels of a patch.
+    """
+    painted: list[list[Tensor]] = [[], []]
+    for x, step in enumerate((1, -1)):
+        across = _with_moved(attention, step)
+        for y, line in enumerate((width + 1, -width - 1)):
+            both = _with_moved(across, line)
+            painted[y].append(torch.bmm(phases[:, y, x], both.transpose(1, 2)))
+    mixed = torch.stack([torch.stack(row, dim=1) for row in painted], dim=1)
+    return mixed.view(*mixed.shape[:4], -1, width + 1)
 
 
-class _Diagonal(torch.autograd.Function):
+def _overlaps(mixed: Tensor, preset: Preset) -> Tensor:
+    """How many patches every pixel is divided by, (h, w)."""
+    height, width = mixed.shape[2:]
+    counts = []
+    for size in (height, width):
+        count = mixed.new_full((size,), 2.0)
+        if preset == "renormalised":
+            count[0] = count[-1] = 1.0
+        counts.append(count)
+    return counts[0][:, None] * counts[1]
+
+
+class _WithMoved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, *steps: int) -> Tensor:
+        ctx.steps = steps
         total = matrix.clone()
-        total[..., 1:, 1:] += matrix[..., :-1, :-1]
-        total[..., :-1, :-1] += matrix[..., 1:, 1:]
+        for step in steps:
+            if step > 0:
+                total[:, step:, step:] += matrix[:, :-step, :-step]
+            else:
+                total[:, :step, :step] += matrix[:, -step:, -step:]
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _diagonal(gradient)  # the sum is its own transpose
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        steps = ctx.steps
+        return _with_moved(gradient, *(-step for step in steps)), *(None for _ in steps)
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
-    """Each entry plus its two neighbours on the diagonal, in the last two dimensions."""
-    total: Tensor = _Diagonal.apply(matrix)  # type: ignore[no-untyped-call]
+def _with_moved(matrix: Tensor, *steps: int) -> Tensor:
+    """``matrix`` plus itself moved down its diagonal by each of ``steps``, zeros moving in."""
+    total: Tensor = _WithMoved.apply(matrix, *steps)  # type: ignore[no-untyped-call]
     return total
+
+
+class _FuseColumns(torch.autograd.Function):
+    """Scores raised where the next pixels downwards match, columns joined end to end."""
+
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, width: int) -> Tensor:
+        ctx.width = width
+        return _fuse_columns(pairs, width, pairs[:, -width:], pairs[:, :width])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # The sum is its own transpose.
+        return _FuseColumns.apply(gradient, ctx.width), None  # type: ignore[no-untyped-call]
+
+
+def _fuse_columns(pairs: Tensor, width: int, above: Tensor | None, below: Tensor | None) -> Pairs:
+    """``pairs`` of some query rows plus, for each, the pairs one pixel up and one pixel down.
+
+    Up from the top of a column is the bottom of the one to its left. ``above`` holds the pairs of
+    the bottom query row if ``pairs`` begin at the top, ``below`` those of the top one if they end
+    at the bottom.
+    """
+    total = pairs.clone()
+    _add_up(total[:, width:], pairs[:, :-width], width)
+    _add_down(total[:, :-width], pairs[:, width:], width)
+    if above is not None:
+        _add_up(total[:, 1:width], above[:, : width - 1], width)
+    if below is not None:
+        _add_down(total[:, -width : total.shape[1] - 1], below[:, 1:], width)
+    return total
+
+
+def _add_up(total: Tensor, pairs: Tensor, width: int) -> None:
+    """Add ``pairs``, each at the key one pixel further down its column."""
+    total[:, :, width:] += pairs[:, :, :-width]
+    total[:, :, 1:width] += pairs[:, :, -width:-1]
+
+
+def _add_down(total: Tensor, pairs: Tensor, width: int) -> None:
+    """Add ``pairs``, each at the key one pixel further up its column."""
+    total[:, :, :-width] += pairs[:, :, width:]
+    total[:, :, -width:-1] += pairs[:, :, 1:width]

@@ -1,5 +1,7 @@
 """SN-PatchGAN (paper, section 3.3): spectrally normalised convolutions that score patches."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,11 +14,15 @@ CHANNELS = (64, 128, 256, 256, 256, 256)
 
 
 class Discriminator(nn.Module):
-    """Is a picture real, given its mask? 5,946,816 parameters, guided 5,948,416."""
+    """Is a picture real, given its mask? 5,946,816 parameters, guided 5,948,416.
 
-    def __init__(self, guided: bool = False) -> None:
+    ``head``: the authors' code follows the last convolution with leaky ReLU like all others; the
+    hinge loss is usually put on a "linear" one.
+    """
+
+    def __init__(self, guided: bool = False, *, head: Literal["leaky", "linear"] = "leaky") -> None:
         super().__init__()
-        self.guided = guided
+        self.guided, self.head = guided, head
         inputs = 5 if guided else 4
         for number, outputs in enumerate(CHANNELS, start=1):
             conv = Conv(inputs, outputs, kernel=5, stride=2)
@@ -38,8 +44,10 @@ class Discriminator(nn.Module):
             )
         guides = [] if sketch is None else [sketch]
         features: Tensor = torch.cat([image, mask, *guides], dim=1)
-        for conv in self.children():
-            features = F.leaky_relu(conv(features), 0.2)
+        for name, conv in self.named_children():
+            features = conv(features)
+            if name != "conv6" or self.head == "leaky":
+                features = F.leaky_relu(features, 0.2)
         return features.permute(0, 2, 3, 1).flatten(1)
 
 

@@ -1,184 +1,243 @@
 """The two-stage generator: a coarse fill, then a refinement with contextual attention."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.attention import contextual_attention
-from models.gated_conv import Activation, Conv, GatedConv
-from models.masking import paste
+from models.attention import Preset, contextual_attention
+from models.gated_conv import Activation, Conv, Convolution, GatedConv, Padding, PartialConv
+from models.masking import known, paste
 from models.sampling import shrink
 from models.types import Features, Image, Mask, Sketch
 
+SEGMENT = 6  # layers between kept activations where the others are computed again
 STRIDE = 8  # ÷4 in the encoders, ÷2 in the attention: both sides must be multiples of it
+
+Kind = Literal["gated", "partial", "vanilla"]
+KINDS: dict[Kind, type[Convolution]] = {
+    "gated": GatedConv,
+    "partial": PartialConv,
+    "vanilla": Conv,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all layers have in common."""
+
+    convolution: Kind = "gated"
+    padding: Padding = "same"
+    attention: Preset = "official"
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the layer tables: gated, unless it is the last."""
+    """One row of the layer tables."""
 
     number: int
-    outputs: int  # feature channels, gates not counted
+    outputs: int  # features, gates not counted
     kernel: int = 3
     stride: int = 1
     dilation: int = 1
     upsample: bool = False
     activation: Activation = "elu"
 
+    def build(self, inputs: int, style: Style) -> Convolution:
+        return KINDS[style.convolution](
+            inputs,
+            self.outputs,
+            kernel=self.kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            upsample=self.upsample,
+            padding=style.padding,
+            activation=self.activation,
+        )
+
 
 class Layers(nn.Module):
-    """Gated convolutions under the names ``conv01``, ``conv02`` …"""
+    """Convolutions under the names ``conv01``, ``conv02`` …
 
-    def __init__(self, inputs: int, layers: Iterable[Layer]) -> None:
+    ``rgb`` appends one, not gated and without activation, that gives the three colours.
+    """
+
+    def __init__(self, inputs: int, layers: Iterable[Layer], style: Style, rgb: int = 0) -> None:
         super().__init__()
+        self.recompute = style.recompute
         for layer in layers:
-            self.add_module(
-                f"conv{layer.number:02d}",
-                GatedConv(
-                    inputs,
-                    layer.outputs,
-                    kernel=layer.kernel,
-                    stride=layer.stride,
-                    dilation=layer.dilation,
-                    upsample=layer.upsample,
-                    activation=layer.activation,
-                ),
-            )
+            self.add_module(f"conv{layer.number:02d}", layer.build(inputs, style))
             inputs = layer.outputs
+        if rgb:
+            self.add_module(f"conv{rgb:02d}", Conv(inputs, 3, padding=style.padding))
+
+    def run(self, part: slice, features: Features, known: Mask | None = None) -> Tensor:
+        """``features`` through ``part`` of the layers."""
+        layers = list(self.children())[part]
+        if not (self.recompute and torch.is_grad_enabled()):
+            return _run(layers, features, known)[0]
+        for first in range(0, len(layers), SEGMENT):
+            segment = layers[first : first + SEGMENT]
+            features, known = checkpoint(
+                _run, segment, features, known, use_reentrant=False, preserve_rng_state=False
+            )
+        return features
 
 
 class Chain(Layers):
     """Layers, one after the other."""
 
-    def forward(self, features: Features) -> Tensor:
-        for layer in self.children():
+    def forward(self, features: Features, known: Mask | None = None) -> Tensor:
+        return self.run(slice(None), features, known)
+
+
+def _run(
+    layers: Iterable[nn.Module], features: Tensor, known: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """New features; partial convolutions ask and say which pixels are known, by default all."""
+    for layer in layers:
+        if isinstance(layer, PartialConv):
+            if known is None:
+                known = torch.ones_like(features[:, :1])
+            features, known = layer(features, known)
+        else:
             features = layer(features)
-        return features
+    return features, known
 
 
-class Coarse(Chain):
-    """Stage one. Its last convolution is not gated."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__(
-            inputs,
-            [
-                Layer(1, width, kernel=5),
-                Layer(2, 2 * width, stride=2),
-                Layer(3, 2 * width),
-                Layer(4, 4 * width, stride=2),
-                Layer(5, 4 * width),
-                Layer(6, 4 * width),
-                Layer(7, 4 * width, dilation=2),
-                Layer(8, 4 * width, dilation=4),
-                Layer(9, 4 * width, dilation=8),
-                Layer(10, 4 * width, dilation=16),
-                Layer(11, 4 * width),
-                Layer(12, 4 * width),
-                *_decoder(13, width),
-            ],
-        )
-        self.conv17 = Conv(width // 2, 3)
-
-
-class Hallucination(Chain):
-    """The branch of stage two that invents; it gains width later than the others."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(
-            3,
-            [
-                Layer(1, width, kernel=5),
-                Layer(2, width, stride=2),
-                Layer(3, 2 * width),
-                Layer(4, 2 * width, stride=2),
-                Layer(5, 4 * width),
-                Layer(6, 4 * width),
-                Layer(7, 4 * width, dilation=2),
-                Layer(8, 4 * width, dilation=4),
-                Layer(9, 4 * width, dilation=8),
-                Layer(10, 4 * width, dilation=16),
-            ],
-        )
-
-
-class Attention(Layers):
-    """The branch of stage two that copies: its attention sits between layers 6 and 9."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(
-            3,
-            [
-                Layer(1, width, kernel=5),
-                Layer(2, width, stride=2),
-                Layer(3, 2 * width),
-                Layer(4, 4 * width, stride=2),
-                Layer(5, 4 * width),
-                Layer(6, 4 * width, activation="relu"),
-                Layer(9, 4 * width),
-                Layer(10, 4 * width),
-            ],
-        )
-
-    def forward(self, image: Image, mask: Mask) -> Tensor:
-        features: Tensor = image
-        for name, layer in self.named_children():
-            if name == "conv09":
-                features = contextual_attention(features, shrink(mask, 4))
-            features = layer(features)
-        return features
-
-
-class Merge(Chain):
-    """Both branches back to a picture. Its last convolution is not gated."""
-
-    def __init__(self, width: int) -> None:
-        layers = [Layer(11, 4 * width), Layer(12, 4 * width), *_decoder(13, width)]
-        super().__init__(8 * width, layers)
-        self.conv17 = Conv(width // 2, 3)
-
-
-def _decoder(first: int, width: int) -> list[Layer]:
-    return [
-        Layer(first, 2 * width, upsample=True),
-        Layer(first + 1, 2 * width),
-        Layer(first + 2, width, upsample=True),
-        Layer(first + 3, width // 2),
+def coarse(inputs: int, width: int, style: Style) -> Chain:
+    """Stage one."""
+    layers = [
+        Layer(1, width, kernel=5),
+        Layer(2, 2 * width, stride=2),
+        Layer(3, 2 * width),
+        Layer(4, 4 * width, stride=2),
+        Layer(5, 4 * width),
+        Layer(6, 4 * width),
+        Layer(7, 4 * width, dilation=2),
+        Layer(8, 4 * width, dilation=4),
+        Layer(9, 4 * width, dilation=8),
+        Layer(10, 4 * width, dilation=16),
+        Layer(11, 4 * width),
+        Layer(12, 4 * width),
+        Layer(13, 2 * width, upsample=True),
+        Layer(14, 2 * width),
+        Layer(15, width, upsample=True),
+        Layer(16, width // 2),
     ]
+    return Chain(inputs, layers, style, rgb=17)
+
+
+def hallucination(width: int, style: Style) -> Chain:
+    """The branch of stage two that invents; it gains width later than the others."""
+    layers = [
+        Layer(1, width, kernel=5),
+        Layer(2, width, stride=2),
+        Layer(3, 2 * width),
+        Layer(4, 2 * width, stride=2),
+        Layer(5, 4 * width),
+        Layer(6, 4 * width),
+        Layer(7, 4 * width, dilation=2),
+        Layer(8, 4 * width, dilation=4),
+        Layer(9, 4 * width, dilation=8),
+        Layer(10, 4 * width, dilation=16),
+    ]
+    return Chain(3, layers, style)
+
+
+def merge(width: int, style: Style) -> Chain:
+    """Both branches of stage two back to a picture."""
+    layers = [
+        Layer(11, 4 * width),
+        Layer(12, 4 * width),
+        Layer(13, 2 * width, upsample=True),
+        Layer(14, 2 * width),
+        Layer(15, width, upsample=True),
+        Layer(16, width // 2),
+    ]
+    return Chain(8 * width, layers, style, rgb=17)
+
+
+class AttentionBranch(Layers):
+    """The branch of stage two that copies: attention sits between layers 6 and 9."""
+
+    def __init__(self, width: int, style: Style) -> None:
+        layers = [
+            Layer(1, width, kernel=5),
+            Layer(2, width, stride=2),
+            Layer(3, 2 * width),
+            Layer(4, 4 * width, stride=2),
+            Layer(5, 4 * width),
+            Layer(6, 4 * width, activation="relu"),
+            Layer(9, 4 * width),
+            Layer(10, 4 * width),
+        ]
+        super().__init__(3, layers, style)
+        self.preset = style.attention
+
+    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Tensor:
+        features = self.run(slice(0, 6), image)
+        features = contextual_attention(
+            features, shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
+        )
+        return self.run(slice(6, 8), features)
 
 
 class Refine(nn.Module):
     """Stage two: sees the coarse fill pasted into the picture, and neither mask nor sketch."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, style: Style) -> None:
         super().__init__()
-        self.hallu = Hallucination(width)
-        self.attn = Attention(width)
-        self.merge = Merge(width)
+        self.hallu = hallucination(width, style)
+        self.attn = AttentionBranch(width, style)
+        self.merge = merge(width, style)
 
-    def forward(self, image: Image, mask: Mask) -> Tensor:
-        branches = [self.hallu(image), self.attn(image, mask)]
+    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Tensor:
+        branches = [self.hallu(image), self.attn(image, mask, max_bytes)]
         merged: Tensor = self.merge(torch.cat(branches, dim=1))
         return merged
 
 
 class Generator(nn.Module):
-    """The generator of the paper's figure 3; 4,052,478 parameters, guided 4,053,678.
+    """The generator of the paper's figure 3: 4,052,478 parameters, guided 4,053,678.
 
-    ``width`` is the number of features after the first layer: 24 in the release. ``guided`` adds a
-    sketch to the inputs of stage one.
+    ``guided`` adds a sketch to the inputs of stage one. ``width`` is the number of features after
+    the first layer, 24 in the release. ``convolution``: "partial" and "vanilla" have no gates, and
+    with the same width of features half the parameters (2,026,566; guided 2,027,166). The
+    refinement knows every pixel of what it is given, so there partial convolution renormalises the
+    border alone. ``padding`` and ``attention`` as in ``Conv`` and ``contextual_attention``.
+    ``recompute`` keeps the activations of every sixth layer alone and computes the others a second
+    time: training in less memory.
     """
 
-    def __init__(self, guided: bool = False, *, width: int = 24) -> None:
+    def __init__(
+        self,
+        guided: bool = False,
+        *,
+        width: int = 24,
+        convolution: Kind = "gated",
+        padding: Padding = "same",
+        attention: Preset = "official",
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.guided = guided
-        self.coarse = Coarse(6 if guided else 5, width)
-        self.refine = Refine(width)
+        self.guided, self.width = guided, width
+        self.style = Style(convolution, padding, attention, recompute)
+        self.smallest = 72 if padding == "reflect" else STRIDE  # 16 mirrored pixels at a quarter
+        self.coarse = coarse(6 if guided else 5, width, self.style)
+        self.refine = Refine(width, self.style)
 
     def forward(
-        self, incomplete: Image, mask: Mask, sketch: Sketch | None = None
+        self,
+        incomplete: Image,
+        mask: Mask,
+        sketch: Sketch | None = None,
+        *,
+        max_attention_bytes: int | None = None,
     ) -> tuple[Image, Image]:
         """Coarse and refined pictures, whole, in float32 [-1, 1].
 
@@ -186,14 +245,33 @@ class Generator(nn.Module):
         (``masking.guide``); both sides are multiples of 8.
         """
         height, width = incomplete.shape[-2:]
-        if height % STRIDE or width % STRIDE:
-            raise ValueError(f"a picture of {height}×{width}: both sides must be multiples of 8")
+        if height % STRIDE or width % STRIDE or min(height, width) < self.smallest:
+            raise ValueError(
+                f"a picture of {height}×{width}: both sides must be multiples of {STRIDE} and at "
+                f"least {self.smallest}"
+            )
         if self.guided != (sketch is not None):
             raise ValueError(
                 "a guided generator needs a sketch" if self.guided else "this one takes no sketch"
             )
         guides = [] if sketch is None else [sketch]
         inputs = torch.cat([incomplete, *guides, torch.ones_like(mask), mask], dim=1)
-        coarse = torch.tanh(self.coarse(inputs).float())
-        refined = torch.tanh(self.refine(paste(coarse, into=incomplete, mask=mask), mask).float())
+        coarse = torch.tanh(self.coarse(inputs, known(mask)).float())
+        composite = paste(coarse, into=incomplete, mask=mask)
+        refined = torch.tanh(self.refine(composite, mask, max_attention_bytes).float())
         return coarse, refined
+
+    @classmethod
+    def guided_from(cls, unguided: "Generator") -> "Generator":
+        """A guided generator with the weights of ``unguided``, and zeros for the sketch.
+
+        Until training teaches it otherwise it fills as ``unguided`` does, whatever the sketch.
+        """
+        if unguided.guided:
+            raise ValueError("this generator is guided already: start from its weights as they are")
+        guided = cls(True, width=unguided.width, **asdict(unguided.style))
+        weights = unguided.state_dict()
+        image, rest = weights["coarse.conv01.weight"].split([3, 2], dim=1)
+        weights["coarse.conv01.weight"] = torch.cat([image, 0 * rest[:, :1], rest], dim=1)
+        guided.load_state_dict(weights)
+        return guided.to(image.device)

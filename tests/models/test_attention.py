@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from models.attention import contextual_attention
+from benchmarks.reference import attention as reference
+from models.attention import attention_bytes, band_rows, contextual_attention
 from models.masking import valid_keys
 from models.sampling import shrink
 from tests.models.golden import wavy_features
@@ -110,3 +113,62 @@ def test_autocast_keeps_scores_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = contextual_attention(features.bfloat16(), mask)
     assert (mixed.float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    batch=st.integers(1, 2),
+    fuse=st.booleans(),
+    holes=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    rows=st.integers(1, 13),
+    seed=st.integers(0, 99),
+)
+def test_it_equals_the_slow_reference_whole_and_in_bands(
+    height: int, width: int, batch: int, fuse: bool, holes: float, rows: int, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    features = torch.randn(batch, 3, 4 * height, 4 * width, generator=rng)
+    mask = (torch.rand(batch, 1, 4 * height, 4 * width, generator=rng) < holes).float()
+    expected = reference.contextual_attention(features, mask, fuse)
+    whole = contextual_attention(features, mask, fuse=fuse)
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    enough = attention_bytes(2 * height, 2 * width, rows)
+    banded = contextual_attention(features, mask, fuse=fuse, max_bytes=enough)
+    torch.testing.assert_close(banded, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_its_gradient_equals_the_slow_references() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 16, 12, requires_grad=True)
+    mask = (torch.rand(2, 1, 16, 12) > 0.97).float()
+    weights = torch.randn(2, 3, 16, 12)
+    gradients = [
+        torch.autograd.grad((weights * function(features, mask)).sum(), [features])[0]
+        for function in (contextual_attention, reference.contextual_attention)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_bands_hold_as_many_rows_as_the_memory_allows() -> None:
+    for allowed in range(attention_bytes(20, 30, 1), attention_bytes(20, 30, 20) + 1, 500_000):
+        rows = band_rows(20, 30, allowed)
+        assert attention_bytes(20, 30, rows) <= allowed
+        assert rows == 20 or attention_bytes(20, 30, rows + 1) > allowed
+
+
+def test_too_little_memory_is_refused_before_anything_is_computed() -> None:
+    with pytest.raises(ValueError, match=r"64×64 pixels needs 0 MiB .* 0 MiB are allowed"):
+        contextual_attention(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), max_bytes=9)
+
+
+@pytest.mark.parametrize("holes", [0.0, 0.02, 1.0])
+def test_renormalised_attention_loses_nothing_to_masked_keys_and_borders(holes: float) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 16, 12)
+    mask = (torch.rand(2, 1, 16, 12) < holes).float()
+    expected = reference.contextual_attention(features, mask, renormalised=True)
+    mixed = contextual_attention(features, mask, preset="renormalised")
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed, contextual_attention(features, mask)) or holes == 1

@@ -68,3 +68,14 @@ def test_a_sketch_goes_to_a_guided_discriminator_only() -> None:
         Discriminator()(picture, mask, mask)
     with pytest.raises(ValueError, match="needs a sketch"):
         Discriminator(True)(picture, mask)
+
+
+def test_a_linear_head_scores_below_what_a_leaky_one_lets_through() -> None:
+    leaky, linear = Discriminator(), Discriminator(head="linear")
+    linear.load_state_dict(leaky.state_dict())
+    picture, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    scores = linear.eval()(picture, mask)
+    assert scores.min() < 0
+    torch.testing.assert_close(
+        leaky.eval()(picture, mask), torch.nn.functional.leaky_relu(scores, 0.2)
+    )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.gated_conv import Conv, GatedConv, Padding, same_padding
+from models.gated_conv import Conv, GatedConv, Padding, PartialConv, same_padding
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,13 @@ def test_the_first_half_of_the_channels_is_the_feature_and_the_second_its_gate(
     torch.testing.assert_close(gated(picture), expected)
 
 
-def test_upsampling_repeats_pixels_before_the_convolution() -> None:
-    conv, picture = Conv(3, 5, upsample=True), torch.randn(2, 3, 6, 4)
+@pytest.mark.parametrize("padding", ["same", "symmetric", "reflect"])
+def test_upsampling_repeats_pixels_before_the_convolution(padding: Padding) -> None:
+    conv, picture = Conv(3, 5, upsample=True, padding=padding), torch.randn(2, 3, 6, 4)
     repeated = picture.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    expected = torch.nn.functional.conv2d(repeated, conv.weight, conv.bias, padding=1)
+    mode = "reflect" if padding == "reflect" else "constant"
+    repeated = torch.nn.functional.pad(repeated, [1, 1, 1, 1], mode=mode)
+    expected = torch.nn.functional.conv2d(repeated, conv.weight, conv.bias)
     torch.testing.assert_close(conv(picture), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -87,3 +90,44 @@ def test_weights_start_within_glorots_limit_of_features_and_gates_together() -> 
     assert 0.98 * limit < gated.weight.abs().max() <= limit
     assert gated.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
     assert not gated.bias.any()
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"dilation": 2}, {"upsample": True}])
+def test_partial_convolution_is_a_loop_over_known_pixels(geometry: dict[str, int]) -> None:
+    torch.manual_seed(1)
+    layer = PartialConv(2, 3, **geometry)  # type: ignore[arg-type]
+    torch.nn.init.normal_(layer.bias)
+    picture, known = torch.randn(1, 2, 8, 6), torch.zeros(1, 1, 8, 6)
+    known[:, :, 4:, 3:] = 1
+    known[:, :, 6, 0] = 1
+    outputs, next_known = layer(picture, known)
+    if layer.upsample:
+        picture, known = (
+            value.repeat_interleave(2, 2).repeat_interleave(2, 3) for value in (picture, known)
+        )
+    reach = layer.dilation
+    before = same_padding(picture.shape[2], 3, layer.stride, reach)[0]
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    seen = torch.zeros(2, dtype=torch.bool)
+    for y in range(outputs.shape[2]):
+        for x in range(outputs.shape[3]):
+            total, count = torch.zeros(3), 0
+            for i in range(3):
+                for j in range(3):
+                    row = y * layer.stride - before + i * reach
+                    column = x * layer.stride - before + j * reach
+                    inside = 0 <= row < picture.shape[2] and 0 <= column < picture.shape[3]
+                    if inside and known[0, 0, row, column]:
+                        total += weight[:, :, i, j] @ picture[0, :, row, column]
+                        count += 1
+            expected = total * 9 / count + bias if count else torch.zeros(3)
+            torch.testing.assert_close(outputs[0, :, y, x], expected, atol=1e-5, rtol=1e-5)
+            assert next_known[0, 0, y, x] == (count > 0)
+            seen[int(count > 0)] = True
+    assert seen.all()
+
+
+def test_vanilla_convolution_is_activation_of_a_convolution() -> None:
+    layer, picture = Conv(2, 3, activation="elu"), torch.randn(1, 2, 5, 5)
+    raw = torch.nn.functional.conv2d(picture, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(picture), torch.nn.functional.elu(raw))

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import Generator
+from models.gated_conv import Padding
+from models.inference import fill, memory_bytes
+from models.masking import erase
+from tests.models.golden import fill_generator
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    generator = Generator(width=4)
+    fill_generator(generator)
+    return generator.eval()
+
+
+@settings(max_examples=10, deadline=None)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), holes=st.sampled_from([0.0, 0.4, 1.0]))
+def test_pictures_of_any_size_are_filled_and_known_pixels_kept_bit_for_bit(
+    height: int, width: int, holes: float
+) -> None:
+    generator = Generator(width=4)
+    fill_generator(generator)
+    image = torch.rand(2, 3, height, width) * 2 - 1
+    mask = (torch.rand(2, 1, height, width) < holes).float()
+    completed = fill(generator, image, mask)
+    assert completed.shape == image.shape
+    assert completed.isfinite().all()
+    known = (mask == 0).expand_as(image)
+    assert torch.equal(completed[known].view(torch.int32), image[known].view(torch.int32))
+
+
+def test_sides_that_are_multiples_of_8_are_given_to_the_network_as_they_are(
+    generator: Generator,
+) -> None:
+    image, mask = torch.rand(1, 3, 32, 40), torch.zeros(1, 1, 32, 40)
+    mask[:, :, 5:20, 7:30] = 1
+    refined = generator(erase(image, mask), mask)[1]
+    completed = fill(generator, image, mask)
+    assert torch.equal(completed[mask.expand_as(image) > 0], refined[mask.expand_as(image) > 0])
+
+
+def test_what_is_added_at_the_border_mirrors_the_picture(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+
+    def look(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        given.append(inputs[0])
+
+    hook = generator.register_forward_pre_hook(look)
+    picture = torch.arange(5.0).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    fill(generator, picture, torch.zeros(1, 1, 1, 5))
+    hook.remove()
+    assert given[0][0, 0].tolist() == [[0, 1, 2, 3, 4, 3, 2, 1]] * 8
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "reflect"])
+def test_small_pictures_suit_every_padding(padding: Padding) -> None:
+    picture = torch.rand(1, 3, 9, 30)
+    filled = fill(Generator(width=4, padding=padding), picture, torch.ones(1, 1, 9, 30))
+    assert filled.shape == picture.shape
+
+
+def test_less_memory_gives_the_same_picture(generator: Generator) -> None:
+    image, mask = torch.rand(1, 3, 64, 200), torch.zeros(1, 1, 64, 200)
+    mask[:, :, 20:40, 30:150] = 1
+    least = memory_bytes(1, 64, 200)
+    tight = fill(generator, image, mask, max_memory_bytes=least)
+    torch.testing.assert_close(tight, fill(generator, image, mask), atol=1e-5, rtol=0)
+
+
+def test_a_picture_that_does_not_fit_is_refused_in_one_line(generator: Generator) -> None:
+    image, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
+    with pytest.raises(ValueError, match=r"1 × 64×64 pixels takes .* but 0.00 GiB are allowed"):
+        fill(generator, image, mask, max_memory_bytes=1000)
+
+
+def test_strokes_reach_a_guided_generator() -> None:
+    generator = Generator(True, width=4)
+    fill_generator(generator)
+    image, mask = torch.rand(1, 3, 17, 17), torch.ones(1, 1, 17, 17)
+    strokes = torch.eye(17).view(1, 1, 17, 17)
+    drawn = fill(generator, image, mask, strokes)
+    assert not torch.equal(drawn, fill(generator, image, mask, torch.zeros_like(strokes)))
