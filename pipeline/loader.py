@@ -228,8 +228,8 @@ class Order:
 
     An epoch shuffles the shards and lines their samples up. The line is cut into as many equal
     segments as there are streams; each stream goes along its own in blocks of ``shuffle_block``
-    samples, shuffled. So a stream reads few shards at a time, one after the other, and any position
-    is found without going through those before it.
+    samples (or a step's share, if that is more), shuffled. So a stream reads few shards at a time,
+    one after the other, and any position is found without going through those before it.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Order:
         self._counts, self._seed = counts, seed
         self._per_step = global_batch // streams
         self._length = self.steps * self._per_step  # samples of a stream in an epoch
-        self._block = min(shuffle_block, self._length)
+        self._block = min(max(shuffle_block, self._per_step), self._length)
         self._line = lru_cache(2)(self._make_line)
         self._shuffled = lru_cache(2 * streams)(self._shuffle_block)
 
@@ -276,11 +276,11 @@ class Order:
 
         In the order in which it comes to them; one may stand there twice.
         """
-        block = max(self._block, self._per_step)
         first = self.block(step) * self._block
-        ahead = self._shards_between(epoch, stream, first, min(first + 2 * block, self._length))
-        if first + 2 * block >= self._length:
-            ahead += self._shards_between(epoch + 1, stream, 0, min(block, self._length))
+        last = first + 2 * self._block  # a step reaches into one more block at most
+        ahead = self._shards_between(epoch, stream, first, min(last, self._length))
+        if last >= self._length:
+            ahead += self._shards_between(epoch + 1, stream, 0, self._block)
         return ahead
 
     def _place(self, epoch: int, stream: int, position: int) -> Place:

@@ -262,7 +262,7 @@ def test_pictures_smaller_than_the_crop_are_scaled_up(tmp_path: Path) -> None:
     assert whole[-1] > 180
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda c: sum(c) >= 12),
     streams=st.sampled_from([1, 2, 3, 4, 6]),
