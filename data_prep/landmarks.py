@@ -50,6 +50,7 @@ class FaceDetector:
         scale = max(1.0, max(height, width) / DETECTION_PX)
         size = (round(width / scale), round(height / scale))
         small = pixels if scale == 1 else cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        small = np.ascontiguousarray(small)  # dlib misreads other arrays in silence
         # Small pictures are doubled for the search, since the detector wants faces of 80 pixels.
         boxes = self._find(small, 1 if 2 * max(small.shape[:2]) <= DETECTION_PX else 0)
         if not boxes:

