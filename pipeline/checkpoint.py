@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 TRANSFERS = 4  # files on their way at the same time; big ones go in parts besides
 Mode = Literal["min", "max"]
 Which = int | Literal["newest", "best"]
+BEST: tuple[str, Mode] = ("val/l1_percent", "min")
+"""What makes a checkpoint of ours the best one."""
 S = TypeVar("S")
 T = TypeVar("T")
 

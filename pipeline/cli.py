@@ -32,10 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _told_in_one_line() -> tuple[type[Exception], ...]:
     """Kinds of errors that are the user's or the environment's; the rest keep their traceback."""
+    from cluster.session import SessionError
+    from cluster.submit import SubmitError
     from pipeline.checkpoint import CheckpointError
     from pipeline.errors import TrainingError
 
-    return (ValueError, OSError, CheckpointError, TrainingError)
+    return (ValueError, OSError, SessionError, SubmitError, CheckpointError, TrainingError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,13 +164,13 @@ def _inpaint(arguments: argparse.Namespace) -> int:
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from pipeline import retrieval
 
-    return DONE if retrieval.ACTIONS[arguments.action](arguments) else MISTAKE
+    return DONE if retrieval.CHECKPOINTS[arguments.action](arguments) else MISTAKE
 
 
 def _dataset(arguments: argparse.Namespace) -> int:
     from pipeline import retrieval
 
-    return DONE if retrieval.DATASET_ACTIONS[arguments.action](arguments) else MISTAKE
+    return DONE if retrieval.DATASETS[arguments.action](arguments) else MISTAKE
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -117,7 +117,9 @@ class Masks(Section):
     brush: Brush = Brush()
     box: Box = Box()
     folder: str | None = None
-    """Pictures of masks for the kind ``folder``; white is the hole."""
+    """Pictures of masks for the kind ``folder``."""
+    white_is_hole: bool = True
+    """False for masks as MAT has them, with the hole in black."""
 
     @model_validator(mode="after")
     def _folder_where_needed(self) -> Self:

@@ -56,6 +56,7 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
                 ["python", "-m", "pipeline", "run", str(recipe), *overrides],
                 runtime_env=RUNTIME_ENV,
                 dashboard_url=ray_head.dashboard_url,
+                environment=ray_head.environment,
             )
         if code:
             return code
@@ -112,13 +113,14 @@ def _summary(
     def shown(path: Path) -> str:
         return os.path.relpath(path)
 
+    mlflow = Path(sys.executable).with_name("mlflow")
+    relative = shown(Path(database.removeprefix("sqlite:///")))
     print(
         f"""
 The whole job ran in {elapsed_s / 60:.1f} minutes.
   sheet of samples   {shown(sheet)}
-  a hole filled      {shown(filled)}   (picture.png, mask.png and sketch.png beside it)
+  a hole filled      {shown(filled)}   (picture.png, mask.png, sketch.png beside it)
   best checkpoint    {shown(checkpoint)}
-  look at the run    {shown(Path(sys.executable).with_name("mlflow"))} server --port 5000 \\
-                       --backend-store-uri sqlite:///{shown(Path(database.removeprefix("sqlite:///")))}
-Everything is kept in {shown(folder)}; `make demo` again finds it finished, deleting it starts afresh."""
+  look at the run    {shown(mlflow)} server --port 5000 --backend-store-uri sqlite:///{relative}
+Everything is kept in {shown(folder)}: `make demo` again finds it finished."""
     )

@@ -110,11 +110,12 @@ class TorchEngine:
 
     def update(self, loss: Tensor) -> None:
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
 
     def state(self) -> EngineState:
-        moments, steps = {}, 0
+        moments: dict[str, Tensor] = {}
+        steps = 0
         for name, parameter in self.module.named_parameters():
             if adam := self._optimizer.state.get(parameter):
                 moments |= {f"{m}.{name}": adam[m] for m in MOMENTS}

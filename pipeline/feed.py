@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-from data_prep.shards import Dataset
-
 from data_prep.masks import Box, Brush, MaskSampler
+from data_prep.shards import Dataset
 from pipeline import config
 from pipeline.batch import Batch
 from pipeline.loader import TrainLoader, val_batches
@@ -13,10 +12,11 @@ from pipeline.ranks import Ranks
 
 def mask_sampler(cfg: config.Masks) -> MaskSampler:
     return MaskSampler(
-        cfg.mixture,
+        {str(kind): weight for kind, weight in cfg.mixture.items()},
         brush=Brush(**cfg.brush.model_dump()),
         box=Box(**cfg.box.model_dump()),
         folder=cfg.folder,
+        white_is_hole=cfg.white_is_hole,
     )
 
 

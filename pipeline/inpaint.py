@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_prep.masks import Mask
-from data_prep.pictures import PictureError, Pixels, decode
-from models.inference import fill
 from PIL import Image
 from torch import Tensor
 
+from data_prep.masks import Mask
+from data_prep.pictures import PictureError, Pixels, decode
 from models import Generator
+from models.inference import fill
 from models.masking import guide
 from pipeline.networks import load_generator
 
@@ -124,7 +124,8 @@ def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
             f"{path} is {values.shape[1]}×{values.shape[0]}, but {picture} is "
             f"{shape[1]}×{shape[0]}: both should be of one size"
         )
-    return (values > HOLE_ABOVE).astype(np.uint8)
+    mask: Mask = (values > HOLE_ABOVE).astype(np.uint8)
+    return mask
 
 
 def _plane(values: Mask, device: torch.device) -> Tensor:

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import tempfile
 from io import BytesIO
-from pathlib import Path
 
-import torch
 from PIL import Image
 
 from cluster.session import connect
@@ -14,14 +11,14 @@ from cluster.storage import open_store
 from data_prep.shards import Dataset
 from data_prep.stage import build_dataset
 from pipeline import networks
-from pipeline.checkpoint import CheckpointError, Checkpoints
+from pipeline.checkpoint import BEST, CheckpointError, Checkpoints
 from pipeline.config import Config
 from pipeline.evaluate import evaluate as measure
 from pipeline.feed import validation_batches
 from pipeline.locations import checkpoints_url, dataset_url, run_store
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
-from pipeline.train import BEST, open_run_tracker, train
+from pipeline.train import open_run_tracker, train
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +35,7 @@ def run(cfg: Config) -> bool:
 
 def prepare(cfg: Config) -> Dataset:
     """The sharded data set of the recipe, built where it is not finished yet."""
-    with connect(), progress("prepare") as advance:
+    with connect(), progress("prepare", "pictures") as advance:
         return build_dataset(
             dataset_url(cfg),
             name=cfg.data.name,
@@ -87,10 +84,9 @@ def evaluate(cfg: Config) -> dict[str, float]:
             log.info("evaluated already step=%d %s", step, _figures(known["metrics"]))
             return dict(known["metrics"])
 
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "ema.safetensors"
-        path.write_bytes(checkpoints.read(step, path.name))
-        generator = networks.load_generator(path)
+    generator = networks.read_generator(
+        checkpoints.read(step, networks.EMA), f"{networks.EMA} of step {step}"
+    )
     device = Ranks().device
     limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
     evaluation = measure(
@@ -99,7 +95,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
         device=device,
         keep=cfg.evaluate.sheet,
     )
-    metrics = evaluation.means
+    metrics = evaluation.means()
     sheet = BytesIO()
     Image.fromarray(evaluation.sheet()).save(sheet, "PNG")
     store.put(f"{folder}/samples.png", sheet.getvalue())

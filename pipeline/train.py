@@ -7,30 +7,33 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from data_prep.shards import Dataset
+import yaml
 from torch import Tensor
 
 from cluster.storage import Store, join, open_store, pyarrow_filesystem
+from data_prep.shards import Dataset
+from models import Generator
 from pipeline import networks
 from pipeline import ranks as distributed
-from pipeline.feed import train_loader, validation_batches
-from pipeline.checkpoint import CheckpointError, Checkpoints
+from pipeline.checkpoint import BEST, CheckpointError, Checkpoints
 from pipeline.config import Config
 from pipeline.ema import Average
 from pipeline.engine import Adam, Engine, build_engine
 from pipeline.errors import TrainingError
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.feed import train_loader, validation_batches
 from pipeline.loader import TrainLoader
-from pipeline.locations import checkpoints_url, dataset_url, run_store
+from pipeline.locations import checkpoints_url, dataset_url, run_store, run_url
 from pipeline.ranks import Ranks
 from pipeline.state import Position, TrainingState
 from pipeline.step import train_step
 from pipeline.stopping import STOP_KEY, NoStop, SignalStop, StopRequest, StoredStop, request_stop
-from pipeline.tracking import Tracker
+from pipeline.tracking import Story, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +79,10 @@ def _train_here(cfg: Config) -> None:
 def _train_on_ray(cfg: Config, run: Store) -> None:
     """Under Ray Train: lost workers are replaced, and go on from the newest checkpoint."""
     import ray
-    from cluster.session import connect
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.session import connect
 
     with connect():
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -170,37 +174,32 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> None:
     checkpoints = Checkpoints(
         open_store(checkpoints_url(cfg)),
         keep=cfg.train.keep_checkpoints,
-        best=("val/l1_percent", "min"),
+        best=BEST,
     )
     state = _newest(cfg, checkpoints, dataset)
     position = state.position if state else Position()
 
-    generator_module = networks.generator(cfg.model).to(device, memory_format=torch.channels_last)
-    average = Average(generator_module, cfg.train.ema_decay, position.step)
+    learning = networks.generator(cfg.model).to(device)
+    average = Average(learning, cfg.train.ema_decay, position.step)
+    critic = networks.discriminator(cfg.model).to(device)
     if state:
         average.module.load_state_dict(state.ema)
-    generator, discriminator = (
-        build_engine(
-            cfg.train.engine,
-            module,
-            adam=Adam(cfg.train.learning_rate, (cfg.train.beta1, cfg.train.beta2)),
-            ranks=ranks,
-            state=engine_state,
-            zero_stage=cfg.train.zero_stage,
-            batch_per_rank=cfg.train.global_batch // ranks.world_size,
-        )
-        for module, engine_state in (
-            (generator_module, state and state.generator),
-            (
-                networks.discriminator(cfg.model).to(device, memory_format=torch.channels_last),
-                state and state.discriminator,
-            ),
-        )
+    engine = partial(
+        build_engine,
+        cfg.train.engine,
+        adam=Adam(cfg.train.learning_rate, (cfg.train.beta1, cfg.train.beta2)),
+        ranks=ranks,
+        zero_stage=cfg.train.zero_stage,
+        batch_per_rank=cfg.train.global_batch // ranks.world_size,
     )
+    generator = engine(learning, state=state.generator if state else None)
+    discriminator = engine(critic, state=state.discriminator if state else None)
     with ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
-        tracker = stack.enter_context(_tracker(cfg, ranks, dataset, position))
+        tracker = stack.enter_context(
+            open_run_tracker(cfg, dataset, position.step, first=ranks.first)
+        )
         stack.callback(checkpoints.close)
         worker = _Worker(
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
@@ -217,7 +216,7 @@ class _Worker:
     dataset: Dataset
     generator: Engine
     discriminator: Engine
-    average: Average
+    average: Average[Generator]
     checkpoints: Checkpoints
     tracker: Tracker
 
@@ -319,8 +318,7 @@ class _Worker:
             self.average.module,
             batches,
             device=self.ranks.device,
-            guided=self.cfg.model.guided,
-            keep=self.cfg.evaluate.sheet,
+            keep=self.cfg.evaluate.sheet if self.ranks.first else 0,
         )
 
 
@@ -354,6 +352,29 @@ class _Clock:
 
     def restart(self) -> None:
         self.steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+
+
+def open_run_tracker(
+    cfg: Config, dataset: Dataset, resume_from_step: int, *, first: bool = True
+) -> Tracker:
+    """The one tracker of the run; ranks but the ``first`` have nothing to tell."""
+    story = Story(
+        name=cfg.name,
+        url=run_url(cfg),
+        params=cfg.flat(),
+        config_yaml=yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
+        dataset_name=dataset.name,
+        dataset_url=dataset.url,
+        dataset_digest=dataset.digest,
+    )
+    return open_tracker(
+        cfg.tracking.backend if first else "none",
+        story,
+        store=run_store(cfg),
+        resume_from_step=resume_from_step,
+        experiment=cfg.tracking.experiment,
+        uri=cfg.tracking.uri,
+    )
 
 
 def _newest(cfg: Config, checkpoints: Checkpoints, dataset: Dataset) -> TrainingState | None:

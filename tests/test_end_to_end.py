@@ -23,7 +23,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Twelve small crops of real photographs, eight to train on and four held out."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder: Path = tmp_path_factory.mktemp("pictures")
     source = Path(skimage.__file__).parent / "data"
     for split, name, count in (("train", "chelsea.png", 8), ("val", "coffee.png", 4)):
         photograph = Image.open(source / name).convert("RGB")

@@ -1,6 +1,7 @@
 """Both engines train the pair of networks alike, save alike, and resume each other's state."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from pipeline.step import train_step
 from tests.distributed import on_ranks
 
 GLOBAL_BATCH = 2
+Kind = Literal["ddp", "deepspeed"]
+Stage = Literal[0, 1, 2]
 SIDE = 64
 
 
@@ -33,11 +36,11 @@ def batch(step: int, rank: int, world_size: int) -> Batch:
     mask[0, 16:40, 8:40] = 1
     mask[1, 30:60, 20:60] = 1
     mine = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
-    return Batch(image[mine], mask[mine], sketch[mine], ("a", "b")[mine])
+    return Batch(image[mine], mask[mine], sketch[mine], tuple("ab"[mine]))
 
 
 def engines(
-    kind: str, zero_stage: int, state: TrainingState | None
+    kind: Kind, zero_stage: Stage, state: TrainingState | None
 ) -> tuple[Engine, Engine, Ranks]:
     torch.manual_seed(3)
     ranks = distributed.current()
@@ -52,18 +55,18 @@ def engines(
             batch_per_rank=GLOBAL_BATCH // ranks.world_size,
         )
         for network, engine_state in (
-            (Generator(guided=True, width=4), state and state.generator),
-            (Discriminator(guided=True), state and state.discriminator),
+            (Generator(guided=True, width=4), state.generator if state else None),
+            (Discriminator(guided=True), state.discriminator if state else None),
         )
     )
     return generator, discriminator, ranks
 
 
 def trained(
-    kind: str,
+    kind: Kind,
     *,
     steps: int,
-    zero_stage: int = 1,
+    zero_stage: Stage = 1,
     files: dict[str, bytes] | None = None,
     precision: torch.dtype = torch.float32,
 ) -> Trained:

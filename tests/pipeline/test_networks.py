@@ -23,7 +23,7 @@ def test_a_weights_file_needs_no_recipe(tmp_path, guided, with_header):
     network = networks.generator(cfg).eval()
     path = tmp_path / "generator.safetensors"
     save_file(network.state_dict(), path, networks.weights_header(cfg) if with_header else None)
-    loaded = networks.load_generator(path)
+    loaded = networks.load_generator(str(path))
     assert loaded.guided == guided
     inputs = small_picture(guided)
     with torch.no_grad():
@@ -37,21 +37,21 @@ def test_options_travel_in_the_header(tmp_path):
     save_file(network.state_dict(), path, networks.weights_header(cfg))
     inputs = small_picture(guided=False)
     with torch.no_grad():
-        torch.testing.assert_close(networks.load_generator(path)(*inputs), network(*inputs))
+        torch.testing.assert_close(networks.load_generator(str(path))(*inputs), network(*inputs))
 
 
 def test_files_that_hold_no_generator_are_told_apart(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        networks.load_generator(tmp_path / "nowhere.safetensors")
+        networks.load_generator(str(tmp_path / "nowhere.safetensors"))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="no safetensors file"):
-        networks.load_generator(broken)
+        networks.load_generator(str(broken))
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(1)}, other)
     with pytest.raises(ValueError, match="holds no generator"):
-        networks.load_generator(other)
+        networks.load_generator(str(other))
     wide = tmp_path / "wide.safetensors"
     save_file(Generator(width=8).state_dict(), wide)
     with pytest.raises(ValueError, match="does not fit"):
-        networks.load_generator(wide)
+        networks.load_generator(str(wide))

@@ -1,0 +1,99 @@
+"""Checkpoints and data sets as the command line shows, fetches and verifies them."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.shards import Dataset
+from data_prep.shards import verify as verify_dataset
+from pipeline import checkpoint
+from pipeline.checkpoint import BEST, CheckpointError, Which
+from pipeline.progress import progress
+
+Action = Callable[[argparse.Namespace], bool]
+"""Does what was typed; False where faults were found."""
+
+
+def _which(text: str) -> Which:
+    if text in ("newest", "best"):
+        return text  # type: ignore[return-value]
+    if text.isdecimal():
+        return int(text)
+    raise CheckpointError(f"--step {text}: give a number, 'newest' or 'best'")
+
+
+def _ls(arguments: argparse.Namespace) -> bool:
+    listed = checkpoint.listing(arguments.url)
+    names = sorted({name for found in listed for name in found.metrics})
+    table = Table("step", "saved", "MB", *names, box=None, pad_edge=False)
+    for found in listed:
+        figures = [f"{found.metrics[n]:.4g}" if n in found.metrics else "" for n in names]
+        table.add_row(str(found.step), found.saved, f"{found.bytes / 1e6:.1f}", *figures)
+    Console(soft_wrap=True).print(table)
+    return True
+
+
+def _show(arguments: argparse.Namespace) -> bool:
+    checkpoints, step = checkpoint.choose(arguments.url, _which(arguments.step), BEST)
+    print(json.dumps(checkpoints.manifest(step), indent=1))
+    return True
+
+
+def _pull(arguments: argparse.Namespace) -> bool:
+    for path in checkpoint.pull(arguments.url, arguments.out, _which(arguments.step), BEST):
+        print(path)
+    return True
+
+
+def _verify(arguments: argparse.Namespace) -> bool:
+    faults = checkpoint.verify(arguments.url)
+    for step, found in faults.items():
+        print(f"step {step}: {'as written' if not found else ''}")
+        for fault in found:
+            print(f"  {fault}")
+    return not any(faults.values())
+
+
+def _prune(arguments: argparse.Namespace) -> bool:
+    for step in checkpoint.prune(arguments.url, keep=arguments.keep, best=BEST):
+        print(f"deleted step {step}")
+    return True
+
+
+CHECKPOINTS: Mapping[str, Action] = {
+    "ls": _ls,
+    "show": _show,
+    "pull": _pull,
+    "verify": _verify,
+    "prune": _prune,
+}
+
+
+def _dataset_show(arguments: argparse.Namespace) -> bool:
+    dataset = Dataset.open(arguments.url)
+    print(f"{dataset.name}  {dataset.url}\ndigest  {dataset.digest}")
+    table = Table("split", "shards", "samples", "MB", box=None, pad_edge=False)
+    for split in ("train", "val"):
+        shards = dataset.shards(split)
+        samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
+        table.add_row(split, str(len(shards)), str(samples), f"{size / 1e6:.1f}")
+    Console(soft_wrap=True).print(table)
+    print(yaml.safe_dump({"counts": dataset.counts, "settings": dataset.settings}), end="")
+    return True
+
+
+def _dataset_verify(arguments: argparse.Namespace) -> bool:
+    dataset = Dataset.open(arguments.url)
+    with progress("verify", "bytes") as advance:
+        faults = verify_dataset(dataset, progress=lambda done, total: advance(done, total, 0))
+    for fault in faults:
+        print(fault)
+    print("every byte is as written" if not faults else f"{len(faults)} faults")
+    return not faults
+
+
+DATASETS: Mapping[str, Action] = {"show": _dataset_show, "verify": _dataset_verify}
