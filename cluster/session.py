@@ -79,7 +79,11 @@ def local_ray(
             raise SessionError(f"another Ray head is running on {folder}: end it first") from None
         with _short_folder(folder) as session, contextlib.ExitStack() as stack:
             ports = _free_ports()
-            token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_new_token(folder))}
+            token = {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(_new_token(folder)),
+                "RAY_AUTH_TOKEN": "",  # one in our environment would go before the file
+            }
             process = stack.enter_context(
                 guarded(
                     _command(ports, session, cpus),

@@ -1,0 +1,43 @@
+"""The files for a real cluster say the same as what is installed and tested here."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CLUSTER: Any = yaml.safe_load((ROOT / "cluster" / "ray_cluster.yaml").read_text())
+DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
+
+
+def test_the_cluster_runs_the_ray_that_is_tested() -> None:
+    assert CLUSTER["spec"]["rayVersion"] == version("ray")
+
+
+def test_the_image_has_the_torch_that_is_tested() -> None:
+    assert f"torch=={version('torch').partition('+')[0]}" in DOCKERFILE
+
+
+def test_the_image_is_built_from_files_that_exist() -> None:
+    for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists(), name
+
+
+def test_credentials_reach_the_pods_from_a_secret_alone() -> None:
+    groups = [CLUSTER["spec"]["headGroupSpec"], *CLUSTER["spec"]["workerGroupSpecs"]]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": "deepfill-storage"}}]
+        assert [setting["name"] for setting in container["env"]] == ["MLFLOW_TRACKING_URI"]
+
+
+def test_a_worker_is_given_as_long_to_save_as_a_job() -> None:
+    job = yaml.safe_load((ROOT / "ray_job.yaml").read_text())
+    (workers,) = CLUSTER["spec"]["workerGroupSpecs"]
+    grace_s = workers["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace_s == int(job["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
