@@ -133,6 +133,10 @@ class Masks(Section):
 class Model(Section):
     guided: bool = True
     """With a sketch as sixth input channel (paper section 3.5)."""
+    convolution: Literal["gated", "partial", "vanilla"] = "gated"
+    """``partial`` and ``vanilla`` are what the paper argues against, for comparison."""
+    padding: Literal["same", "symmetric", "reflect"] = "same"
+    """``same`` is TensorFlow's, with zeros: what released weights need."""
     attention: Literal["official", "renormalised"] = "official"
     """``renormalised``: masked scores are minus infinity, overlaps divided by their true count."""
     discriminator_head: Literal["leaky", "linear"] = "leaky"
@@ -163,6 +167,8 @@ class Train(Section):
     """What DeepSpeed shards: nothing, optimiser state, or gradients too."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: convolutions under autocast; parameters, norms and losses stay float32."""
+    recompute: bool = False
+    """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

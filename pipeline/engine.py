@@ -1,6 +1,7 @@
 """A network with its optimiser, under plain PyTorch, DDP or DeepSpeed."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -92,18 +93,7 @@ class TorchEngine:
                 self._optimizer.state[parameter] = _adam_state(
                     state.steps, *(_like(state.moments[f"{m}.{name}"], parameter) for m in MOMENTS)
                 )
-        # Buffers are equal on all ranks without help: the power iteration of spectral
-        # normalisation depends on weights alone.
-        self._forward = (
-            DistributedDataParallel(
-                module,
-                device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-            if ranks.world_size > 1
-            else module
-        )
+        self._forward = _distributed(module, ranks) if ranks.world_size > 1 else module
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         return self._forward(*inputs)
@@ -121,6 +111,19 @@ class TorchEngine:
                 moments |= {f"{m}.{name}": adam[m] for m in MOMENTS}
                 steps = int(adam["step"])
         return EngineState(self.module.state_dict(), moments, steps)
+
+
+def _distributed(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name is unknown to torch 2.11
+        return DistributedDataParallel(
+            module,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            # Buffers are equal on all ranks without help: the power iteration of spectral
+            # normalisation depends on weights alone.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 class DeepSpeedEngine:

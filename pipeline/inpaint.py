@@ -95,7 +95,7 @@ def _fill_file(
             f"{hole}: {mask.mean():.0%} is white, and white is the hole: invert it if it means the "
             "opposite"
         )
-    image_tensor = torch.from_numpy(original).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+    image_tensor = torch.tensor(original, device=device).permute(2, 0, 1)[None] / 127.5 - 1
     mask_tensor = _plane(mask, device)
     sketch_tensor = None
     if generator.guided:
@@ -129,4 +129,4 @@ def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
 
 
 def _plane(values: Mask, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, torch.float32)[None, None]  # (1, 1, H, W)
+    return torch.tensor(values, dtype=torch.float32, device=device)[None, None]  # (1, 1, H, W)

@@ -19,8 +19,15 @@ HEADER = "model"
 EMA = "ema.safetensors"
 
 
-def generator(cfg: Model) -> Generator:
-    return _channels_last(Generator(guided=cfg.guided, attention=cfg.attention))
+def generator(cfg: Model, *, recompute: bool = False) -> Generator:
+    network = Generator(
+        guided=cfg.guided,
+        convolution=cfg.convolution,
+        padding=cfg.padding,
+        attention=cfg.attention,
+        recompute=recompute,
+    )
+    return _channels_last(network)
 
 
 def discriminator(cfg: Model) -> Discriminator:

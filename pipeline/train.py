@@ -179,7 +179,7 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> None:
     state = _newest(cfg, checkpoints, dataset)
     position = state.position if state else Position()
 
-    learning = networks.generator(cfg.model).to(device)
+    learning = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
     average = Average(learning, cfg.train.ema_decay, position.step)
     critic = networks.discriminator(cfg.model).to(device)
     if state:
