@@ -73,7 +73,7 @@ def main(parent: int, grace_s: float, command: Sequence[str]) -> int:
     child = subprocess.Popen(command)
     while not ending and os.getppid() == parent:
         if (code := _reap(child.pid)) is not None:
-            _kill_all(psutil.Process().children(recursive=True))
+            _kill_descendants()
             return code
         time.sleep(POLL_S)
 
@@ -82,8 +82,7 @@ def main(parent: int, grace_s: float, command: Sequence[str]) -> int:
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and _reap(child.pid) is None:
         time.sleep(POLL_S / 4)
-    while left := psutil.Process().children(recursive=True):
-        _kill_all(left)
+    _kill_descendants()
     return 128 + signal.SIGTERM
 
 
@@ -96,12 +95,14 @@ def _reap(child: int) -> int | None:
     return None
 
 
-def _kill_all(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=5)
-    _reap(-1)
+def _kill_descendants() -> None:
+    """Until none is left: one may have started another in the meantime."""
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
+        _reap(-1)
 
 
 if __name__ == "__main__":

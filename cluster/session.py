@@ -135,6 +135,17 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+def job_metadata() -> dict[str, str]:
+    """What the Ray job of this process was submitted with; empty outside of a submitted job.
+
+    ``job_submission_id`` is Ray's, ``git_commit`` comes from ``cluster.submit``.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return {}
+    return dict(ray._private.worker.global_worker.core_worker.get_job_config().metadata)
+
+
 def _answers(address: str) -> bool:
     """Whether somebody listens at ``host:port``; other forms of address are for Ray to judge.
 

@@ -168,6 +168,8 @@ def pyarrow_filesystem(url: str) -> tuple[FileSystem, str]:
         options["region"] = _region() or "us-east-1"
     elif region := _region():
         options["region"] = region
+    if certificates := os.environ.get("AWS_CA_BUNDLE"):
+        options["tls_ca_file_path"] = certificates
     return fs.S3FileSystem(**options), _s3_path(url)
 
 

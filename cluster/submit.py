@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -51,7 +52,8 @@ def submit(
     job = submission_id or f"job-{secrets.token_hex(6)}"
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--address", dashboard_url, "--submission-id", job]
-    command += ["--runtime-env", str(runtime_env), "--", *entrypoint]
+    command += ["--runtime-env", str(runtime_env), "--metadata-json", json.dumps(_metadata())]
+    command += ["--", *entrypoint]
     with _start(command, environment) as process:
         try:
             _pass_on(process, on_line)
@@ -106,6 +108,17 @@ def package_files(runtime_env: Path) -> dict[Path, int]:
             f" add the biggest files to excludes in {runtime_env}: {listed}"
         )
     return files
+
+
+def _metadata() -> dict[str, str]:
+    """The commit that is sent, since a package has no history."""
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git_commit": told.stdout.strip()}
 
 
 def _pass_on(process: subprocess.Popen[str], on_line: Callable[[str], None]) -> None:

@@ -1,16 +1,16 @@
 """One run, one story: metrics and pictures to MLflow, to a JSON-lines file, or to nobody."""
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
+import re
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from PIL import Image
 
+from cluster.session import job_metadata
 from cluster.storage import Store
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Params = Mapping[str, str | int | float | bool | None]
 
-FLUSH_S = 60.0  # the end of a run waits so long for a tracker that is away
+FLUSH_S = 20.0  # the end of a run waits so long for a tracker that is away
+SAMPLE_S = 10.0  # between readings of the machine, unless MLflow's own variable says otherwise
 RETRY_S = (1.0, 5.0, 15.0, 60.0)
 PARAM_LENGTH = 6000  # MLflow cuts longer ones in silence
 DIGEST_LENGTH = 32  # and refuses digests of more than 36
@@ -86,18 +88,25 @@ def open_tracker(
     experiment: str = "deepfill",
     uri: str | None = None,
     spool: Path | None = None,
+    node: int = 0,
 ) -> Tracker:
     """The tracker of the run in ``store``, which goes on after ``resume_from_step``.
 
     ``uri``: MLflow's server or database; else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``.
     ``spool``: folder on this machine for values that could not be delivered yet.
+    ``node``: number of this machine; the tracker of a machine but 0 tells only how that one is.
     """
-    if backend == "none":
+    if backend == "none" or (backend == "jsonl" and node):
         return NullTracker()
     if backend == "jsonl":
         return JsonLinesTracker(store, resume_from_step)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-    return MlflowTracker(story, uri=uri, experiment=experiment, spool=spool or _spool(story.url))
+    if uri == DEFAULT_URI and "_ray_pkg_" in os.getcwd():
+        log.warning("MLFLOW_TRACKING_URI is not set: what MLflow keeps goes with this job's folder")
+    spool = spool or _spool(story.url)
+    if node:
+        return MachineTracker(story, uri=uri, experiment=experiment, spool=spool, node=node)
+    return MlflowTracker(story, uri=uri, experiment=experiment, spool=spool)
 
 
 def _spool(url: str) -> Path:
@@ -189,28 +198,17 @@ class MlflowTracker(_Ends):
     """
 
     def __init__(self, story: Story, *, uri: str, experiment: str, spool: Path) -> None:
-        spool.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._story, self._uri, self._experiment = story, uri, experiment
-        self._events = _Spool(spool)
         self._run = _MlflowRun(story, uri, experiment)
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
+        self._events = _Spool(spool)
+        self._courier = _Courier(self._run, self._events)
+        self._machine = _Machine(0, uri, self._events)
 
     @property
     def run_id(self) -> str | None:
         return self._run.id
 
-    def wait_for_run(self, timeout_s: float) -> str | None:
-        """The run's name, waiting a moment for a tracker that is just slow."""
-        deadline = time.monotonic() + timeout_s
-        while self._run.id is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return self._run.id
-
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        now_ms = int(time.time() * 1000)
-        self._events.add({"kind": "metrics", "step": step, "values": dict(values), "ms": now_ms})
+        self._events.add({"kind": "metrics", "step": step, "values": dict(values), "ms": _now_ms()})
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
         path = self._events.folder / f"{key}-{step:08d}.png"
@@ -218,38 +216,106 @@ class MlflowTracker(_Ends):
         self._events.add({"kind": "image", "key": key, "step": step, "path": str(path)})
 
     def _close(self) -> None:
+        self._machine.close()
         self._events.add({"kind": "end", "status": self._status})
+        self._courier.close()
+
+
+class MachineTracker(NullTracker):
+    """How a further machine is, told to the run that rank 0 has opened; nothing else."""
+
+    def __init__(self, story: Story, *, uri: str, experiment: str, spool: Path, node: int) -> None:
+        events = _Spool(spool.with_name(f"{spool.name}-node-{node}"))
+        self._courier = _Courier(_MlflowRun(story, uri, experiment, opens=False), events)
+        self._machine = _Machine(node, uri, events)
+
+    def _close(self) -> None:
+        self._machine.close()
+        self._courier.close()
+
+
+class _Machine:
+    """Processor, memory, disk, network and GPU of this machine, read now and then by a thread."""
+
+    def __init__(self, node: int, uri: str, events: "_Spool") -> None:
+        self._node, self._uri, self._events = node, uri, events
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="machine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
         self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        from mlflow.system_metrics import system_metrics_monitor
+
+        # MLflow's own readings and names; it would give up when its server is away.
+        logging.getLogger(system_metrics_monitor.__name__).setLevel(logging.WARNING)
+        monitor = system_metrics_monitor.SystemMetricsMonitor(None, tracking_uri=self._uri)
+        interval_s = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", SAMPLE_S))
+        while not self._done.wait(interval_s):
+            try:
+                monitor.collect_metrics()
+                readings = monitor.aggregate_metrics().items()
+            except Exception as error:  # of a driver, say
+                log.warning("tracking: this machine cannot be read: %s", _one_line(error))
+                return
+            for part in monitor.monitors:
+                part.clear_metrics()
+            values = {f"system/node-{self._node}/{name}": value for name, value in readings}
+            self._events.add({"kind": "machine", "values": values, "ms": _now_ms()})
+
+
+class _Courier:
+    """Takes events to the run in order, from a thread of its own; keeps them while it is away."""
+
+    def __init__(self, run: "_MlflowRun", events: "_Spool") -> None:
+        self._run, self._events = run, events
+        self._closed = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Deliver what is left, as far as that is possible soon."""
+        self._deadline = time.monotonic() + FLUSH_S
+        self._closed.set()
         self._thread.join(FLUSH_S)
         if left := self._events.waiting():
             log.warning(
                 "tracking: %d events wait in %s for %s to come back; the next command on this run "
                 "delivers them",
-                *(left, self._events.folder, self._uri),
+                left,
+                self._events.folder,
+                self._run.place,
             )
 
     def _deliver(self) -> None:
-        attempt = 0
-        while True:
+        failures = 0
+        while time.monotonic() < self._deadline:
             try:
                 self._run.join()
                 while (event := self._events.first()) is not None:
                     self._tell(event)
                     self._events.drop_first()
-                attempt = 0
-                if self._done.is_set() and not self._events.waiting():
+                failures = 0
+                if self._closed.is_set() and not self._events.waiting():
                     return
                 self._events.wait(0.5)
             except Exception as error:  # whatever a tracker does, training goes on
-                pause_s = RETRY_S[min(attempt, len(RETRY_S) - 1)]
-                attempt += 1
-                if attempt in (1, 4):
+                pause_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
+                failures += 1
+                if failures == 2:
                     log.warning(
-                        "tracking is away, values are kept uri=%s: %s", self._uri, _one_line(error)
+                        "tracking is away, values are kept uri=%s: %s",
+                        self._run.place,
+                        _one_line(error),
                     )
-                if self._done.wait(pause_s) and attempt > len(RETRY_S):
-                    return
-
+                if self._closed.is_set():
+                    time.sleep(RETRY_S[0])
+                else:
+                    self._closed.wait(pause_s)
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         try:
@@ -265,19 +331,27 @@ class _Spool:
     """Events in a file, oldest first, until they are delivered; survives the process."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
         self._path, self._delivered_path = folder / "events.jsonl", folder / "delivered"
         self._changed = threading.Condition()
-        delivered = int(self._delivered_path.read_text()) if self._delivered_path.exists() else 0
+        # Empty where a process was killed while writing it: then events come twice.
+        known = self._delivered_path.read_text() if self._delivered_path.exists() else ""
+        delivered = int(known or 0)
         lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        self._events = [event for line in lines[delivered:] if (event := _parsed(line))]
+        waiting = [event for line in lines[delivered:] if (event := _parsed(line))]
+        # How an earlier process ended is no news once the run goes on.
+        self._events = [event for event in waiting if event["kind"] != "end"]
         self._rewrite()
 
     def add(self, event: dict[str, Any]) -> None:
         with self._changed:
             self._events.append(event)
-            with self._path.open("ab") as file:
-                file.write(json.dumps(event).encode() + b"\n")
+            try:
+                with self._path.open("ab") as file:
+                    file.write(json.dumps(event).encode() + b"\n")
+            except OSError as error:
+                log.warning("tracking: values are kept in memory alone: %s", error)
             self._changed.notify_all()
 
     def first(self) -> dict[str, Any] | None:
@@ -306,7 +380,9 @@ class _Spool:
         """Forget what was delivered. Killed in between, some events come twice; that is noticed."""
         self._delivered = 0
         self._delivered_path.write_text("0")
-        self._path.write_text("".join(json.dumps(event) + "\n" for event in self._events))
+        new = self._path.with_suffix(".new")
+        new.write_text("".join(json.dumps(event) + "\n" for event in self._events))
+        new.replace(self._path)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -320,10 +396,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 class _MlflowRun:
     """The run on the server: created or found once, then told events in order."""
 
-    def __init__(self, story: Story, uri: str, experiment: str) -> None:
+    def __init__(self, story: Story, uri: str, experiment: str, *, opens: bool = True) -> None:
         self.id: str | None = None
-        self._story, self._uri, self._experiment = story, uri, experiment
+        self.place = _without_password(uri)
+        self._story, self._uri, self._experiment, self._opens = story, uri, experiment, opens
         self._last_steps: dict[str, int] = {}
+        self._readings = 0
 
     def join(self) -> None:
         if self.id is not None:
@@ -331,6 +409,7 @@ class _MlflowRun:
         # Short: a server that does not answer is tried again by us.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag
 
@@ -339,20 +418,26 @@ class _MlflowRun:
         known = client.search_runs(
             [experiment_id], f"tags.`project.run` = '{self._story.url}'", max_results=1
         )
-        params = {key: str(value)[:PARAM_LENGTH] for key, value in self._story.params.items()}
+        if not known and not self._opens:
+            raise LookupError(f"rank 0 has not opened the run of {self._story.url} yet")
         if known:
-            run = known[0]
-            self._last_steps = {
-                key: max(value.step for value in client.get_metric_history(run.info.run_id, key))
-                for key in run.data.metrics
-                if not key.startswith("system/")
-            }
-        else:
-            run = client.create_run(
+            # The newest step of each metric, without its whole history.
+            self._last_steps = {metric.key: metric.step for metric in known[0].data._metric_objs}
+            machine = [step for key, step in self._last_steps.items() if key.startswith("system/")]
+            self._readings = max(machine, default=-1) + 1
+        if not self._opens:
+            self.id = known[0].info.run_id
+            return
+        params = {key: str(value)[:PARAM_LENGTH] for key, value in self._story.params.items()}
+        run = (
+            known[0]
+            if known
+            else client.create_run(
                 experiment_id,
                 run_name=self._story.name,
                 tags={"project.run": self._story.url, "project.attempt": "0"},
             )
+        )
         attempt = int(run.data.tags.get("project.attempt", "0")) + 1
         tags = _surroundings() | {"project.attempt": str(attempt)}
         if self._story.dataset_digest:
@@ -375,16 +460,18 @@ class _MlflowRun:
     def tell(self, event: Mapping[str, Any]) -> None:
         assert self.id is not None
         if event["kind"] == "metrics":
-            self._tell_metrics(event)
+            self._tell_metrics(event["step"], event)
+        elif event["kind"] == "machine":
+            self._tell_metrics(self._readings, event)
+            self._readings += 1
         elif event["kind"] == "image":
             self._tell_image(event)
         else:
             self._client.set_terminated(self.id, event["status"])
 
-    def _tell_metrics(self, event: Mapping[str, Any]) -> None:
+    def _tell_metrics(self, step: int, event: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        step = event["step"]
         new = {k: v for k, v in event["values"].items() if step > self._last_steps.get(k, -1)}
         if new:
             self._client.log_batch(
@@ -423,36 +510,13 @@ class _MlflowRun:
         self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
 
 
-@contextlib.contextmanager
-def system_metrics(run_id: str | None, node: int, uri: str | None = None) -> Iterator[None]:
-    """Processor, memory, disk, network and GPU of this machine as ``system/node-<k>/…``.
-
-    One process of each machine does this, with the run that rank 0 opened.
-    """
-    if run_id is None:
-        yield
-        return
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(
-        run_id,
-        resume_logging=True,
-        node_id=f"node-{node}",
-        tracking_uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI,
-    )
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
-
-
 def _surroundings() -> dict[str, str]:
     """Where this attempt runs, as far as it can be told."""
+    job = job_metadata()
     tags = {"mlflow.source.name": "python -m pipeline"}
-    if commit := os.environ.get("DEEPFILL_GIT_COMMIT") or _git_commit():
+    if commit := job.get("git_commit") or _git_commit():
         tags["mlflow.source.git.commit"] = commit
-    if submission := os.environ.get("DEEPFILL_SUBMISSION_ID"):
+    if submission := job.get("job_submission_id"):
         tags["project.ray.submission_id"] = submission
     return tags
 
@@ -468,6 +532,15 @@ def _git_commit() -> str | None:
     return told.stdout.strip()
 
 
+def _without_password(uri: str) -> str:
+    """``uri``, or a text with some, as it may be shown."""
+    return re.sub(r"//[^/@\s]*@", "//", uri)
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
 def _png(pixels: np.ndarray) -> bytes:
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
@@ -479,4 +552,5 @@ def _what(event: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = _without_password(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:200]}"

@@ -57,32 +57,39 @@ def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
 ) -> None:
     (job.parent / "code" / "program.py").write_text(
         "import os, sys\n"
-        "from cluster.session import connect\n"
+        "from cluster.session import connect, job_metadata\n"
+        "assert job_metadata() == {}\n"
         "with connect():\n"
         "    import ray\n"
         "    here = os.environ['AWS_SECRET_ACCESS_KEY']\n"
         "    there = ray.get(ray.remote(lambda: os.environ['AWS_SECRET_ACCESS_KEY']).remote())\n"
         "    print(len(here), len(there), sys.executable, 'cpus', ray.cluster_resources()['CPU'])\n"
+        "    told = ray.get(ray.remote(job_metadata).remote())\n"
+        "    print('told', told['job_submission_id'], told['git_commit'])\n"
     )
     lines: list[str] = []
     settings = yaml.safe_load(job.read_text())
     settings["env_vars"]["PYTHONPATH"] = str(ROOT)
     job.write_text(yaml.safe_dump(settings))
 
-    def run(entrypoint: list[str]) -> int:
+    def run(name: str, *entrypoint: str) -> int:
         return submit(
             entrypoint,
             runtime_env=job,
             dashboard_url=head.dashboard_url,
             environment=head.environment,
             on_line=lines.append,
+            submission_id=name,
         )
 
-    failing = ["python", "-c", "raise SystemExit(7)"]
     with ThreadPoolExecutor() as pool:
-        assert list(pool.map(run, [["python", "program.py"], failing])) == [0, 1], lines
+        working = pool.submit(run, "working", "python", "program.py")
+        failing = pool.submit(run, "failing", "python", "-c", "raise SystemExit(7)")
+        assert (working.result(), failing.result()) == (0, 1), lines
     (printed,) = [line for line in lines if line.startswith("14 ")]
     python = Path(sys.executable).with_name("python")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert f"told working {commit.strip()}" in lines
     assert printed == f"14 14 {python} cpus {float(os.cpu_count() or 1)}"
 
 
@@ -153,8 +160,8 @@ def test_two_heads_share_a_machine_and_end_with_their_parents(
         parent.kill()
     assert len(begun) > 10
     deadline = time.monotonic() + 20
-    while any(process.is_running() for process in begun):
-        assert time.monotonic() < deadline, [p for p in begun if p.is_running()]
+    while left := [process for process in begun if is_alive(process)]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
@@ -192,6 +199,13 @@ def test_a_secret_in_the_runtime_environment_is_refused_by_name(job: Path, name:
     with pytest.raises(SubmitError, match=f"env_vars.{name}") as caught:
         package_files(job)
     assert "planted" not in str(caught.value)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mlflow.entities import Run
 
 from cluster.storage import open_store
 from pipeline import tracking
-from pipeline.tracking import JSONL, MlflowTracker, Story, open_tracker
+from pipeline.tracking import JSONL, MachineTracker, MlflowTracker, Story, open_tracker
 
 STORY = Story(
     name="demo",
@@ -145,6 +146,79 @@ def test_a_value_that_mlflow_refuses_does_not_block_the_others(uri, tmp_path, ca
         told.metrics(1, {"loss": 1.0})
     assert history(uri, "loss") == [(1, 1.0)]
     assert "refused" in caplog.text
+
+
+def test_every_machine_tells_how_it_is_in_the_one_run(uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    monkeypatch.setattr(tracking, "RETRY_S", (0.2,))
+    further = MachineTracker(STORY, uri=uri, experiment="tests", spool=tmp_path / "spool", node=1)
+    further.metrics(1, {"loss": 9.0})  # not its to tell
+    with tracker(uri, tmp_path) as told, further:
+        told.metrics(1, {"loss": 1.0})
+        deadline = time.monotonic() + 30
+        while "system/node-1/cpu_utilization_percentage" not in machine_values(uri):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    run = the_run(uri)
+    assert run.info.status == "FINISHED"
+    assert history(uri, "loss") == [(1, 1.0)]
+    with tracker(uri, tmp_path):
+        time.sleep(1)
+    for node in (0, 1):
+        steps = [
+            step for step, _ in history(uri, f"system/node-{node}/system_memory_usage_megabytes")
+        ]
+        assert steps
+        assert steps == sorted(set(steps))
+
+
+def machine_values(uri: str) -> dict[str, float]:
+    if MlflowClient(uri).get_experiment_by_name("tests") is None:
+        return {}
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    return runs[0].data.metrics if runs else {}
+
+
+def test_how_a_process_ended_is_no_news_once_the_run_goes_on(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
+    with tracker("http://127.0.0.1:1", tmp_path) as told:
+        told.metrics(1, {"loss": 1.0})
+    with tracker(uri, tmp_path) as told:
+        told.metrics(2, {"loss": 2.0})
+        deadline = time.monotonic() + 30
+        while told.run_id is None or len(history(uri, "loss")) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert the_run(uri).info.status == "RUNNING"
+
+
+def test_a_process_killed_while_it_noted_what_was_delivered_costs_nothing(uri, tmp_path):
+    with tracker(uri, tmp_path) as told:
+        told.metrics(1, {"loss": 1.0})
+    (tmp_path / "spool" / "delivered").write_text("")
+    with tracker(uri, tmp_path) as told:
+        told.metrics(2, {"loss": 2.0})
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_password_in_the_address_is_not_logged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "FLUSH_S", 3.0)
+    with tracker("http://user:planted-secret@127.0.0.1:1", tmp_path) as told:
+        told.metrics(1, {"loss": 1.0})
+    assert "tracking is away" in caplog.text
+    assert "http://127.0.0.1:1" in caplog.text
+    assert "planted-secret" not in caplog.text
+
+
+def test_the_job_and_the_commit_are_told(uri, tmp_path, monkeypatch):
+    job = {"job_submission_id": "raysubmit_1", "git_commit": "c0ffee"}
+    monkeypatch.setattr(tracking, "job_metadata", lambda: job)
+    with tracker(uri, tmp_path):
+        pass
+    tags = the_run(uri).data.tags
+    assert tags["project.ray.submission_id"] == "raysubmit_1"
+    assert tags["mlflow.source.git.commit"] == "c0ffee"
 
 
 def test_no_secret_of_the_environment_reaches_the_tracker(uri, tmp_path, monkeypatch):
