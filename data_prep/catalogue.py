@@ -59,6 +59,10 @@ SCHEMA = pa.schema(
 LICENCES = {
     "bundled": "Photographs in the packages scikit-image and scikit-learn, under the licences "
     "stated there (public domain, CC0, CC BY); not to be passed on without those.",
+    "places2": "Places365: the pictures belong to their owners; for research and teaching that is "
+    "not commercial. Keep this data set inside your institution.",
+    "celebahq": "CelebA-HQ: for research that is not commercial; no redistribution, copies at one "
+    "site only. This data set is internal.",
     "folder": "That of the pictures in the folder; nothing was said about it when this was made.",
 }
 

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 
 from cluster.storage import MissingKeyError, StorageError
 from data_prep.catalogue import SCHEMA
+from data_prep.files import Picture
 from data_prep.landmarks import PACKAGED_SHA256 as LANDMARKS_SHA256
 from data_prep.landmarks import FaceDetector, rescaled
 from data_prep.pictures import (
@@ -32,7 +33,7 @@ from data_prep.pictures import (
 )
 from data_prep.shards import RawSample, canonical_json
 from data_prep.sketch import face_strokes
-from data_prep.sources import Picture, read_picture
+from data_prep.sources import read_picture
 
 log = logging.getLogger(__name__)
 

@@ -76,6 +76,8 @@ def decode(data: bytes, *, enough_px: int | None = None, max_pixels: int = MAX_P
             if isinstance(error, PictureError):
                 raise
             # Anything simplejpeg dislikes, Pillow judges: it repairs more and explains better.
+    if data[:6] == b"\x93NUMPY":
+        return _decode_npy(data, max_pixels)
     return _decode_any(data, max_pixels)
 
 
@@ -142,6 +144,25 @@ def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded
     if orientation > 4:
         width, height = height, width
     return Decoded(pixels, width, height, plain_jpeg=bare and colorspace == "YCbCr")
+
+
+def _decode_npy(data: bytes, max_pixels: int) -> Decoded:
+    """CelebA-HQ is also passed around as arrays of (1, 3, height, width) bytes."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:
+        raise PictureError("damaged", f"NPY: {_told(error)}") from error
+    channels_first = (
+        array.ndim in (3, 4) and array.shape[-3] == 3 and array.shape[:-3] in ((), (1,))
+    )
+    if array.dtype != np.uint8 or not channels_first:
+        raise PictureError(
+            "unsupported_mode",
+            f"NPY of {array.dtype} {array.shape}: not (1, 3, height, width) bytes",
+        )
+    pixels = np.ascontiguousarray(array.reshape(array.shape[-3:]).transpose(1, 2, 0))
+    _refuse_bomb(pixels.shape[1], pixels.shape[0], max_pixels)
+    return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0])
 
 
 def _decode_any(data: bytes, max_pixels: int) -> Decoded:

@@ -5,59 +5,51 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from cluster.storage import open_store
+from data_prep import celebahq, places2
+from data_prep.files import SUFFIXES, Picture, Subject, key_of, list_files, read_file
 from data_prep.shards import Split
 
 log = logging.getLogger(__name__)
 
-Source = Literal["bundled", "folder"]
-Subject = Literal["scene", "face"]
-
-SUFFIXES = frozenset(
-    [
-        *(".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
-        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"),
-    ]
-)
-LONGEST_KEY = 80
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture to be: a file, or a fixed part of one."""
-
-    key: str
-    """Unique in the data set; letters, digits and _ - / = + only."""
-    split: Split
-    subject: Subject
-    path: str
-    """Relative to the root of the source, exactly as the file system or bucket has it."""
-    source: Source
-    crop: tuple[int, int, int, int] | None = None
-    """Left, top, right, bottom in pixels of the upright picture."""
+Source = Literal["bundled", "folder", "places2", "celebahq"]
 
 
 def list_pictures(
-    source: Source, *, root: str | None = None, subject: Subject = "scene", val_fraction: float
+    source: Source,
+    *,
+    root: str | None = None,
+    subject: Subject = "scene",
+    val_fraction: float = 0.05,
+    split: str = "official",
+    partial: bool = False,
 ) -> list[Picture]:
-    """Every picture of a source, sorted by key; the files are not opened.
+    """Every picture of a source, sorted by key; the pictures are not opened.
 
-    ``root`` (path, ``file://`` or ``s3://``), ``subject`` and ``val_fraction`` are for ``folder``:
-    the bundled photographs know their subjects and have a fixed split.
-    Raises ValueError where there are none, StorageError where ``root`` cannot be listed.
+    ``root`` is a path, ``file://`` or ``s3://``: a folder, or one tar. ``subject`` and
+    ``val_fraction`` are for ``folder``: the others know their subjects and have fixed splits.
+    ``split`` is for ``celebahq``: ``official``, or the URL of a list of the held-out pictures.
+    ``partial`` accepts a part of Places2 or CelebA-HQ, whose published counts are asserted else.
+    Raises ValueError where pictures are missing, StorageError where ``root`` cannot be listed.
     """
     if source == "bundled":
-        return sorted(_bundled(), key=lambda picture: picture.key)
+        return _sorted(_bundled())
     if root is None:
         raise ValueError(f"source '{source}' needs a root: the folder of the pictures")
-    return _folder(root, subject, val_fraction)
+    files = list_files(root)
+    if source == "places2":
+        return _sorted(places2.pictures(files, root, partial=partial))
+    if source == "celebahq":
+        return _sorted(celebahq.pictures(files, root, split=split, partial=partial))
+    splits = _folder_splits([path for path in files if _is_picture(path)], root, val_fraction)
+    return _sorted(
+        Picture(key_of(path), split_, subject, path, source, member=files[path])
+        for path, split_ in splits.items()
+    )
 
 
 def read_picture(picture: Picture, root: str | None) -> bytes:
@@ -66,25 +58,15 @@ def read_picture(picture: Picture, root: str | None) -> bytes:
         package, _, name = picture.path.partition("/")
         return open_store(str(_package_folder(package))).get(name)
     assert root is not None
-    return open_store(root).get(picture.path)
+    return read_file(root, picture.path, picture.member)
 
 
-def key_of(path: str) -> str:
-    """A key that no other path has: ``a b/c.d.jpg`` becomes ``a+20b/c=d``.
-
-    A final ``.jpg`` goes away, other dots become ``=`` (a dot would end a key in a tar), other
-    characters their bytes in hexadecimal; what is too long ends in its hash.
-    """
-    raw = path.removesuffix(".jpg").encode("utf-8", "surrogateescape")
-    key = re.sub(rb"[^A-Za-z0-9_/-]", _escaped, raw).decode("ascii")
-    if len(key) > LONGEST_KEY:
-        digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        key = f"{key[: LONGEST_KEY - 33]}+{digest}"
-    return key
+def _sorted(pictures: Iterable[Picture]) -> list[Picture]:
+    return sorted(pictures, key=lambda picture: picture.key)
 
 
-def _escaped(match: re.Match[bytes]) -> bytes:
-    return b"=" if match[0] == b"." else b"+%02X" % match[0][0]
+def _is_picture(path: str) -> bool:
+    return Path(path).suffix.lower() in SUFFIXES
 
 
 # Photographs inside the wheels of scikit-image and scikit-learn. The pictures of the two splits
@@ -143,29 +125,21 @@ def _package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _folder(root: str, subject: Subject, val_fraction: float) -> list[Picture]:
-    """Any tree. Folders ``train`` and ``val``, where both exist, are the splits."""
-    paths = [path for path in _files(root) if Path(path).suffix.lower() in SUFFIXES]
+def _folder_splits(paths: list[str], root: str, val_fraction: float) -> dict[str, Split]:
+    """Folders ``train`` and ``val``, where both exist, are the splits; else the names decide."""
     if not paths:
         raise ValueError(f"{root} holds no pictures ({' '.join(sorted(SUFFIXES))})")
     tops = {path.partition("/")[0] for path in paths if "/" in path}
-    splits: dict[str, Split]
-    if {"train", "val"} <= tops:
-        splits = {path: "train" for path in paths if path.startswith("train/")}
-        splits |= {path: "val" for path in paths if path.startswith("val/")}
-        if others := len(paths) - len(splits):
-            log.warning(
-                "pictures outside of train/ and val/ left out count=%d root=%s", others, root
-            )
-    else:
-        splits = _split_by_hash(paths, val_fraction)
-    pictures = [
-        Picture(key_of(path), split, subject, path, "folder") for path, split in splits.items()
-    ]
-    return sorted(pictures, key=lambda picture: picture.key)
+    if not {"train", "val"} <= tops:
+        return split_by_name(paths, val_fraction)
+    splits: dict[str, Split] = {path: "train" for path in paths if path.startswith("train/")}
+    splits |= {path: "val" for path in paths if path.startswith("val/")}
+    if others := len(paths) - len(splits):
+        log.warning("pictures outside of train/ and val/ left out count=%d root=%s", others, root)
+    return splits
 
 
-def _split_by_hash(paths: list[str], val_fraction: float) -> dict[str, Split]:
+def split_by_name(paths: list[str], val_fraction: float) -> dict[str, Split]:
     """A picture's own name decides, so others that come or go do not move it.
 
     Where some are to be held out, at least one is.
@@ -182,40 +156,6 @@ def _split_by_hash(paths: list[str], val_fraction: float) -> dict[str, Split]:
 
 def _place(path: str) -> float:
     """A number in [0, 1) that depends on the path alone."""
-    digest = hashlib.blake2b(
-        path.encode("utf-8", "surrogateescape"), digest_size=6, person=b"split"
-    )
-    return int.from_bytes(digest.digest()) / 2**48
-
-
-def _files(root: str) -> Iterator[str]:
-    """Relative paths of every file below a directory or prefix; hidden ones are left out."""
-    url = open_store(root).url
-    if url.startswith("s3://"):
-        for key in open_store(root).list_keys():
-            if not any(part.startswith(".") for part in key.split("/")):
-                yield key
-        return
-    if not Path(url).is_dir():
-        raise ValueError(f"{root} is not a folder: data.root names the folder of the pictures")
-    yield from _walk(url, "", frozenset())
-
-
-def _walk(folder: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Links are followed, except those that lead back into a folder on the way here."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.startswith("."):
-            continue
-        try:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{below}{entry.name}/", above | {identity})
-            elif entry.is_file() or not Path(entry.path).exists():
-                yield below + entry.name  # a dead link counts: its picture will be missed by name
-        except OSError as error:
-            log.warning("left out path=%s: %s", entry.path, error.strerror)
+    raw = path.encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(raw, digest_size=6, person=b"split").digest()
+    return int.from_bytes(digest) / 2**48

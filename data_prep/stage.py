@@ -33,6 +33,7 @@ from data_prep.catalogue import (
     rows_key,
     write_part,
 )
+from data_prep.files import Picture, Subject
 from data_prep.maker import Batch, Recipe, Row, StartEdges, make_samples
 from data_prep.pictures import MAX_PIXELS
 from data_prep.shards import (
@@ -45,7 +46,7 @@ from data_prep.shards import (
     shard_name,
     write_shard,
 )
-from data_prep.sources import Picture, Source, Subject, list_pictures
+from data_prep.sources import Source, list_pictures
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def build_dataset(
     line_width: int = 1,
     shard_samples: int = 2000,
     val_fraction: float = 0.05,
+    split: str = "official",
+    partial: bool = False,
     seed: int = 0,
     max_failed_fraction: float = 0.05,
     hed_weights: str | None = None,
@@ -82,6 +85,7 @@ def build_dataset(
 ) -> Dataset:
     """The data set at ``url``, built as far as it is not; Ray must be initialised.
 
+    ``source`` to ``partial`` choose the pictures, see ``list_pictures``; the others shape them.
     A finished one comes back at once. One that was interrupted goes on with the shards that are
     missing. Equal pictures and settings give equal bytes, whatever the workers and interruptions.
     ``replace`` allows to build over a finished data set of other settings; ``update`` looks at the
@@ -102,6 +106,8 @@ def build_dataset(
         "line_width": line_width,
         "shard_samples": shard_samples,
         "val_fraction": val_fraction,
+        "split": split,
+        "partial": partial,
         "seed": seed,
         "hed_weights": hed_weights,
         "hed_precision": hed_precision,
@@ -123,7 +129,9 @@ def build_dataset(
             )
         store.delete("dataset.json")
 
-    pictures = list_pictures(source, root=root, subject=subject, val_fraction=val_fraction)
+    pictures = list_pictures(
+        source, root=root, subject=subject, val_fraction=val_fraction, split=split, partial=partial
+    )
     scenes = any(picture.subject == "scene" for picture in pictures)
     device = _device(hed_device)
     weights = _weights(hed_weights) if scenes else None
@@ -158,7 +166,7 @@ def build_dataset(
     _delete_others(store, {job.name for job in jobs}, name)
     shaping = recipe.record() | {
         setting: requested[setting]
-        for setting in ("source", "subject", "shard_samples", "val_fraction", "seed")
+        for setting in ("source", "subject", "shard_samples", "val_fraction", "split", "seed")
     }
     publish(store, ordered, name=name, source=source, requested=requested, shaping=shaping)
     dataset = Dataset.open(url)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.files import Picture
 from data_prep.hed import EdgeDetector, Hed, packaged_weights, read_weights
 from data_prep.landmarks import FaceDetector, rescaled
 from data_prep.pictures import decode, fit
-from data_prep.sources import Picture, read_picture
+from data_prep.sources import read_picture
 
 
 def bundled(path: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.files import Picture
 from data_prep.pictures import (
     Decoded,
     PictureError,
@@ -20,7 +21,7 @@ from data_prep.pictures import (
     encode_sketch,
     fit,
 )
-from data_prep.sources import Picture, read_picture
+from data_prep.sources import read_picture
 
 ORIENTATION = 0x0112
 
@@ -85,6 +86,17 @@ def test_16_bit_colours_keep_their_brightness(photo: np.ndarray) -> None:
     ok, encoded = cv2.imencode(".png", photo[:64, :64, ::-1].astype(np.uint16) * 257)
     assert ok
     assert np.array_equal(decode(encoded.tobytes()).pixels, photo[:64, :64])
+
+
+def test_an_array_of_celeba_hq_is_a_picture(photo: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, photo[None].transpose(0, 3, 1, 2))
+    assert np.array_equal(decode(buffer.getvalue()).pixels, photo)
+    with pytest.raises(PictureError, match="reading array data"):
+        decode(buffer.getvalue()[:1000])
+    np.save(buffer := io.BytesIO(), photo.astype(np.float32))
+    with pytest.raises(PictureError, match=r"NPY of float32 \(400, 600, 3\)"):
+        decode(buffer.getvalue())
 
 
 def test_transparency_lies_on_white(photo: np.ndarray) -> None:

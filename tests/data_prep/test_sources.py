@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.storage import StorageError, open_store
+from data_prep.files import Picture, key_of
 from data_prep.pictures import decode, fit
 from data_prep.shards import KEY
-from data_prep.sources import Picture, key_of, list_pictures, read_picture
+from data_prep.sources import list_pictures, read_picture
 
 
 def folder(root: Path, *names: str) -> Path:

@@ -1,0 +1,172 @@
+"""Files below a path or an S3 prefix, also inside tars that nobody unpacked."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.storage import MissingKeyError, StorageError, join, open_store, pyarrow_filesystem
+from data_prep.shards import Split
+
+log = logging.getLogger(__name__)
+
+Subject = Literal["scene", "face"]
+
+SUFFIXES = frozenset(
+    [
+        *(".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
+        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".npy"),
+    ]
+)
+LONGEST_KEY = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside a tar: where its bytes lie."""
+
+    tar: str
+    """The tar's path relative to the root; empty where the root is the tar."""
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture to be: a file, or a fixed part of one."""
+
+    key: str
+    """Unique in the data set; letters, digits and _ - / = + only."""
+    split: Split
+    subject: Subject
+    path: str
+    """Relative to the root of the source, or to the tar, exactly as it is called there."""
+    source: str
+    crop: tuple[int, int, int, int] | None = None
+    """Left, top, right, bottom in pixels of the upright picture."""
+    member: Member | None = None
+
+
+Files = dict[str, Member | None]
+"""Relative paths; those inside a tar have the path that unpacking it in place would give them."""
+
+
+def list_files(root: str) -> Files:
+    """Every file below a directory, an S3 prefix, or inside a tar; hidden ones are left out.
+
+    Tars are not unpacked: what they hold is listed in their stead. A file that lies unpacked
+    beside its tar counts once. Raises ValueError for a root that is none of these.
+    """
+    if root.endswith(".tar"):
+        return dict(_tar_members(root, ""))
+    found: Files = {}
+    tars = []
+    for path in _walk_root(root):
+        if path.endswith(".tar"):
+            tars.append(path)
+        else:
+            found[path] = None
+    for tar in tars:
+        folder = tar.rpartition("/")[0]
+        for path, member in _tar_members(root, tar):
+            found.setdefault(f"{folder}/{path}" if folder else path, member)
+    return found
+
+
+def read_file(root: str, path: str, member: Member | None = None) -> bytes:
+    """The bytes of a file that ``list_files`` found. Raises StorageError."""
+    if member is None:
+        return open_store(root).get(path)
+    url = join(root, member.tar) if member.tar else root
+    try:
+        data: bytes = _opened(url).read_at(member.size, member.offset)
+    except FileNotFoundError as error:
+        raise MissingKeyError(f"{url}: the tar is gone") from error
+    except OSError as error:
+        raise StorageError(f"{url}: {error}") from error
+    if len(data) != member.size:
+        raise StorageError(f"{url} ends inside {path}: it was changed while it was being read")
+    return data
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(url: str) -> Any:
+    filesystem, path = pyarrow_filesystem(url)
+    return filesystem.open_input_file(path)  # its read_at may be called from many threads
+
+
+def key_of(path: str) -> str:
+    """A key that no other path has: ``a b/c.d.jpg`` becomes ``a+20b/c=d``.
+
+    A final ``.jpg`` goes away, other dots become ``=`` (a dot would end a key in a tar), other
+    characters their bytes in hexadecimal; what is too long ends in its hash.
+    """
+    raw = path.removesuffix(".jpg").encode("utf-8", "surrogateescape")
+    key = re.sub(rb"[^A-Za-z0-9_/-]", _escaped, raw).decode("ascii")
+    if len(key) > LONGEST_KEY:
+        digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        key = f"{key[: LONGEST_KEY - 33]}+{digest}"
+    return key
+
+
+def _escaped(match: re.Match[bytes]) -> bytes:
+    return b"=" if match[0] == b"." else b"+%02X" % match[0][0]
+
+
+def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:
+    """Regular files of a tar on disk (seeking from header to header) or on S3 (read through)."""
+    url = join(root, tar) if tar else root
+    folder, _, name = url.rpartition("/")
+    with open_store(folder or ".").open(name) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:" if file.seekable() else "r|") as archive:
+                while (info := archive.next()) is not None:
+                    # tarfile keeps every header it has seen: gigabytes, for millions of members.
+                    archive.members.clear()  # type: ignore[attr-defined]
+                    path = info.name.removeprefix("./")
+                    if info.isreg() and not _hidden(path):
+                        yield path, Member(tar, info.offset_data, info.size)
+        except tarfile.TarError as error:
+            raise ValueError(f"{url} is no whole tar: {error}") from error
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _walk_root(root: str) -> Iterator[str]:
+    store = open_store(root)
+    if store.url.startswith("s3://"):
+        yield from (key for key in store.list_keys() if not _hidden(key))
+        return
+    if not Path(store.url).is_dir():
+        raise ValueError(f"{root} is not a folder: data.root names the folder of the pictures")
+    yield from _walk(store.url, "", frozenset())
+
+
+def _walk(folder: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Links are followed, except those that lead back into a folder on the way here."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.name.startswith("."):
+            continue
+        try:
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{below}{entry.name}/", above | {identity})
+            elif entry.is_file() or not Path(entry.path).exists():
+                yield below + entry.name  # a dead link counts: its picture will be missed by name
+        except OSError as error:
+            log.warning("left out path=%s: %s", entry.path, error.strerror)

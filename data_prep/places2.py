@@ -1,0 +1,136 @@
+"""Places2 (Places365) in the layouts that people have it in."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from data_prep.files import Files, Picture, key_of, read_file
+from data_prep.shards import Split
+
+log = logging.getLogger(__name__)
+
+# Published counts. The challenge's own notes give 8,097,967 in one place; 8,026,628 are listed.
+TRAIN_COUNTS = {"standard": 1_803_460, "challenge": 8_026_628}
+VAL_COUNT = 36_500
+
+
+class Archive(NamedTuple):
+    md5: str
+    bytes: int | None
+    """None where no source states it to the byte."""
+
+
+# MD5 sums as torchvision has them; sizes from TensorFlow Datasets.
+ARCHIVES = {
+    "train_256_places365standard.tar": Archive("53ca1c756c3d1e7809517cc47c5561c5", 26_103_685_120),
+    "train_256_places365challenge.tar": Archive("741915038a5e3471ec7332404dfb64ef", None),
+    "val_256.tar": Archive("e27b17d8d44f4af9a78502beb927f808", 525_158_400),
+    "test_256.tar": Archive("f532f6ad7b582262a2ec8009075e186b", 4_736_829_440),
+    "train_large_places365standard.tar": Archive("67e186b496a84c929568076ed01a8aa1", None),
+    "train_large_places365challenge.tar": Archive("605f18e68e510c82b958664ea134545f", None),
+    "val_large.tar": Archive("9b71c4993ad89d2d8bcbdc4aef38042f", None),
+    "test_large.tar": Archive("41a4b6b724b1d2cd862fb3871ed59913", None),
+    "filelist_places365-standard.tar": Archive("35a0585fee1fa656440f3ab298f8479c", 67_498_496),
+    "filelist_places365-challenge.tar": Archive("70a8307e459c3de41690a7c76c931734", None),
+}
+
+# As unpacked, and as torchvision renames it.
+TRAIN = re.compile(
+    r"(?:.*/)?data_(?P<size>256|large)(?:_(?P<kind>standard|challenge))?/(?P<name>\w/.+\.jpg)"
+)
+VAL = re.compile(r"(?:.*/)?val_(?P<size>256|large)/(?P<name>Places365_val_\d{8}\.jpg)")
+# places365standard_easyformat.tar, LaMa's folders, and what else has a folder per split.
+BY_FOLDER = re.compile(r"(?:.*/)?(?P<split>train|val)/(?P<name>.+\.(?:jpg|png))")
+TRAIN_LIST = re.compile(r"(?:.*/)?places365_train_(?P<kind>standard|challenge)\.txt")
+VAL_LIST = re.compile(r"(?:.*/)?places365_val\.txt")
+
+
+def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[Picture]:
+    """Train and val pictures; the official lists, where they lie there too, decide which.
+
+    Keys are the same whether the archives are unpacked or not and whatever they are unpacked into:
+    ``data_256/a/airfield/00000001``. A listed picture that is not there is kept, to be reported as
+    missing. Unless ``partial``, the published counts are asserted.
+    """
+    train, val, kind = _found(files, root)
+    for path in files:
+        if match := TRAIN_LIST.fullmatch(path):
+            listed = _listed(root, path, files)
+            train = _as_listed(train, listed, "data", path)
+            kind = match["kind"]
+        elif VAL_LIST.fullmatch(path):
+            val = _as_listed(val, _listed(root, path, files), "val", path)
+    if not train:
+        raise ValueError(f"{root} holds no Places2: data_256, data_large or places365_standard")
+    if not partial:
+        _assert_counts(root, len(train), len(val), kind)
+    splits: list[tuple[Split, dict[str, str]]] = [("train", train), ("val", val)]
+    for split, of_split in splits:
+        for name, path in of_split.items():
+            yield Picture(key_of(name), split, "scene", path, "places2", member=files.get(path))
+
+
+def _found(files: Files, root: str) -> tuple[dict[str, str], dict[str, str], str | None]:
+    """Canonical names to paths for train and val, and which edition it is if the names say."""
+    train: dict[str, str] = {}
+    val: dict[str, str] = {}
+    sizes, kinds = set(), set()
+    for path in files:
+        if match := TRAIN.fullmatch(path):
+            train[f"data_{match['size']}/{match['name']}"] = path
+            sizes.add(match["size"])
+            kinds.add(match["kind"])
+        elif match := VAL.fullmatch(path):
+            val[f"val_{match['size']}/{match['name']}"] = path
+            sizes.add(match["size"])
+    if len(sizes) > 1:
+        raise ValueError(f"{root} holds the 256 and the large pictures: point data.root at one")
+    if len(kinds) > 1:
+        raise ValueError(f"{root} holds more than one edition: point data.root at one")
+    if not train:
+        for path in files:
+            if match := BY_FOLDER.fullmatch(path):
+                of_split = train if match["split"] == "train" else val
+                of_split[f"{match['split']}/{match['name']}"] = path
+    return train, val, next(iter(kinds), None)
+
+
+def _listed(root: str, path: str, files: Files) -> list[str]:
+    """Names of an official list; lines are ``/a/airfield/00000001.jpg 0`` or without the slash."""
+    lines = read_file(root, path, files[path]).decode().splitlines()
+    return [line.split()[0].removeprefix("/") for line in lines if line.strip()]
+
+
+def _as_listed(
+    found: dict[str, str], names: list[str], folder: str, list_path: str
+) -> dict[str, str]:
+    """What the list names, and only that; ``found`` says where it is and how large."""
+    if not found:
+        return found
+    top = next(iter(found)).partition("/")[0]
+    if not top.startswith(folder):
+        return found  # another layout, with class names that the list does not have
+    place = next(iter(found.values()))
+    above = place[: -len(next(iter(found)).partition("/")[2])]
+    wanted = {f"{top}/{name}": found.get(f"{top}/{name}", above + name) for name in names}
+    missing = sum(name not in found for name in wanted)
+    if missing or len(found) > len(wanted):
+        log.warning(
+            "list=%s names=%d missing=%d not_listed=%d",
+            *(list_path, len(wanted), missing, len(found) - len(wanted) + missing),
+        )
+    return wanted
+
+
+def _assert_counts(root: str, train: int, val: int, kind: str | None) -> None:
+    expected = [TRAIN_COUNTS[kind]] if kind else list(TRAIN_COUNTS.values())
+    if train not in expected or val != VAL_COUNT:
+        wanted = " or ".join(f"{number:,}" for number in expected)
+        raise ValueError(
+            f"{root} holds {train:,} train and {val:,} val pictures; Places2 has {wanted} and "
+            f"{VAL_COUNT:,} (files of one name overwritten, or an archive missing?): "
+            "complete it, or set data.partial"
+        )

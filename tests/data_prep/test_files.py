@@ -1,0 +1,78 @@
+"""Files in folders, in buckets, and in tars that nobody unpacked."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import MissingKeyError, StorageError, open_store
+from data_prep.files import Files, list_files, read_file
+from data_prep.sources import list_pictures, read_picture
+from tests.data_prep.tars import tar_of
+
+
+def contents(root: str, files: Files) -> dict[str, bytes]:
+    return {path: read_file(root, path, member) for path, member in files.items()}
+
+
+MEMBERS = {"./a/1.jpg": b"one", "a/2.jpg": b"", "b/" + "long" * 60 + ".jpg": b"x" * 1000}
+AS_UNPACKED = {path.removeprefix("./"): data for path, data in MEMBERS.items()}
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_read_as_if_it_were_unpacked(tmp_path: Path, kind: int) -> None:
+    path = tar_of(tmp_path / "x" / "pictures.tar", MEMBERS | {"a/._1.jpg": b"junk"}, kind)
+    assert contents(str(path), list_files(str(path))) == AS_UNPACKED
+    (tmp_path / "y.jpg").write_bytes(b"beside")
+    below = {f"x/{name}": data for name, data in AS_UNPACKED.items()}
+    assert contents(str(tmp_path), list_files(str(tmp_path))) == below | {"y.jpg": b"beside"}
+
+
+def test_a_tar_on_s3_is_read_in_place(tmp_path: Path, s3_url: str) -> None:
+    path = tar_of(tmp_path / "pictures.tar", MEMBERS)
+    open_store(s3_url).upload(path, "sub/pictures.tar")
+    url = f"{s3_url}/sub/pictures.tar"
+    assert contents(url, list_files(url)) == AS_UNPACKED
+    assert contents(s3_url, list_files(s3_url)).keys() == {f"sub/{name}" for name in AS_UNPACKED}
+
+
+def test_keys_do_not_depend_on_unpacking(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "tar" / "pictures.tar", MEMBERS)
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(tar) as archive:
+        archive.extractall(unpacked, filter="data")
+    of_tar, of_folder = (
+        list_pictures("folder", root=str(root), val_fraction=0.5) for root in (tar, unpacked)
+    )
+    assert [(p.key, p.split) for p in of_tar] == [(p.key, p.split) for p in of_folder]
+    assert [read_picture(p, str(tar)) for p in of_tar] == [
+        read_picture(p, str(unpacked)) for p in of_folder
+    ]
+
+
+def test_what_lies_beside_its_tar_counts_once(tmp_path: Path) -> None:
+    tar_of(tmp_path / "pictures.tar", {"a/1.jpg": b"old", "a/2.jpg": b"two"})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(b"new")
+    found = contents(str(tmp_path), list_files(str(tmp_path)))
+    assert found == {"a/1.jpg": b"new", "a/2.jpg": b"two"}
+
+
+def test_a_tar_cut_short_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "pictures.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
+    files = list_files(str(path))
+    path.write_bytes(path.read_bytes()[:7000])
+    with pytest.raises(ValueError, match=r"pictures\.tar is no whole tar"):
+        list_files(str(path))
+    with pytest.raises(StorageError, match=r"ends inside b\.jpg"):
+        read_file(str(path), "b.jpg", files["b.jpg"])
+
+
+def test_a_tar_that_went_away_is_missed(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "gone.tar", {"a.jpg": b"x"})
+    files = list_files(str(path))
+    path.unlink()
+    with pytest.raises(MissingKeyError, match=r"gone\.tar"):
+        read_file(str(path), "a.jpg", files["a.jpg"])
