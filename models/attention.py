@@ -51,7 +51,7 @@ def contextual_attention(
     # On a processor one sample's matrix at a time, and where no gradients are asked for a few rows
     # of a large one, stay in the cache.
     in_cache = features.device.type == "cpu" and not torch.compiler.is_compiling()
-    together = 1 if in_cache else len(features)
+    together = 1 if in_cache else features.shape[0]  # stays symbolic in an export
     rows = height if max_bytes is None else band_rows(height, width, max_bytes // together)
     if in_cache and not torch.is_grad_enabled():
         rows = min(rows, max(CACHED_ROWS, CACHED_PAIRS // (height * width**2)))
@@ -121,6 +121,9 @@ def _attend(
 
 
 def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
+    if rows >= height:  # the only case that symbolic sizes can take
+        yield 0, height
+        return
     for first in range(0, height, rows):
         yield first, min(first + rows, height)
 
@@ -204,25 +207,28 @@ def _overlaps(mixed: Tensor, preset: Preset) -> Tensor:
 
 class _WithMoved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, *steps: int) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, steps: tuple[int, ...]) -> Tensor:
         ctx.steps = steps
-        total = matrix.clone()
-        for step in steps:
-            if step > 0:
-                total[:, step:, step:] += matrix[:, :-step, :-step]
-            else:
-                total[:, :step, :step] += matrix[:, -step:, -step:]
-        return total
+        return _plus_moved(matrix, steps)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        steps = ctx.steps
-        return _with_moved(gradient, *(-step for step in steps)), *(None for _ in steps)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _plus_moved(gradient, tuple(-step for step in ctx.steps)), None
 
 
 def _with_moved(matrix: Tensor, *steps: int) -> Tensor:
     """``matrix`` plus itself moved down its diagonal by each of ``steps``, zeros moving in."""
-    total: Tensor = _WithMoved.apply(matrix, *steps)  # type: ignore[no-untyped-call]
+    total: Tensor = _WithMoved.apply(matrix, steps)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _plus_moved(matrix: Tensor, steps: tuple[int, ...]) -> Tensor:
+    total = matrix.clone()
+    for step in steps:
+        if step > 0:
+            total[:, step:, step:] += matrix[:, :-step, :-step]
+        else:
+            total[:, :step, :step] += matrix[:, -step:, -step:]
     return total
 
 
@@ -232,12 +238,15 @@ class _FuseColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, width: int) -> Tensor:
         ctx.width = width
-        return _fuse_columns(pairs, width, pairs[:, -width:], pairs[:, :width])
+        return _fuse_all_columns(pairs, width)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # The sum is its own transpose.
-        return _FuseColumns.apply(gradient, ctx.width), None  # type: ignore[no-untyped-call]
+        return _fuse_all_columns(gradient, ctx.width), None  # the sum is its own transpose
+
+
+def _fuse_all_columns(pairs: Tensor, width: int) -> Tensor:
+    return _fuse_columns(pairs, width, pairs[:, -width:], pairs[:, :width])
 
 
 def _fuse_columns(pairs: Tensor, width: int, above: Tensor | None, below: Tensor | None) -> Pairs:

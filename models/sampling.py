@@ -13,7 +13,8 @@ def nearest_indices(size: int, new_size: int) -> Int[Tensor, " new_size"]:
     64 → 32 takes 0 2 … 28 30, then 33 35 … 63: not every second one. In float32, as the authors'
     TensorFlow counts.
     """
-    scale = (size - 1) / (new_size - 1) if new_size > 1 else size / new_size
+    # A tensor, not a number: an exported network can compute it from the size of its picture.
+    scale = torch.full((), size - 1, dtype=torch.float32) / max(new_size - 1, 1)
     positions = torch.arange(new_size, dtype=torch.float32) * scale
     return (positions + 0.5).floor().long()
 
