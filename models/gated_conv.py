@@ -167,4 +167,6 @@ def _upsampled_conv3(features: Tensor, weight: Tensor, bias: Tensor | None) -> T
     spread = spread[:, :, 1:] + spread[:, :, :-1]
     spread = spread[:, :, :, 1:] + spread[:, :, :, :-1]  # (outputs, inputs, 4, 4)
     spread = spread.flip(2, 3).transpose(0, 1)
-    return F.conv_transpose2d(features, spread, bias, stride=2, padding=1)
+    raw = F.conv_transpose2d(features, spread, stride=2, padding=1)
+    # Added here: the gradient of a transposed convolution's own bias is slow on a processor.
+    return raw if bias is None else raw + bias[:, None, None].to(raw.dtype)

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 def random_mask(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """A rectangle and strokes, float32 (1, 1, height, width), 1 in the hole."""
     union = np.maximum(rectangle(height, width, rng), strokes(height, width, rng))
-    return union[None, None].astype(np.float32)
+    mask: np.ndarray = union[None, None].astype(np.float32)
+    return mask
 
 
 def rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
