@@ -18,6 +18,7 @@ from pipeline.feed import validation_batches
 from pipeline.locations import checkpoints_url, dataset_url, run_store
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
+from pipeline.stopping import sigterm_interrupts
 from pipeline.train import open_run_tracker, train
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def run(cfg: Config) -> bool:
 
 def prepare(cfg: Config) -> Dataset:
     """The sharded data set of the recipe, built where it is not finished yet."""
-    with connect(), progress("prepare", "pictures") as advance:
+    # Inside connect: Ray takes SIGTERM for itself there.
+    with connect(), sigterm_interrupts(), progress("prepare", "pictures") as advance:
         return build_dataset(
             dataset_url(cfg),
             name=cfg.data.name,

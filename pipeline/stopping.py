@@ -49,6 +49,20 @@ class SignalStop:
                 signal.signal(name, handler)
 
 
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM as Ctrl-C for a block: how `ray job stop` ends a stage that saves as it goes."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StoredStop:
     """Whether the run's folder holds the key ``stop``: how a driver reaches its workers.
 
