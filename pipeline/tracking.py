@@ -1,6 +1,7 @@
 """One run, one story: metrics and pictures to MLflow, to a JSON-lines file, or to nobody."""
 
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +28,10 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Params = Mapping[str, str | int | float | bool | None]
 
-FLUSH_S = 20.0  # the end of a run waits so long for a tracker that is away
+FLUSH_S = 20.0  # the end of a run waits so long for a tracker that takes nothing
 SAMPLE_S = 10.0  # between readings of the machine, unless MLflow's own variable says otherwise
 RETRY_S = (1.0, 5.0, 15.0, 60.0)
+BATCH_VALUES = 1000  # MLflow takes so many at a time
 PARAM_LENGTH = 6000  # MLflow cuts longer ones in silence
 DIGEST_LENGTH = 32  # and refuses digests of more than 36
 JSONL = "tracking/metrics.jsonl"
@@ -248,11 +250,10 @@ class _Machine:
         self._thread.join()
 
     def _watch(self) -> None:
-        from mlflow.system_metrics import system_metrics_monitor
-
-        # MLflow's own readings and names; it would give up when its server is away.
-        logging.getLogger(system_metrics_monitor.__name__).setLevel(logging.WARNING)
-        monitor = system_metrics_monitor.SystemMetricsMonitor(None, tracking_uri=self._uri)
+        # MLflow's own readings and names; by itself it would give up when its server is away.
+        module = _mlflow("system_metrics.system_metrics_monitor")
+        logging.getLogger(module.__name__).setLevel(logging.WARNING)
+        monitor = module.SystemMetricsMonitor(None, tracking_uri=self._uri)
         interval_s = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", SAMPLE_S))
         while not self._done.wait(interval_s):
             try:
@@ -278,10 +279,11 @@ class _Courier:
         self._thread.start()
 
     def close(self) -> None:
-        """Deliver what is left, as far as that is possible soon."""
+        """Deliver what is left, for as long as that gets on."""
         self._deadline = time.monotonic() + FLUSH_S
         self._closed.set()
-        self._thread.join(FLUSH_S)
+        while self._thread.is_alive() and time.monotonic() < self._deadline:
+            self._thread.join(0.1)
         if left := self._events.waiting():
             log.warning(
                 "tracking: %d events wait in %s for %s to come back; the next command on this run "
@@ -296,9 +298,11 @@ class _Courier:
         while time.monotonic() < self._deadline:
             try:
                 self._run.join()
-                while (event := self._events.first()) is not None:
-                    self._tell(event)
-                    self._events.drop_first()
+                while events := self._events.leading():
+                    self._tell(events)
+                    self._events.drop(len(events))
+                    if self._closed.is_set():
+                        self._deadline = time.monotonic() + FLUSH_S
                 failures = 0
                 if self._closed.is_set() and not self._events.waiting():
                     return
@@ -317,14 +321,19 @@ class _Courier:
                 else:
                     self._closed.wait(pause_s)
 
-    def _tell(self, event: Mapping[str, Any]) -> None:
+    def _tell(self, events: Sequence[Mapping[str, Any]]) -> None:
         try:
-            self._run.tell(event)
+            self._run.tell(events)
         except Exception as error:
             # Refused for what it is, not for the tracker's state: it would block all that follow.
             if getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE":
                 raise
-            log.warning("tracking: %s at step %s refused: %s", *_what(event), _one_line(error))
+            if len(events) > 1:
+                for event in events:
+                    self._tell([event])
+            else:
+                what = _what(events[0])
+                log.warning("tracking: %s at step %s refused: %s", *what, _one_line(error))
 
 
 class _Spool:
@@ -354,19 +363,30 @@ class _Spool:
                 log.warning("tracking: values are kept in memory alone: %s", error)
             self._changed.notify_all()
 
-    def first(self) -> dict[str, Any] | None:
+    def leading(self) -> list[dict[str, Any]]:
+        """The oldest events that can be delivered together: values of the same kind, or one."""
         with self._changed:
-            return self._events[0] if self._events else None
+            together: list[dict[str, Any]] = []
+            values = 0
+            for event in self._events:
+                values += len(event.get("values", ()))
+                alike = not together or event["kind"] == together[0]["kind"]
+                if together and not (alike and "values" in event and values <= BATCH_VALUES):
+                    break
+                together.append(event)
+            return together
 
-    def drop_first(self) -> None:
+    def drop(self, count: int) -> None:
+        """Forget the oldest events: they are delivered."""
         with self._changed:
-            event = self._events.pop(0)
-            self._delivered += 1
+            delivered, self._events = self._events[:count], self._events[count:]
+            self._delivered += count
             self._delivered_path.write_text(str(self._delivered))
             if not self._events:
                 self._rewrite()
-        if event["kind"] == "image":
-            Path(event["path"]).unlink(missing_ok=True)
+        for event in delivered:
+            if event["kind"] == "image":
+                Path(event["path"]).unlink(missing_ok=True)
 
     def waiting(self) -> int:
         with self._changed:
@@ -406,14 +426,8 @@ class _MlflowRun:
     def join(self) -> None:
         if self.id is not None:
             return
-        # Short: a server that does not answer is tried again by us.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
-        from mlflow.entities import Param, RunTag
-
-        self._client = client = MlflowClient(tracking_uri=self._uri)
+        entities = _mlflow("entities")
+        self._client = client = _mlflow("client").MlflowClient(tracking_uri=self._uri)
         experiment_id = self._experiment_id()
         known = client.search_runs(
             [experiment_id], f"tags.`project.run` = '{self._story.url}'", max_results=1
@@ -446,10 +460,10 @@ class _MlflowRun:
         for key, value in params.items():
             if key in told and told[key] != value:
                 tags[f"resume.{attempt}.{key}"] = value  # MLflow's own values cannot be changed
-        new = [Param(key, value) for key, value in params.items() if key not in told]
+        new = [entities.Param(key, value) for key, value in params.items() if key not in told]
         for start in range(0, len(new), 100):  # MLflow takes so many at a time
             client.log_batch(run.info.run_id, params=new[start : start + 100])
-        client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.log_batch(run.info.run_id, tags=[entities.RunTag(*tag) for tag in tags.items()])
         client.update_run(run.info.run_id, status="RUNNING")
         if self._story.config_yaml:
             client.log_text(run.info.run_id, self._story.config_yaml, "config/resolved.yaml")
@@ -457,28 +471,31 @@ class _MlflowRun:
             self._log_dataset(run.info.run_id)
         self.id = run.info.run_id
 
-    def tell(self, event: Mapping[str, Any]) -> None:
+    def tell(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Values of the same kind, or one event of another kind."""
         assert self.id is not None
-        if event["kind"] == "metrics":
-            self._tell_metrics(event["step"], event)
-        elif event["kind"] == "machine":
-            self._tell_metrics(self._readings, event)
-            self._readings += 1
-        elif event["kind"] == "image":
-            self._tell_image(event)
+        kind = events[0]["kind"]
+        if kind == "metrics":
+            self._tell_values([event["step"] for event in events], events)
+        elif kind == "machine":
+            self._tell_values([self._readings + number for number in range(len(events))], events)
+            self._readings += len(events)
+        elif kind == "image":
+            self._tell_image(events[0])
         else:
-            self._client.set_terminated(self.id, event["status"])
+            self._client.set_terminated(self.id, events[0]["status"])
 
-    def _tell_metrics(self, step: int, event: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric
-
-        new = {k: v for k, v in event["values"].items() if step > self._last_steps.get(k, -1)}
+    def _tell_values(self, steps: Sequence[int], events: Sequence[Mapping[str, Any]]) -> None:
+        metric = _mlflow("entities").Metric
+        last, new = dict(self._last_steps), []
+        for step, event in zip(steps, events, strict=True):
+            for key, value in event["values"].items():
+                if step > last.get(key, -1):
+                    new.append(metric(key, value, event["ms"], step))
+                    last[key] = step
         if new:
-            self._client.log_batch(
-                self.id,
-                metrics=[Metric(key, value, event["ms"], step) for key, value in new.items()],
-            )
-            self._last_steps |= dict.fromkeys(new, step)
+            self._client.log_batch(self.id, metrics=new)
+        self._last_steps = last
 
     def _tell_image(self, event: Mapping[str, Any]) -> None:
         name = f"pictures/{event['key']}/step-{event['step']:08d}.png"  # the same again if repeated
@@ -498,16 +515,28 @@ class _MlflowRun:
         return str(self._client.create_experiment(self._experiment, artifact_location=location))
 
     def _log_dataset(self, run_id: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(
+        entities = _mlflow("entities")
+        dataset = entities.Dataset(
             name=self._story.dataset_name,
             digest=self._story.dataset_digest[:DIGEST_LENGTH],
             source_type="uri",
             source=json.dumps({"uri": self._story.dataset_url}),
         )
-        context = InputTag("mlflow.data.context", "training")
-        self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
+        context = entities.InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(run_id, [entities.DatasetInput(dataset, [context])])
+
+
+_importing = threading.Lock()
+
+
+def _mlflow(name: str) -> Any:
+    """A module of MLflow's: slow to import, and broken if two threads do so at once."""
+    # Short: a server that does not answer is tried again by us.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with _importing:
+        return importlib.import_module(f"mlflow.{name}")
 
 
 def _surroundings() -> dict[str, str]:

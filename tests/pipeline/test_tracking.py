@@ -180,6 +180,19 @@ def machine_values(uri: str) -> dict[str, float]:
     return runs[0].data.metrics if runs else {}
 
 
+def test_a_long_absence_is_made_up_for_in_few_calls(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
+    with tracker("http://127.0.0.1:1", tmp_path) as told:
+        for step in range(3000):
+            told.metrics(step, {"loss": float(step)})
+    monkeypatch.setattr(tracking, "FLUSH_S", 30)
+    started = time.monotonic()
+    with tracker(uri, tmp_path):
+        pass
+    assert time.monotonic() - started < 20
+    assert history(uri, "loss") == [(step, float(step)) for step in range(3000)]
+
+
 def test_how_a_process_ended_is_no_news_once_the_run_goes_on(uri, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
     with tracker("http://127.0.0.1:1", tmp_path) as told:
