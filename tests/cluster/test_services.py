@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import stat
 import subprocess
 import sys
@@ -60,8 +58,7 @@ def test_credentials_are_readable_by_their_owner_alone(
     assert secret not in " ".join(psutil.Process(s3_server.pid).cmdline())
 
 
-@pytest.mark.parametrize("fatal", [signal.SIGKILL, signal.SIGTERM])
-def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path, fatal: signal.Signals) -> None:
+def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time, pathlib\n"
         "from cluster.services import start_s3\n"
@@ -75,8 +72,7 @@ def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path, fatal: signal
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n"
         assert len(processes_of(tmp_path)) == 2  # the server and its guard
-        os.kill(parent.pid, fatal)
-        parent.wait()
+        parent.kill()
     wait_for_none(tmp_path)
 
 
@@ -90,7 +86,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for_none(folder: Path, timeout_s: float = 10) -> None:
+def wait_for_none(folder: Path, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while processes_of(folder):
         assert time.monotonic() < deadline, processes_of(folder)
