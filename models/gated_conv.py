@@ -69,6 +69,10 @@ class Convolution(nn.Module):
         features, padding = self._pad(features)
         return F.conv2d(features, weight, bias, self.stride, padding, self.dilation)
 
+    def count_known(self, known: Mask) -> NewMask:
+        """How many pixels of each window are known; ``known`` is 1 there, unlike other masks."""
+        return self.convolve(known, known.new_ones(1, 1, self.kernel, self.kernel), None)
+
     def _pad(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``features``, padded where the convolution itself cannot; what is left for it to pad."""
         symmetric = self.dilation * (self.kernel - 1) // 2
@@ -121,9 +125,9 @@ class PartialConv(Convolution):
     """
 
     def forward(self, features: Features, known: Mask) -> tuple[NewFeatures, NewMask]:
-        """New features, and where they are known; ``known`` is 1 there, unlike other masks."""
+        """New features, and where they are known."""
         raw = self.convolve(features * known, self.weight, None)
-        counts = self.convolve(known, known.new_ones(1, 1, self.kernel, self.kernel), None).float()
+        counts = self.count_known(known).float()
         any_known = (counts > 0.5).to(known.dtype)
         scale = any_known * self.kernel**2 / counts.clamp_min(1)
         outputs = raw * scale + self.bias[:, None, None] * any_known

@@ -1,0 +1,46 @@
+"""What the gates of a trained generator let through, beside what partial convolution would."""
+
+import torch
+from torch import Tensor, nn
+
+from models.gated_conv import Convolution, GatedConv
+from models.generator import Generator
+from models.masking import known
+from models.types import Image, Mask, Sketch
+
+
+@torch.no_grad()
+def gate_activations(
+    generator: Generator, incomplete: Image, mask: Mask, sketch: Sketch | None = None
+) -> dict[str, Tensor]:
+    """σ(gate) in [0, 1] of every gated layer by its name, in the order of their use (figure 3)."""
+    gates: dict[str, Tensor] = {}
+    names = {layer: name for name, layer in generator.named_modules()}
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(layer, GatedConv)
+        raw = layer.convolve(inputs[0], layer.weight, layer.bias)
+        gates[names[layer]] = torch.sigmoid(raw.chunk(2, dim=1)[1])
+
+    hooks = [layer.register_forward_hook(keep) for layer in names if isinstance(layer, GatedConv)]
+    try:
+        generator(incomplete, mask, sketch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return gates
+
+
+@torch.no_grad()
+def partial_masks(generator: Generator, mask: Mask) -> dict[str, Tensor]:
+    """Where partial convolution would know pixels after each layer of stage one: 1 is known.
+
+    A rule instead of a gate: all of a small hole is known after a few layers, whatever it holds.
+    """
+    masks: dict[str, Tensor] = {}
+    current = known(mask)
+    for name, layer in generator.coarse.named_children():
+        assert isinstance(layer, Convolution)
+        current = (layer.count_known(current) > 0.5).to(mask.dtype)
+        masks[f"coarse.{name}"] = current
+    return masks
