@@ -1,8 +1,8 @@
 """Run one command; when our parent dies, or we are told to end, so does all that it started.
 
-Used as a program: ``python guard.py PARENT_PID GRACE_S COMMAND ...``. A service often starts
-further processes that leave its process group and lose their parent; this process adopts those
-orphans, so at the end its descendants are exactly what is left of the service.
+Used as a program: ``python guard.py PARENT_PID GRACE_S LEFTOVERS COMMAND ...``. A service often
+starts further processes that leave its process group and lose their parent; this process adopts
+those orphans, so at the end its descendants are exactly what is left of the service.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,13 +33,16 @@ def guarded(
     folder: Path,
     grace_s: float,
     keep_open: Sequence[int] = (),
+    leftovers: Sequence[Path] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """``command`` running in ``folder`` with ``environment`` alone, its output appended to ``log``.
 
     On leaving it gets SIGTERM, and after ``grace_s`` SIGKILL with everything it started; also when
-    this process is killed. File descriptors in ``keep_open`` stay open until all that is over.
+    this process is killed; then, as nobody else can, its ``leftovers`` are removed. File
+    descriptors in ``keep_open`` stay open until all that is over.
     """
-    program = [sys.executable, "-I", __file__, str(os.getpid()), str(grace_s), *map(str, command)]
+    program = [sys.executable, "-I", __file__, str(os.getpid()), str(grace_s)]
+    program += [os.pathsep.join(map(str, leftovers)), *map(str, command)]
     with log.open("ab") as output:
         process = subprocess.Popen(
             program,
@@ -57,7 +61,7 @@ def guarded(
         process.wait()
 
 
-def main(parent: int, grace_s: float, command: Sequence[str]) -> int:
+def main(parent: int, grace_s: float, leftovers: Sequence[str], command: Sequence[str]) -> int:
     """The command's exit code; 143 after it was ended from here."""
     ending = False
 
@@ -83,6 +87,12 @@ def main(parent: int, grace_s: float, command: Sequence[str]) -> int:
     while time.monotonic() < deadline and _reap(child.pid) is None:
         time.sleep(POLL_S / 4)
     _kill_descendants()
+    if os.getppid() != parent:
+        for path in leftovers:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                Path(path).unlink(missing_ok=True)
     return 128 + signal.SIGTERM
 
 
@@ -106,4 +116,5 @@ def _kill_descendants() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    remaining = sys.argv[3].split(os.pathsep) if sys.argv[3] else []
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), remaining, sys.argv[4:]))

@@ -78,7 +78,12 @@ def start_s3(
             for old in (folder / "data").glob("m[0-9]*"):
                 shutil.rmtree(old)  # names the ports of last time; the volumes report themselves
             ports = _free_ports()
-            stack.callback(_remove_sockets, ports)
+            # weed leaves these behind, at names that it does not let us choose.
+            sockets = [
+                Path(f"/tmp/seaweedfs-{name}-grpc-{ports[name + '.grpc']}.sock") for name in PORTS
+            ]
+            for path in sockets:
+                stack.callback(path.unlink, missing_ok=True)
             process = stack.enter_context(
                 guarded(
                     [weed, *_arguments(ports, credentials)],
@@ -87,6 +92,7 @@ def start_s3(
                     folder=folder,
                     grace_s=2,  # weed waits for its own clients, which never leave
                     keep_open=[lock.fileno()],
+                    leftovers=sockets,
                 )
             )
             environment = {
@@ -172,12 +178,6 @@ def _wait_until(
             if time.monotonic() > deadline:
                 raise StorageError(f"{what} is not ready after {READY_S} s: {error}") from error
         time.sleep(0.2)
-
-
-def _remove_sockets(ports: Mapping[str, int]) -> None:
-    """weed leaves these behind, at names that it does not let us choose."""
-    for name in PORTS:
-        Path(f"/tmp/seaweedfs-{name}-grpc-{ports[name + '.grpc']}.sock").unlink(missing_ok=True)
 
 
 def _free_ports() -> dict[str, int]:

@@ -92,6 +92,7 @@ def local_ray(
                     folder=folder,
                     grace_s=10,
                     keep_open=[lock.fileno()],
+                    leftovers=[session],
                 )
             )
             stack.push(lambda *_: _keep_logs(session, folder))
@@ -191,8 +192,8 @@ def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
 def _short_folder(folder: Path) -> Iterator[Path]:
     """A folder for Ray's unix sockets, whose names have 107 bytes at most.
 
-    It is the same for the same ``folder``, so what a killed process left behind is cleared away at
-    the next start.
+    It is the same for the same ``folder``, so what a machine that went down left behind is cleared
+    away at the next start.
     """
     name = hashlib.sha256(f"{os.getuid()} {folder}".encode()).hexdigest()[:12]
     short = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"ray-{name}")

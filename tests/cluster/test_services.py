@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import subprocess
 import sys
@@ -72,8 +73,12 @@ def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n"
         assert len(processes_of(tmp_path)) == 2  # the server and its guard
+        (server,) = [process for process in processes_of(tmp_path) if process.name() == "weed"]
+        ports = re.findall(r"port\.grpc=(\d+)", " ".join(server.cmdline()))
+        assert len(ports) == 4
         parent.kill()
     wait_for_none(tmp_path)
+    assert not [path for port in ports for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -65,7 +66,7 @@ def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
         "    there = ray.get(ray.remote(lambda: os.environ['AWS_SECRET_ACCESS_KEY']).remote())\n"
         "    print(len(here), len(there), sys.executable, 'cpus', ray.cluster_resources()['CPU'])\n"
         "    told = ray.get(ray.remote(job_metadata).remote())\n"
-        "    print('told', told['job_submission_id'], told['git_commit'])\n"
+        "    print('told', told['job_submission_id'], told.get('git_commit'))\n"
     )
     lines: list[str] = []
     settings = yaml.safe_load(job.read_text())
@@ -88,8 +89,8 @@ def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
         assert (working.result(), failing.result()) == (0, 1), lines
     (printed,) = [line for line in lines if line.startswith("14 ")]
     python = Path(sys.executable).with_name("python")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert f"told working {commit.strip()}" in lines
+    (told,) = [line for line in lines if line.startswith("told")]
+    assert re.fullmatch("told working ([0-9a-f]{40}|None)", told)  # None outside of a checkout
     assert printed == f"14 14 {python} cpus {float(os.cpu_count() or 1)}"
 
 
@@ -157,12 +158,15 @@ def test_two_heads_share_a_machine_and_end_with_their_parents(
         assert parent.stdout is not None
         assert parent.stdout.readline().strip() not in ("", head.dashboard_url)
         begun = processes_of(tmp_path)
+        (session,) = re.findall(r"--temp-dir=(\S+)", " ".join(begun[0].cmdline()))
+        assert Path(session).is_dir()
         parent.kill()
     assert len(begun) > 10
     deadline = time.monotonic() + 60
     while left := [process for process in begun if is_alive(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+    assert not Path(session).exists()
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
