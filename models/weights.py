@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.discriminator import Discriminator
+from models.gated_conv import Padding
 from models.generator import Generator
 
 Colours = Literal["bgr", "rgb"]
@@ -92,6 +93,15 @@ class Source:
     generator: Mapping[str, Tensor]
     discriminator: Mapping[str, Tensor]  # empty where the file has none
     files: tuple[Path, ...]  # what was read
+
+    @property
+    def padding(self) -> Padding:
+        """What our ``Generator`` must pad with to be the same function.
+
+        nipponjo's networks alone pads both sides of a strided convolution alike. Its attention
+        takes every second pixel, which ours does not, so stage two comes out a little different.
+        """
+        return "symmetric" if self.style == "networks" else "same"
 
 
 def read_source(path: Path) -> Source:

@@ -147,6 +147,7 @@ def test_nipponjos_files_hold_the_same_weights(
     source, official = read_source(path), read_source(npz)
     assert (source.style, official.style) == (style, "tensorflow")
     assert source.files == (path,)
+    assert source.padding == ("symmetric" if style == "networks" else "same")
     same(generator_weights(source, colours="rgb"), generator_weights(official, colours="rgb"))
     if alone:
         with pytest.raises(ValueError, match=r"states\.pth holds no discriminator"):

@@ -1,0 +1,235 @@
+"""Weights in and out: other codes' files to ours, ours to ONNX and to torch's exported programs."""
+
+import hashlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from models import Generator
+from models.generator import STRIDE
+from models.masking import erase, guide
+from models.weights import (
+    Colours,
+    Source,
+    Style,
+    discriminator_weights,
+    generator_weights,
+    read_source,
+)
+from pipeline.config import Model
+from pipeline.networks import load_generator, weights_header
+
+Format = Literal["onnx", "pt2"]
+Network = Callable[..., Sequence[Tensor]]
+
+LICENCES: dict[Style, str] = {
+    "tensorflow": "CC BY-NC 4.0 (the authors' release: not for commercial use)",
+    "networks_tf": "CC BY-NC 4.0 (converted from the authors' release: not for commercial use)",
+    "networks": "none stated by the author of the port: all rights reserved",
+}
+INPUTS, OUTPUTS = ("incomplete", "mask", "sketch"), ("coarse", "refined")
+SMALLEST = 24  # pixels of a side; torch.export treats sizes of 1 as constants, deep in the network
+TRACED = (2, 64, 96)  # batch, height, width
+CHECKED = ((1, 128, 72), (3, 80, 104))
+TOLERANCE = 1e-3  # an eighth of the step between two 8-bit values
+
+
+def import_weights(
+    path: Path,
+    out: Path,
+    *,
+    colours: Colours | None = None,
+    licence: str | None = None,
+    discriminator: Path | None = None,
+) -> Iterator[str]:
+    """Write the generator in another code's file as ``out``; yields a line for every file.
+
+    ``path`` is anything that ``models.weights.read_source`` reads. ``colours`` is the order in
+    which that code fed its pictures: the authors' is known to be BGR, for the rest it must be
+    given. ``licence`` replaces what is known of the release. ``discriminator`` is a second file to
+    write, for training on. Licence, origin with SHA-256, and colour order go into the files'
+    metadata.
+    """
+    for file in (out, discriminator):
+        if file is not None and file.suffix != ".safetensors":
+            raise ValueError(f"{file} should end in .safetensors")
+    source = read_source(path)
+    if colours is None and source.style != "tensorflow":
+        raise ValueError(
+            f"{path} does not tell the colour order of its pictures: give --colours rgb or "
+            "--colours bgr; the right one fills with the lower error"
+        )
+    colours = colours or "bgr"
+    weights = generator_weights(source, colours=colours)
+    guided = weights["coarse.conv01.weight"].shape[1] == 6
+    header = {
+        **weights_header(Model(guided=guided, padding=source.padding)),
+        "licence": licence or LICENCES[source.style],
+        "origin": _origin(source),
+        "colours": "RGB, as the file" if colours == "rgb" else "RGB, turned from BGR",
+    }
+    written = {out: weights}
+    if discriminator is not None:
+        written[discriminator] = discriminator_weights(source, colours=colours)
+    for file, tensors in written.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            save_file(tensors, Path(folder, file.name), metadata=header)
+            Path(folder, file.name).replace(file)
+        values = sum(tensor.numel() for tensor in tensors.values())
+        yield f"{file}: {values:,} values, {header['colours']}; licence: {header['licence']}"
+
+
+def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
+    """Write a generator as ONNX or as torch's ``.pt2``, with free batch, height and width.
+
+    ``weights`` is what ``load_generator`` takes. Inputs and outputs are those of
+    ``models.Generator``: incomplete, mask and, if guided, sketch; coarse and refined. Sides are
+    multiples of 8, 24 pixels and more. The written file is run against torch at two sizes; yields a
+    line on each, then ``out`` is in place. ValueError where they differ, or where a package for
+    ONNX is missing.
+    """
+    if out.suffix != f".{format}":
+        raise ValueError(f"{out} should end in .{format}")
+    if format == "onnx":
+        _require_onnx()
+    generator = load_generator(weights)
+    # A .pt2 holds its weights in plain order.
+    generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad():
+        file = Path(folder, out.name)
+        program = _trace(generator)
+        metadata = _metadata(weights)
+        if format == "onnx":
+            exported = _save_onnx(program, file, metadata)
+        else:
+            torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+            exported = torch.export.load(file).module()
+        for size in CHECKED:
+            yield _compare(generator, exported, *size)
+        file.replace(out)
+
+
+class _OnGrid(nn.Module):
+    """The generator behind a cut to whole multiples of 8, which changes no picture it may get.
+
+    It shows torch.export that a side is 8·n. From n the sizes of all layers follow as plain
+    multiples, from the side itself only as towers of roundings that take minutes to reason about.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, incomplete: Tensor, mask: Tensor, sketch: Tensor | None = None) -> Any:
+        rows, columns = incomplete.shape[2] // STRIDE, incomplete.shape[3] // STRIDE
+        planes = [incomplete, mask] if sketch is None else [incomplete, mask, sketch]
+        planes = [plane[:, :, : STRIDE * rows, : STRIDE * columns] for plane in planes]
+        return self.generator(*planes)
+
+
+def _trace(generator: Generator) -> ExportedProgram:
+    smallest = max(SMALLEST, generator.smallest) // STRIDE
+    rows, columns = Dim("height_8", min=smallest), Dim("width_8", min=smallest)
+    free = {0: Dim("batch", min=1), 2: STRIDE * rows, 3: STRIDE * columns}
+    inputs = _random_inputs(generator, *TRACED)
+    return torch.export.export(
+        _OnGrid(generator).eval(), inputs, dynamic_shapes=tuple(free for _ in inputs)
+    )
+
+
+def _origin(source: Source) -> str:
+    digests = []
+    for path in source.files:
+        with path.open("rb") as file:
+            digests.append(f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return ", ".join(digests)
+
+
+def _metadata(weights: str) -> dict[str, str]:
+    """What a file of weights says of itself, its licence above all: the export says it too."""
+    if not Path(weights).is_file():
+        return {"weights": weights}
+    with safe_open(weights, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def _random_inputs(generator: Generator, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """Noise with a box for a hole, in another place for every sample."""
+    rng = np.random.default_rng(batch)
+    image = torch.from_numpy(rng.uniform(-1, 1, (batch, 3, height, width)).astype(np.float32))
+    mask = torch.zeros(batch, 1, height, width)
+    for hole in mask:
+        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        hole[:, top : top + height // 2, left : left + width // 3] = 1
+    inputs = [erase(image, mask), mask]
+    if generator.guided:
+        strokes = torch.from_numpy((rng.random(mask.shape) < 0.1).astype(np.float32))
+        inputs.append(guide(strokes, mask))
+    return tuple(inputs)
+
+
+def _compare(generator: Generator, exported: Network, batch: int, height: int, width: int) -> str:
+    inputs = _random_inputs(generator, batch, height, width)
+    differences = [
+        (theirs - ours).abs().max().item()
+        for ours, theirs in zip(generator(*inputs), exported(*inputs), strict=True)
+    ]
+    told = f"{batch} of {height}×{width} px: " + ", ".join(
+        f"{name} differs from torch by at most {difference:.1e}"
+        for name, difference in zip(OUTPUTS, differences, strict=True)
+    )
+    if not max(differences) <= TOLERANCE:  # NaN too
+        raise ValueError(f"the exported network is not the same, at {told}: nothing was written")
+    return told
+
+
+def _require_onnx() -> None:
+    try:
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"writing ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime"
+        ) from error
+
+
+def _save_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str]) -> Network:
+    """Write ``program`` as one ``.onnx`` file; returns what ONNX Runtime makes of it."""
+    import onnx_ir
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own parts
+        onnx = torch.onnx.export(
+            program,
+            input_names=INPUTS[: len(program.example_inputs[0])],
+            output_names=OUTPUTS,
+            verbose=False,
+        )
+    assert onnx is not None
+    for value in (*onnx.model.graph.inputs, *onnx.model.graph.outputs):
+        channels = value.shape[1] if value.shape is not None else None
+        value.shape = onnx_ir.Shape(["batch", channels, "height", "width"])
+    onnx.model.metadata_props.update(metadata)
+    onnx.save(file, external_data=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        feeds = {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=False)}
+        return [torch.from_numpy(output) for output in session.run(None, feeds)]
+
+    return run
