@@ -10,6 +10,7 @@ import yaml
 
 from pipeline import config
 
+DEMO = Path("pipeline/recipes/demo.yaml")
 DONE, MISTAKE, WRONG_USAGE, STOPPED = 0, 1, 2, 3
 
 
@@ -77,15 +78,52 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="file or folder to write")
     sub.set_defaults(command=_inpaint)
 
+    _add_weights(commands.add_parser("weights", help="weights of other codes in, ONNX out"))
+    _add_galleries(commands)
     _add_checkpoints(commands.add_parser("checkpoints", help="look at checkpoints, fetch them"))
     _add_dataset(commands.add_parser("dataset", help="look at a sharded data set, verify it"))
 
     sub = commands.add_parser("demo", help="the whole job on this machine, everything embedded")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sub.add_argument("--recipe", type=Path, default=Path("pipeline/recipes/demo.yaml"))
+    sub.add_argument("--recipe", type=Path, default=DEMO)
     sub.add_argument("--folder", type=Path, default=Path(".demo"), help="what it keeps, and where")
     sub.set_defaults(command=_demo)
     return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    sub = actions.add_parser("import", help="read the authors' or nipponjo's weights")
+    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("--out", type=Path, required=True, help="the generator's .safetensors")
+    sub.add_argument("--discriminator", type=Path, help="a second .safetensors, for training on")
+    sub.add_argument("--colours", choices=("rgb", "bgr"), help="order that its pictures had")
+    sub.add_argument("--licence", help="in place of what is known of the release")
+    sub.set_defaults(command=_import_weights)
+    sub = actions.add_parser("export", help="write ONNX or torch's .pt2, checked against torch")
+    sub.add_argument(
+        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
+    )
+    sub.add_argument("--format", choices=("onnx", "pt2"), required=True)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.set_defaults(command=_export_weights)
+
+
+def _add_galleries(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sub = commands.add_parser("show-gates", help="draw what the gates let through, layer by layer")
+    sub.add_argument(
+        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
+    )
+    sub.add_argument("image", type=Path, metavar="IMAGE")
+    sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole")
+    sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
+    sub.add_argument("--out", type=Path, required=True, help="picture to write")
+    sub.set_defaults(command=_show_gates)
+    sub = commands.add_parser("show-masks", help="draw a sheet of a recipe's masks")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument("--recipe", type=Path, default=DEMO)
+    sub.add_argument("--out", type=Path, required=True, help="picture to write")
+    sub.set_defaults(command=_show_masks)
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +208,53 @@ def _inpaint(arguments: argparse.Namespace) -> int:
         arguments.weights, arguments.image, arguments.mask, arguments.out, sketch=arguments.sketch
     ):
         print(path)
+    return DONE
+
+
+def _import_weights(arguments: argparse.Namespace) -> int:
+    from pipeline.weights import import_weights
+
+    for line in import_weights(
+        arguments.file,
+        arguments.out,
+        colours=arguments.colours,
+        licence=arguments.licence,
+        discriminator=arguments.discriminator,
+    ):
+        print(line)
+    return DONE
+
+
+def _export_weights(arguments: argparse.Namespace) -> int:
+    from pipeline.weights import export_weights
+
+    for line in export_weights(arguments.weights, arguments.out, format=arguments.format):
+        print(line)
+    return DONE
+
+
+def _show_gates(arguments: argparse.Namespace) -> int:
+    from pipeline.gallery import show_gates
+
+    print(
+        show_gates(
+            arguments.weights,
+            arguments.image,
+            arguments.mask,
+            arguments.out,
+            sketch=arguments.sketch,
+        )
+    )
+    return DONE
+
+
+def _show_masks(arguments: argparse.Namespace) -> int:
+    from pipeline.feed import mask_sampler
+    from pipeline.gallery import show_masks
+
+    cfg = _load(arguments)
+    sampler = mask_sampler(cfg.masks)
+    print(show_masks(sampler, arguments.out, size_px=cfg.train.size_px, seed=cfg.seed))
     return DONE
 
 

@@ -40,8 +40,12 @@ def _channels_last(network: M) -> M:
 
 
 def weights_header(cfg: Model) -> dict[str, str]:
-    """What a weights file says about itself, so that it needs no recipe to be used."""
-    return {HEADER: cfg.model_dump_json(), "layout": "RGB in [-1, 1], mask 1 in the hole"}
+    """What a weights file says about itself, so that it needs no recipe to be used.
+
+    One entry only: safetensors writes several in no fixed order, and equal weights are to be equal
+    files.
+    """
+    return {HEADER: cfg.model_dump_json()}
 
 
 def load_generator(source: str) -> Generator:

@@ -177,7 +177,7 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> None:
         keep=cfg.train.keep_checkpoints,
         best=BEST,
     )
-    state = _newest(cfg, checkpoints, dataset)
+    state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
 
     learning = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
@@ -375,9 +375,12 @@ def open_run_tracker(cfg: Config, dataset: Dataset, resume_from_step: int, ranks
     )
 
 
-def _newest(cfg: Config, checkpoints: Checkpoints, dataset: Dataset) -> TrainingState | None:
-    """The newest checkpoint, the same one on every rank."""
-    step = distributed.from_first(checkpoints.newest())
+def _newest(
+    cfg: Config, checkpoints: Checkpoints, dataset: Dataset, ranks: Ranks
+) -> TrainingState | None:
+    """The newest checkpoint that is intact, the same one on every rank."""
+    found = checkpoints.load_newest() if ranks.first else None
+    step = distributed.from_first(found[0] if found else None)
     if step is None:
         return None
     manifest = checkpoints.manifest(step)
@@ -390,6 +393,5 @@ def _newest(cfg: Config, checkpoints: Checkpoints, dataset: Dataset) -> Training
         )
     if manifest["dataset_digest"] != dataset.digest:
         log.warning("the data set changed since step %d: the order of training is another", step)
-    state = TrainingState.read(checkpoints.load(step))
     log.info("going on run=%s step=%d", cfg.name, step)
-    return state
+    return TrainingState.read(found[1] if found else checkpoints.load(step))

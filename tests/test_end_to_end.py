@@ -17,7 +17,7 @@ from pipeline.cli import DONE, MISTAKE, STOPPED
 from pipeline.locations import checkpoints_url, dataset_url, run_url
 
 RECIPE = "pipeline/recipes/demo.yaml"
-STEPS = 6
+STEPS = 14
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,8 @@ def test_the_job_leaves_a_data_set_checkpoints_and_an_evaluation(left_alone):
     assert len(manifest["dataset_digest"]) == 64
     (evaluated,) = (Path(run_url(left_alone)) / "evaluation").iterdir()
     assert json.loads((evaluated / "metrics.json").read_text())["pictures"] == 4
-    assert Image.open(evaluated / "samples.png").width > 300
+    with Image.open(evaluated / "samples.png") as sheet:
+        assert sheet.width > 300
 
 
 def test_a_finished_job_does_nothing_again(left_alone, settings):
