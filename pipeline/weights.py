@@ -40,7 +40,7 @@ LICENCES: dict[Style, str] = {
 }
 INPUTS, OUTPUTS = ("incomplete", "mask", "sketch"), ("coarse", "refined")
 SMALLEST = 24  # pixels of a side; torch.export treats sizes of 1 as constants, deep in the network
-TRACED = (2, 64, 96)  # batch, height, width
+TRACED = (2, 88, 96)  # batch, height, width; none below the 72 pixels that "reflect" needs
 CHECKED = ((1, 128, 72), (3, 80, 104))
 TOLERANCE = 1e-3  # an eighth of the step between two 8-bit values
 
