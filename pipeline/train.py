@@ -53,9 +53,8 @@ def train(cfg: Config) -> bool:
         return True
     Dataset.open(dataset_url(cfg))  # before any machine starts
     if distributed.launched_by_torchrun() or cfg.train.launcher == "local":
-        _train_here(cfg)
-    else:
-        _train_on_ray(cfg, run)
+        return _train_here(cfg)
+    _train_on_ray(cfg, run)
     return finished(cfg)
 
 
@@ -64,13 +63,14 @@ def finished(cfg: Config) -> bool:
     return newest is not None and newest >= cfg.train.steps
 
 
-def _train_here(cfg: Config) -> None:
+def _train_here(cfg: Config) -> bool:
     """In this process: one rank of torchrun's, or the only one."""
     if distributed.launched_by_torchrun():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         with SignalStop().listening() as stop:
-            train_worker(cfg, distributed.current(), stop)
+            # By its own count: the first rank may still be writing the last checkpoint.
+            return train_worker(cfg, distributed.current(), stop).step >= cfg.train.steps
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -157,11 +157,11 @@ def _ray_worker(loop_config: dict[str, Any]) -> None:
         train_worker(cfg, ranks, stop)
 
 
-def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> None:
+def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
     """What every rank runs, whoever launched it; collective from the first line to the last.
 
     Goes on from the newest checkpoint, ends at ``cfg.train.steps`` or at a log interval after
-    ``stop`` was made on any rank, and has saved in both cases.
+    ``stop`` was made on any rank, and has saved in both cases. Returns where it ended.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -203,7 +203,7 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> None:
         worker = _Worker(
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
         )
-        worker.run(loader, position, stop)
+        return worker.run(loader, position, stop)
 
 
 @dataclass
@@ -219,7 +219,7 @@ class _Worker:
     checkpoints: Checkpoints
     tracker: Tracker
 
-    def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> None:
+    def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
         clock = _Clock(cfg.global_batch)
         for epoch, epoch_step, batch in clock.waiting(
@@ -248,6 +248,7 @@ class _Worker:
             if last or stopping:
                 break
         self.tracker.end("FINISHED" if position.step >= cfg.steps else "KILLED")
+        return position
 
     def _report(
         self, position: Position, losses: dict[str, Tensor], clock: "_Clock", stop: StopRequest

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import skimage
 from PIL import Image
@@ -131,11 +132,12 @@ def test_a_run_whose_processes_were_all_killed_ends_there_too(left_alone, settin
         torchrun,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     wait_for(Path(checkpoints_url(cfg)) / "step-00000002/manifest.json", process)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun gives its workers sessions of their own, so they are found by their parent.
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
     process.wait(timeout=60)
     again = subprocess.run(
         torchrun,
