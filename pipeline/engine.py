@@ -152,6 +152,8 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
+        # It flattens parameters in plain order, and refuses to broadcast them in another.
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adam.over(module.parameters()),

@@ -47,7 +47,7 @@ def engines(
     generator, discriminator = (
         build_engine(
             kind,
-            network,
+            network.to(memory_format=torch.channels_last),  # as `pipeline.networks` makes them
             adam=Adam(learning_rate=1e-3),
             ranks=ranks,
             state=engine_state,
