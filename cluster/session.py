@@ -123,7 +123,7 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
     own: dict[str, Any] = {
         "num_cpus": cpus,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": False,
+        "include_dashboard": True,  # Ray Train asks it whether its controller lives
         "_node_ip_address": LOOPBACK,
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
