@@ -73,8 +73,14 @@ class Part:
 
     plan: str
     """Hash of the settings and pictures that the shard was made from."""
+    recipe: dict[str, Any]
+    """The settings among them."""
+    excluded: dict[str, str]
+    """Pictures left out as duplicates, with the reason."""
     shard: Shard
     statuses: dict[str, int]
+    reasons: dict[str, int]
+    """Why pictures were skipped or failed."""
     sketches: dict[str, int]
     density_sum: float
     errors: list[str]
@@ -89,13 +95,23 @@ class Part:
         return self.statuses.get("failed", 0)
 
 
-def part_of(plan: str, shard: Shard, rows: Sequence[dict[str, Any]]) -> Part:
+def part_of(
+    shard: Shard,
+    rows: Sequence[dict[str, Any]],
+    *,
+    plan: str,
+    recipe: dict[str, Any],
+    excluded: dict[str, str],
+) -> Part:
     used = [row for row in rows if row["status"] == "ok"]
     failed = [row for row in rows if row["status"] == "failed"]
     return Part(
         plan=plan,
+        recipe=recipe,
+        excluded=excluded,
         shard=shard,
         statuses=dict(Counter(row["status"] for row in rows)),
+        reasons=dict(Counter(row["error_type"] for row in rows if row["error_type"])),
         sketches=dict(Counter(_sketch_word(row) for row in used)),
         density_sum=sum(row["sketch_density"] for row in used),
         errors=[
@@ -126,6 +142,11 @@ def read_part(store: Store, shard: str) -> Part:
         return Part(**(record | {"shard": shard_from_index(record["shard"])}))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{record_key(shard)} is a record of another version: {error}") from error
+
+
+def read_rows(store: Store, shard: str) -> pa.Table:
+    """The rows of the manifest that one shard has."""
+    return pq.read_table(pa.BufferReader(store.get(rows_key(shard))), schema=SCHEMA)
 
 
 def record_key(shard: str) -> str:
@@ -178,11 +199,13 @@ def publish(
 def count(parts: Iterable[Part]) -> dict[str, Any]:
     """Pictures by what became of them, sketches by kind, and the size of each split."""
     statuses: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     sketches: Counter[str] = Counter()
     splits: dict[str, Counter[str]] = {}
     density = 0.0
     for part in parts:
         statuses.update(part.statuses)
+        reasons.update(part.reasons)
         sketches.update(part.sketches)
         density += part.density_sum
         of_split = splits.setdefault(part.shard.split, Counter())
@@ -190,6 +213,7 @@ def count(parts: Iterable[Part]) -> dict[str, Any]:
     used = statuses["ok"]
     return {
         "pictures": {word: statuses[word] for word in ("ok", "skipped", "failed")},
+        "reasons": dict(sorted(reasons.items())),
         "splits": {split: dict(splits[split]) for split in sorted(splits)},
         "sketches": dict(sorted(sketches.items())),
         "sketch_density": density / used if used else 0.0,
@@ -203,9 +227,7 @@ def _write_manifest(store: Store, shards: Sequence[Shard], digest: str) -> dict[
         path = Path(folder, "manifest.parquet")
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for shard in shards:
-                rows = pq.read_table(
-                    pa.BufferReader(store.get(rows_key(shard.name))), schema=SCHEMA
-                )
+                rows = read_rows(store, shard.name)
                 writer.write_table(rows.replace_schema_metadata(schema.metadata))
         store.upload(path, "manifest.parquet")
         with path.open("rb") as file:
@@ -302,6 +324,8 @@ def describe(dataset: Dataset) -> dict[str, str]:
             f"{of['samples']:,} samples in {of['shards']:,} shards, {of['bytes'] / 1e6:,.1f} MB"
         )
     shown["pictures"] = ", ".join(f"{number:,} {word}" for word, number in pictures.items())
+    if counts["reasons"]:
+        shown["left out"] = ", ".join(f"{n:,} {reason}" for reason, n in counts["reasons"].items())
     shown["sketches"] = ", ".join(f"{number:,} {kind}" for kind, number in sketches.items())
     shown["sketch density"] = f"{counts['sketch_density']:.1%} of the pixels"
     shown["licence"] = LICENCES[dataset.settings["requested"]["source"]]

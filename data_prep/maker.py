@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -64,6 +65,29 @@ class Recipe:
         return asdict(self) | {"landmarks_sha256": LANDMARKS_SHA256}
 
 
+PICTURE_SETTINGS = ("stored_px", "jpeg_quality", "max_pixels")  # a stored JPEG follows from these
+LANDMARK_SETTINGS = ("landmarks_sha256",)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A sample that an earlier build made, with its row: its picture need not be read again."""
+
+    row: Row
+    sample: RawSample
+
+    def serves(self, picture: Picture, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Whether this is ``picture``; ``old`` and ``new`` are the records of the two recipes."""
+        settings = PICTURE_SETTINGS + (LANDMARK_SETTINGS if picture.subject == "face" else ())
+        crop = list(picture.crop) if picture.crop else None
+        return (
+            self.row["source_path"] == _text(picture.path)
+            and self.row["crop"] == crop
+            and (self.row["sketch_kind"] == "hed") == (picture.subject == "scene")
+            and all(old.get(setting) == new[setting] for setting in settings)
+        )
+
+
 @dataclass
 class _Work:
     """A picture on its way through the steps."""
@@ -73,35 +97,66 @@ class _Work:
     jpg: bytes = b""
     pixels: Pixels | None = None
     strokes: Strokes | None = None
+    sample: RawSample | None = None
 
 
 def make_samples(
-    pictures: Sequence[Picture], recipe: Recipe, *, root: str | None, start_edges: StartEdges
+    pictures: Sequence[Picture],
+    recipe: Recipe,
+    *,
+    root: str | None,
+    start_edges: StartEdges,
+    known: Mapping[str, Known] | None = None,
+    known_recipe: Mapping[str, Any] | None = None,
+    excluded: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Row, RawSample | None]]:
     """One row of the manifest per picture, in order, and a sample where there is one.
 
-    A picture that cannot be used becomes a row that says why. While the edges of some pictures
-    are found, the next are decoded; memory holds two chunks of pictures at most.
+    A picture that cannot be used becomes a row that says why, as do those in ``excluded``, which
+    gives the reasons by key. While the edges of some pictures are found, the next are decoded;
+    memory holds two chunks of pictures at most. Samples in ``known``, made under ``known_recipe``,
+    are taken over: whole where the recipe is the same, else with a new sketch.
     Raises StorageError where the storage, not a picture, is at fault.
     """
+    record = recipe.record()
+    found = {
+        picture.key: known[picture.key]
+        for picture in pictures
+        if known
+        and known_recipe is not None
+        and picture.key in known
+        and known[picture.key].serves(picture, known_recipe, record)
+    }
     with ThreadPoolExecutor(READERS) as readers:
         waiting: deque[tuple[list[_Work], Callable[[], None]]] = deque()
-        for chunk in _read_ahead(pictures, root, readers):
-            works = [_begin(picture, data, recipe) for picture, data in chunk]
+        for chunk in _read_ahead(pictures, found, root, readers):
+            works = [
+                _begin(picture, data, recipe)
+                if isinstance(data, Future)
+                else _take_over(picture, data, recipe, whole=known_recipe == record)
+                for picture, data in chunk
+            ]
             waiting.append((works, _start(works, start_edges)))
             if len(waiting) == 2:
-                yield from _finished(*waiting.popleft(), recipe)
+                yield from _finished(*waiting.popleft(), recipe, excluded or {})
         for works, wait in waiting:
-            yield from _finished(works, wait, recipe)
+            yield from _finished(works, wait, recipe, excluded or {})
 
 
 def _read_ahead(
-    pictures: Sequence[Picture], root: str | None, readers: ThreadPoolExecutor
-) -> Iterator[list[tuple[Picture, Future[bytes]]]]:
-    chunks = [pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK)]
-    ahead: deque[list[tuple[Picture, Future[bytes]]]] = deque()
-    for chunk in chunks:
-        ahead.append([(picture, readers.submit(read_picture, picture, root)) for picture in chunk])
+    pictures: Sequence[Picture],
+    known: Mapping[str, Known],
+    root: str | None,
+    readers: ThreadPoolExecutor,
+) -> Iterator[list[tuple[Picture, Future[bytes] | Known]]]:
+    ahead: deque[list[tuple[Picture, Future[bytes] | Known]]] = deque()
+    for start in range(0, len(pictures), CHUNK):
+        ahead.append(
+            [
+                (picture, known.get(picture.key) or readers.submit(read_picture, picture, root))
+                for picture in pictures[start : start + CHUNK]
+            ]
+        )
         if len(ahead) == 2:
             yield ahead.popleft()
     yield from ahead
@@ -114,11 +169,28 @@ def _begin(picture: Picture, data: Future[bytes], recipe: Recipe) -> _Work:
         _decode_and_encode(work, _content(data), recipe)
     except PictureError as error:
         status = "skipped" if error.reason == "too_small" else "failed"
-        work.row |= {
-            "status": status,
-            "error_type": error.reason,
-            "error_message": str(error),
-        }
+        _refuse(work.row, status, error.reason, str(error))
+    return work
+
+
+def _refuse(row: Row, status: str, reason: str, message: str) -> None:
+    row |= {"status": status, "error_type": reason, "error_message": message}
+
+
+def _take_over(picture: Picture, known: Known, recipe: Recipe, *, whole: bool) -> _Work:
+    """A sample that was made before, as it is or without its sketch."""
+    work = _Work(picture, known.row, known.sample.jpg)
+    if whole:
+        work.sample = known.sample
+        return work
+    meta = json.loads(known.sample.meta)
+    if picture.subject == "scene":
+        _await_edges(work, recipe)
+    elif meta["landmarks"] is None:
+        work.strokes = np.zeros((meta["height"], meta["width"]), np.uint8)
+    else:
+        work.row |= {"landmarks": meta["landmarks"], "face_box": meta["face_box"]}
+        _join_landmarks(work, recipe)
     return work
 
 
@@ -156,35 +228,47 @@ def _decode_and_encode(work: _Work, data: bytes, recipe: Recipe) -> None:
         "status": "ok",
     }
     if picture.subject == "face":
-        _join_landmarks(work, decoded, (height, width), recipe)
+        _find_landmarks(work, decoded, recipe)
     else:
-        work.pixels = pixels
-        row |= {
-            "sketch_kind": "hed",
-            "sketch_status": "ok",
-            "detector": f"hed {recipe.hed_precision} {recipe.hed_device}",
-            "detector_weights_sha256": recipe.hed_sha256,
-            "threshold": recipe.threshold,
-        }
+        _await_edges(work, recipe)
 
 
-def _join_landmarks(work: _Work, decoded: Decoded, stored: tuple[int, int], recipe: Recipe) -> None:
-    # On the larger picture: at the stored size, faces may be too small to be found.
+def _await_edges(work: _Work, recipe: Recipe) -> None:
+    # Edges of the picture as it is stored: whoever has the shards can make the sketches again.
+    work.pixels = decode(work.jpg).pixels
+    work.row |= {
+        "sketch_kind": "hed",
+        "sketch_status": "ok",
+        "detector": f"hed {recipe.hed_precision} {recipe.hed_device}",
+        "detector_weights_sha256": recipe.hed_sha256,
+        "threshold": recipe.threshold,
+    }
+
+
+def _find_landmarks(work: _Work, decoded: Decoded, recipe: Recipe) -> None:
+    # In the larger picture: at the stored size, faces may be too small to be found.
+    row = work.row
     face = _face_detector()(decoded.pixels)
-    work.row |= {"detector": "dlib", "detector_weights_sha256": LANDMARKS_SHA256}
+    row |= {"detector": "dlib", "detector_weights_sha256": LANDMARKS_SHA256}
+    searched, stored = decoded.pixels.shape[:2], (row["height"], row["width"])
     if face is None:
         work.strokes = np.zeros(stored, np.uint8)
-        work.row |= {"sketch_kind": "empty", "sketch_status": "no_face"}
+        row |= {"sketch_kind": "empty", "sketch_status": "no_face"}
         return
-    points = rescaled(face.points, decoded.pixels.shape[:2], stored)
-    box = rescaled(np.array(face.box).reshape(2, 2), decoded.pixels.shape[:2], stored)
-    work.strokes = face_strokes(points, *stored, line_width=recipe.line_width)
-    work.row |= {
+    box = rescaled(np.array(face.box).reshape(2, 2), searched, stored)
+    row |= {
         "sketch_kind": "landmarks68",
         "sketch_status": "ok",
-        "face_box": [round(value, 2) for value in box.ravel().tolist()],
-        "landmarks": [round(value, 2) for value in points.ravel().tolist()],
+        "face_box": np.round(box, 2).ravel().tolist(),
+        "landmarks": np.round(rescaled(face.points, searched, stored), 2).ravel().tolist(),
     }
+    _join_landmarks(work, recipe)
+
+
+def _join_landmarks(work: _Work, recipe: Recipe) -> None:
+    row = work.row
+    points = np.array(row["landmarks"]).reshape(68, 2)
+    work.strokes = face_strokes(points, row["height"], row["width"], line_width=recipe.line_width)
 
 
 @cache
@@ -217,17 +301,21 @@ def _start(works: list[_Work], start_edges: StartEdges) -> Callable[[], None]:
 
 
 def _finished(
-    works: list[_Work], wait: Callable[[], None], recipe: Recipe
+    works: list[_Work], wait: Callable[[], None], recipe: Recipe, excluded: Mapping[str, str]
 ) -> Iterator[tuple[Row, RawSample | None]]:
     wait()
     for work in works:
-        if work.strokes is None:
-            yield work.row, None
-            continue
-        work.row["sketch_density"] = float(work.strokes.mean(dtype=np.float64))
-        meta = canonical_json(_provenance(work.row, recipe))
-        sketch = encode_sketch(work.strokes)
-        yield work.row, RawSample(work.picture.key, work.jpg, sketch, meta)
+        row = work.row
+        if row["status"] == "ok" and row["key"] in excluded:
+            _refuse(row, "skipped", "duplicate", excluded[row["key"]])
+            yield row, None
+        elif work.strokes is None:
+            yield row, work.sample
+        else:
+            row["sketch_density"] = float(np.float32(work.strokes.mean(dtype=np.float64)))
+            meta = canonical_json(_provenance(row, recipe))
+            sketch = encode_sketch(work.strokes)
+            yield row, RawSample(row["key"], work.jpg, sketch, meta)
 
 
 PROVENANCE = (
@@ -253,10 +341,17 @@ def _provenance(row: Row, recipe: Recipe) -> dict[str, Any]:
 
 def _empty_row(picture: Picture) -> Row:
     row: Row = dict.fromkeys(SCHEMA.names)
-    # A file name need not be UTF-8, a column of text must.
-    path = picture.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    crop = list(picture.crop) if picture.crop else None
-    return row | {"key": picture.key, "split": picture.split, "source_path": path, "crop": crop}
+    return row | {
+        "key": picture.key,
+        "split": picture.split,
+        "source_path": _text(picture.path),
+        "crop": list(picture.crop) if picture.crop else None,
+    }
+
+
+def _text(path: str) -> str:
+    """A file name need not be UTF-8, a column of text must."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def perceptual_hash(pixels: Pixels) -> int:

@@ -8,13 +8,15 @@ are not reproducible.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
+import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,18 +25,20 @@ import ray
 from jaxtyping import UInt8
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
-from cluster.storage import StorageError, Store, join, open_store
+from cluster.storage import MissingKeyError, StorageError, Store, join, open_store
 from data_prep.catalogue import (
     Part,
     part_of,
     publish,
     read_part,
+    read_rows,
     record_key,
     rows_key,
     write_part,
 )
+from data_prep.duplicates import find_duplicates
 from data_prep.files import Picture, Subject
-from data_prep.maker import Batch, Recipe, Row, StartEdges, make_samples
+from data_prep.maker import Batch, Known, Recipe, Row, make_samples
 from data_prep.pictures import MAX_PIXELS
 from data_prep.shards import (
     Dataset,
@@ -43,6 +47,7 @@ from data_prep.shards import (
     Split,
     canonical_json,
     plan,
+    read_samples,
     shard_name,
     write_shard,
 )
@@ -79,8 +84,10 @@ def build_dataset(
     hed_device: Device = "auto",
     jpeg_quality: int = 95,
     max_pixels: int = MAX_PIXELS,
+    duplicates: Literal["drop", "keep"] = "drop",
     replace: bool = False,
     update: bool = False,
+    retry_failed: bool = False,
     progress: Progress | None = None,
 ) -> Dataset:
     """The data set at ``url``, built as far as it is not; Ray must be initialised.
@@ -88,10 +95,14 @@ def build_dataset(
     ``source`` to ``partial`` choose the pictures, see ``list_pictures``; the others shape them.
     A finished one comes back at once. One that was interrupted goes on with the shards that are
     missing. Equal pictures and settings give equal bytes, whatever the workers and interruptions.
+    Train pictures that are held out as well, exactly or nearly, are dropped unless ``duplicates``
+    is ``keep``. ``hed_device`` ``auto`` is ``cuda`` where the cluster has GPUs; what was chosen
+    shapes the bytes and is recorded. An interruption cancels the tasks.
+
     ``replace`` allows to build over a finished data set of other settings; ``update`` looks at the
-    source again and makes those shards anew whose pictures are others. Either keeps every shard
-    that would come out the same. ``hed_device`` ``auto`` is ``cuda`` where the cluster has GPUs;
-    what was chosen shapes the bytes and is recorded. An interruption cancels the tasks.
+    source again, for pictures that came or went; ``retry_failed`` reads those again that failed.
+    All three keep what would come out the same: shards, or else samples, or else (where only
+    ``threshold``, ``line_width`` or an ``hed_`` setting changed) the stored pictures.
 
     Raises ShardError for a finished data set of other settings, and where more than
     ``max_failed_fraction`` of the pictures fail; StorageError; ValueError for bad arguments.
@@ -114,12 +125,14 @@ def build_dataset(
         "hed_device": hed_device,
         "jpeg_quality": jpeg_quality,
         "max_pixels": max_pixels,
+        "duplicates": duplicates,
     }
     store = open_store(url)
     if store.exists("dataset.json"):
         finished = Dataset.open(url)
         differing = _differences(finished.settings["requested"], requested)
-        if not differing and not update:
+        retry = retry_failed and finished.counts["pictures"]["failed"] > 0
+        if not differing and not update and not retry:
             log.info("data set is finished url=%s digest=%s", url, finished.digest)
             return finished
         if differing and not replace:
@@ -127,7 +140,6 @@ def build_dataset(
                 f"{url} holds a finished data set of other settings ({', '.join(differing)}): "
                 "give this one another name or URL, or set replace"
             )
-        store.delete("dataset.json")
 
     pictures = list_pictures(
         source, root=root, subject=subject, val_fraction=val_fraction, split=split, partial=partial
@@ -146,19 +158,21 @@ def build_dataset(
         hed_device=device,
     )
     jobs = _jobs(pictures, recipe, name=name, url=url, root=root, samples=shard_samples, seed=seed)
-    parts = _finished_parts(store, jobs)
-    todo = [job for job in jobs if job.name not in parts]
+    parts = _finished_parts(store, jobs, retry_failed)
     log.info(
         "prepare pictures=%d shards=%d finished=%d device=%s url=%s",
         *(len(pictures), len(jobs), len(parts), device, url),
     )
+    store.delete("dataset.json")  # from here on the old data set may change
     budget = _Budget(len(pictures), max_failed_fraction, progress)
     for part in parts.values():
         budget.add(part)
-    with contextlib.closing(_make(todo, recipe, hed_weights)) as made:
-        for part in made:
-            parts[part.shard.name] = part
-            budget.add(part)
+    _make_all([job for job in jobs if job.name not in parts], recipe, hed_weights, parts, budget)
+    if duplicates == "drop":
+        jobs = _without_duplicates(store, jobs)
+    # A second round, for shards that held duplicates; their other samples are taken over.
+    todo = [job for job in jobs if job.excluded != parts[job.name].excluded]
+    _make_all(todo, recipe, hed_weights, parts, None)
     if not any(part.shard.samples for part in parts.values()):
         raise ShardError(f"none of {len(pictures)} pictures could be used: {budget.reasons()}")
 
@@ -166,7 +180,10 @@ def build_dataset(
     _delete_others(store, {job.name for job in jobs}, name)
     shaping = recipe.record() | {
         setting: requested[setting]
-        for setting in ("source", "subject", "shard_samples", "val_fraction", "split", "seed")
+        for setting in (
+            *("source", "subject", "val_fraction", "split"),
+            *("shard_samples", "seed", "duplicates"),
+        )
     }
     publish(store, ordered, name=name, source=source, requested=requested, shaping=shaping)
     dataset = Dataset.open(url)
@@ -184,6 +201,8 @@ class Job:
     root: str | None
     pictures: list[Picture]
     recipe: Recipe
+    excluded: dict[str, str] = field(default_factory=dict)
+    """Pictures to leave out, with the reason; found after all are made, so no part of ``plan``."""
 
     @property
     def plan(self) -> str:
@@ -237,7 +256,7 @@ def _weights(source: str | None) -> bytes:
     return read_weights(source)
 
 
-def _finished_parts(store: Store, jobs: Sequence[Job]) -> dict[str, Part]:
+def _finished_parts(store: Store, jobs: Sequence[Job], retry_failed: bool) -> dict[str, Part]:
     """The shards that are on storage already, made from just these pictures and settings."""
     there = set(store.list_keys())
 
@@ -248,6 +267,8 @@ def _finished_parts(store: Store, jobs: Sequence[Job]) -> dict[str, Part]:
             part = read_part(store, job.name)
         except ValueError:
             return None
+        if retry_failed and part.failed:
+            return None
         return part if part.plan == job.plan else None
 
     with ThreadPoolExecutor(16) as pool:
@@ -255,14 +276,33 @@ def _finished_parts(store: Store, jobs: Sequence[Job]) -> dict[str, Part]:
     return {part.shard.name: part for part in found if part}
 
 
+def _without_duplicates(store: Store, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, told which of their pictures are held out as well."""
+    with ThreadPoolExecutor(16) as pool:
+        found = find_duplicates(pool.map(lambda job: read_rows(store, job.name), jobs))
+    if found:
+        log.info("duplicates of held-out pictures dropped from train count=%d", len(found))
+    excluded = [
+        {picture.key: found[picture.key] for picture in job.pictures if picture.key in found}
+        for job in jobs
+    ]
+    return [
+        dataclasses.replace(job, excluded=keys) for job, keys in zip(jobs, excluded, strict=True)
+    ]
+
+
 def _delete_others(store: Store, names: set[str], dataset: str) -> None:
     """Remove shards that an earlier plan needed and this one does not; records first."""
-    for key in store.list_keys("parts/"):
-        if key.removeprefix("parts/").rpartition(".")[0] not in names:
-            store.delete(key)
-    for key in store.list_keys():
-        if key.endswith(".tar") and "/" not in key and key not in names:
-            store.delete(key)
+    ours = re.compile(
+        rf"(?:parts/)?({re.escape(dataset)}-(?:train|val)-\d+\.tar)(\.json|\.parquet)?"
+    )
+    others = [
+        (match[2] != ".json", key)
+        for key in store.list_keys()
+        if (match := ours.fullmatch(key)) and match[1] not in names
+    ]
+    for _, key in sorted(others):
+        store.delete(key)
 
 
 class _Budget:
@@ -287,6 +327,21 @@ class _Budget:
 
     def reasons(self) -> str:
         return "; ".join(self._errors[:10])
+
+
+def _make_all(
+    todo: Sequence[Job],
+    recipe: Recipe,
+    hed_weights: str | None,
+    parts: dict[str, Part],
+    budget: _Budget | None,
+) -> None:
+    """Make every shard in ``todo`` and note it in ``parts``."""
+    with contextlib.closing(_make(todo, recipe, hed_weights)) as made:
+        for part in made:
+            parts[part.shard.name] = part
+            if budget:
+                budget.add(part)
 
 
 def _make(
@@ -387,25 +442,50 @@ def make_shard(job: Job, detector: Any = None) -> Part:
     store = open_store(job.url)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="deepfill-") as folder:
+        known, known_recipe = _known(store, job.name, Path(folder, "before.tar"))
+        samples = make_samples(
+            job.pictures,
+            job.recipe,
+            root=job.root,
+            start_edges=start_edges,
+            known=known,
+            known_recipe=known_recipe,
+            excluded=job.excluded,
+        )
         path = Path(folder, job.name)
-        shard = write_shard(path, _recorded(job, start_edges, rows), split=job.split, name=job.name)
+        shard = write_shard(path, _recorded(samples, job, rows), split=job.split, name=job.name)
         store.delete(record_key(job.name))  # of another plan, perhaps: it would lie from here on
         store.upload(path, job.name)
-    part = part_of(job.plan, shard, rows)
+    part = part_of(shard, rows, plan=job.plan, recipe=job.recipe.record(), excluded=job.excluded)
     write_part(store, part, rows)
     return part
 
 
-def _recorded(job: Job, start_edges: StartEdges, rows: list[Row]) -> Iterator[RawSample]:
+def _known(store: Store, name: str, path: Path) -> tuple[dict[str, Known], dict[str, Any] | None]:
+    """The samples of the shard that lies there under this name, if it is whole, and its recipe."""
+    try:
+        part = read_part(store, name)
+        store.download(name, path)
+        table = read_rows(store, name)
+    except (MissingKeyError, ValueError):
+        return {}, None
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != part.shard.sha256:
+            return {}, None
+    rows = {row["key"]: row for row in table.to_pylist()}
+    known = {sample.key: Known(rows[sample.key], sample) for sample in read_samples(path)}
+    return known, part.recipe
+
+
+def _recorded(
+    samples: Iterator[tuple[Row, RawSample | None]], job: Job, rows: list[Row]
+) -> Iterator[RawSample]:
     """The samples of a shard; on the way, ``rows`` gets one row per picture."""
     index = 0
-    for row, sample in make_samples(
-        job.pictures, job.recipe, root=job.root, start_edges=start_edges
-    ):
-        row["shard"] = job.name
+    for row, sample in samples:
+        row |= {"shard": job.name, "index_in_shard": None}
+        rows.append(row)
         if sample is not None:
             row["index_in_shard"] = index
             index += 1
-        rows.append(row)
-        if sample is not None:
             yield sample

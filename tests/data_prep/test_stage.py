@@ -66,6 +66,7 @@ def build(url: str | Path, root: str | Path, **changed: Any) -> Dataset:
         "name": "small",
         "source": "folder",
         "root": str(root),
+        "subject": "face",  # none are found, which is quick; HED has tests of its own
         "stored_px": 64,
         "shard_samples": 6,
         "val_fraction": 0.2,
@@ -85,10 +86,15 @@ def undisturbed(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return url
 
 
-def test_a_data_set_is_complete_and_every_sample_has_every_field(
-    undisturbed: Path, album: Path
-) -> None:
-    dataset = Dataset.open(str(undisturbed))
+@pytest.fixture(scope="module")
+def scenes(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    url = tmp_path_factory.mktemp("scenes")
+    build(url, album, subject="scene")
+    return url
+
+
+def test_a_data_set_is_complete_and_every_sample_has_every_field(scenes: Path, album: Path) -> None:
+    dataset = Dataset.open(str(scenes))
     assert verify(dataset) == []
     assert dataset.counts["pictures"] == {"ok": 24, "skipped": 1, "failed": 3}
     samples = [sample for shard in dataset.index for sample in dataset.read(shard)]
@@ -105,11 +111,12 @@ def test_a_data_set_is_complete_and_every_sample_has_every_field(
         assert (album / meta["source_path"]).is_file()
         assert (meta["threshold"], meta["sketch_kind"]) == (0.6, "hed")
     assert {shard.split for shard in dataset.index} == {"train", "val"}
-    assert not list(undisturbed.glob(".unfinished*"))
+    assert dataset.counts["sketches"] == {"hed": 24}
+    assert not list(scenes.glob(".unfinished*"))
 
 
-def test_the_manifest_has_a_row_for_every_picture_with_the_reason(undisturbed: Path) -> None:
-    table = pq.read_table(undisturbed / "manifest.parquet")
+def test_the_manifest_has_a_row_for_every_picture_with_the_reason(scenes: Path) -> None:
+    table = pq.read_table(scenes / "manifest.parquet")
     rows = table.to_pylist()
     assert len(rows) == 28
     bad = {
@@ -122,7 +129,7 @@ def test_the_manifest_has_a_row_for_every_picture_with_the_reason(undisturbed: P
         "thin strip.png": ("skipped", "too_small"),
     }
     good = [row for row in rows if row["status"] == "ok"]
-    for shard in Dataset.open(str(undisturbed)).index:
+    for shard in Dataset.open(str(scenes)).index:
         mine = [row for row in good if row["shard"] == shard.name]
         assert [row["index_in_shard"] for row in mine] == list(range(shard.samples))
         assert [mine[0]["key"], mine[-1]["key"]] == [shard.first_key, shard.last_key]
@@ -160,10 +167,10 @@ def test_other_settings_are_refused_unless_replacing_is_allowed(
 ) -> None:
     url = tmp_path / "copy"
     shutil.copytree(undisturbed, url)
-    with pytest.raises(ShardError, match=r"threshold 0\.6 there, 0\.3 asked"):
-        build(url, album, threshold=0.3)
+    with pytest.raises(ShardError, match="line_width 1 there, 2 asked"):
+        build(url, album, line_width=2)
     assert contents(url) == contents(undisturbed)
-    replaced = build(url, album, threshold=0.3, shard_samples=100, replace=True)
+    replaced = build(url, album, stored_px=60, shard_samples=100, replace=True)
     assert verify(replaced) == []
     assert [shard.name for shard in replaced.index] == [
         "small-train-000000.tar",
@@ -211,10 +218,11 @@ def _is_ours(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", ["make_shard", "EdgeActor"])
+@pytest.mark.parametrize(("kind", "subject"), [("make_shard", "face"), ("EdgeActor", "scene")])
 def test_killed_workers_change_no_byte(
-    undisturbed: Path, album: Path, tmp_path: Path, kind: str
+    request: pytest.FixtureRequest, album: Path, tmp_path: Path, kind: str, subject: str
 ) -> None:
+    left_alone = request.getfixturevalue("undisturbed" if subject == "face" else "scenes")
     killed: list[int] = []
 
     def kill(done: int, total: int, failed: int) -> None:
@@ -223,10 +231,10 @@ def test_killed_workers_change_no_byte(
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
-    dataset = build(tmp_path, album, progress=kill)
+    dataset = build(tmp_path, album, subject=subject, progress=kill)
     assert killed
     assert verify(dataset) == []
-    assert contents(tmp_path) == contents(undisturbed)
+    assert contents(tmp_path) == contents(left_alone)
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(
@@ -239,7 +247,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, album, progress=interrupt)
     deadline = time.monotonic() + 20
-    while ray_processes("EdgeActor") or ray_processes("make_shard"):
+    while ray_processes("make_shard"):
         assert time.monotonic() < deadline, "workers go on after an interruption"
         time.sleep(0.1)
     with pytest.raises(ShardError, match="no finished data set"):
@@ -260,13 +268,84 @@ def test_another_picture_makes_one_shard_anew(
     shutil.copytree(album, root, symlinks=True)
     shutil.copytree(undisturbed, url)
     build(url, root, replace=True)
-    shutil.copy(root / "camera" / "0.jpg", root / "one more.jpg")
+    another = list_pictures("bundled", val_fraction=0)[40]
+    pixels = fit(decode(read_picture(another, None)), 100)
+    (root / "one more.jpg").write_bytes(encode_jpeg(pixels, 90))
     assert build(url, root).counts["pictures"]["ok"] == 24
     updated = build(url, root, update=True)
     assert updated.counts["pictures"]["ok"] == 25
     before, after = contents(undisturbed), contents(url)
     assert sum(before[name] != after[name] for name in before if name.endswith(".tar")) == 1
     assert verify(updated) == []
+    assert updated.digest == build(tmp_path / "fresh", root).digest
+
+
+def test_another_threshold_needs_no_source_and_gives_the_bytes_of_a_fresh_build(
+    scenes: Path, album: Path, tmp_path: Path
+) -> None:
+    url, root = tmp_path / "set", tmp_path / "album"
+    shutil.copytree(scenes, url)
+    shutil.copytree(album, root, symlinks=True)
+    for path in root.glob("*/*.jpg"):
+        path.write_bytes(b"no picture any more")
+    again = build(url, root, subject="scene", threshold=0.3, replace=True)
+    fresh = build(tmp_path / "fresh", album, subject="scene", threshold=0.3)
+    assert again.digest == fresh.digest != Dataset.open(str(scenes)).digest
+    assert again.counts == fresh.counts
+
+
+def test_other_lines_between_landmarks_need_no_detection(album: Path, tmp_path: Path) -> None:
+    root = tmp_path / "faces"
+    root.mkdir()
+    astronaut = decode(read_picture(list_pictures("bundled", val_fraction=0)[0], None)).pixels
+    for number in range(4):
+        part = astronaut[:256, 64 + 8 * number : 320 + 8 * number]
+        (root / f"{number}.jpg").write_bytes(encode_jpeg(part, 95))
+    faces = {"stored_px": 128, "duplicates": "keep"}
+    thin = build(tmp_path / "set", root, **faces)
+    assert thin.counts["sketches"] == {"landmarks68": 4}
+    (root / "0.jpg").write_bytes(b"gone")
+    wide = build(tmp_path / "set", root, **faces, line_width=3, replace=True)
+    (root / "0.jpg").write_bytes(encode_jpeg(astronaut[:256, 64:320], 95))
+    fresh = build(tmp_path / "fresh", root, **faces, line_width=3)
+    assert wide.digest == fresh.digest != thin.digest
+    assert verify(wide) == []
+
+
+def test_only_what_failed_is_read_again(undisturbed: Path, album: Path, tmp_path: Path) -> None:
+    url, root = tmp_path / "set", tmp_path / "album"
+    shutil.copytree(album, root, symlinks=True)
+    build(url, root)
+    (root / "empty.png").write_bytes((album / "camera" / "0.jpg").read_bytes())
+    for path in root.glob("*/*.jpg"):
+        path.write_bytes(b"nobody looks at these")
+    (root / "broken.jpg").write_bytes((album / "camera" / "1.jpg").read_bytes())
+    assert build(url, root).counts["pictures"]["failed"] == 3
+    again = build(url, root, retry_failed=True, duplicates="drop")
+    assert again.counts["pictures"] == {"ok": 26, "skipped": 1, "failed": 1}
+    assert verify(again) == []
+
+
+def test_what_is_held_out_is_dropped_from_train(album: Path, tmp_path: Path) -> None:
+    root = tmp_path / "album"
+    for split, names in (("train", ["camera/0", "camera/1", "china/0"]), ("val", ["china/1"])):
+        for name in names:
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(album / f"{name}.jpg", root / split / f"{name}.jpg")
+    shutil.copy(album / "china" / "1.jpg", root / "train" / "the same.jpg")
+    pixels = decode((album / "china" / "1.jpg").read_bytes()).pixels
+    (root / "train" / "compressed.jpg").write_bytes(encode_jpeg(pixels, 70))
+    dataset = build(tmp_path / "set", root)
+    rows = pq.read_table(tmp_path / "set" / "manifest.parquet").to_pylist()
+    dropped = {row["source_path"]: row["error_message"] for row in rows if row["error_type"]}
+    assert dropped["train/the same.jpg"] == "the same file as val/china/1"
+    assert dropped["train/compressed.jpg"].startswith("near duplicate of val/china/1 (")
+    assert dataset.counts["pictures"] == {"ok": 4, "skipped": 2, "failed": 0}
+    assert dataset.counts["reasons"] == {"duplicate": 2}
+    assert verify(dataset) == []
+    assert build(tmp_path / "set", root, update=True).digest == dataset.digest
+    kept = build(tmp_path / "kept", root, duplicates="keep")
+    assert kept.counts["pictures"]["ok"] == 6
 
 
 def test_a_damaged_data_set_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:

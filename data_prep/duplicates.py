@@ -1,0 +1,71 @@
+"""Pictures that stand in both splits: what is trained on must not be measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+NEAR_BITS = 3  # of 64: the same picture scaled or compressed anew differs by less, others by more
+BANDS = 4  # one of them agrees in full where no more than 3 bits differ
+
+
+def find_duplicates(tables: Iterable[pa.Table]) -> dict[str, str]:
+    """Keys of train pictures that are held out as well, with the reason; exact ones by their bytes.
+
+    ``tables`` are rows of manifests; pictures without a perceptual hash play no part.
+    """
+    columns = ["key", "split", "source_sha256", "phash"]
+    rows = pa.concat_tables([table.select(columns).cast(_PLAIN) for table in tables])
+    rows = rows.filter(pc.is_valid(rows["phash"]))
+    train = rows.filter(pc.equal(rows["split"], "train"))
+    val = rows.filter(pc.equal(rows["split"], "val"))
+    val_keys = val["key"].to_pylist()
+    found: dict[str, str] = {}
+    for train_row, val_row, bits in _near_pairs(_hashes(train), _hashes(val)):
+        key = train["key"][train_row].as_py()
+        reason = f"near duplicate of {val_keys[val_row]} ({bits} of 64 bits differ)"
+        found[key] = min(reason, found.get(key, reason))
+    by_bytes = dict(zip(val["source_sha256"].to_pylist(), val_keys, strict=True))
+    same = np.flatnonzero(pc.is_in(train["source_sha256"], val["source_sha256"]).to_numpy())
+    for train_row in same.tolist():
+        other = by_bytes[train["source_sha256"][train_row].as_py()]
+        found[train["key"][train_row].as_py()] = f"the same file as {other}"
+    return found
+
+
+_PLAIN = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("source_sha256", pa.string()),
+        ("phash", pa.int64()),
+    ]
+)
+
+
+def _hashes(rows: pa.Table) -> np.ndarray:
+    hashes: np.ndarray = rows["phash"].to_numpy().view(np.uint64)
+    return hashes
+
+
+def _near_pairs(train: np.ndarray, val: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Rows whose hashes differ in few bits. Only those that agree in a band are compared."""
+    width = 64 // BANDS
+    for band in range(BANDS):
+        shift = np.uint64(band * width)
+        mask = np.uint64(2**width - 1)
+        of_val = (val >> shift) & mask
+        order = np.argsort(of_val, kind="stable")
+        of_train = (train >> shift) & mask
+        first = np.searchsorted(of_val[order], of_train, "left")
+        counts = np.searchsorted(of_val[order], of_train, "right") - first
+        train_rows = np.repeat(np.arange(len(train)), counts)
+        # Within each run of equal train rows: first, first + 1, ...
+        steps = np.arange(len(train_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        val_rows = order[np.repeat(first, counts) + steps]
+        bits = np.bitwise_count(train[train_rows] ^ val[val_rows])
+        for index in np.flatnonzero(bits <= NEAR_BITS).tolist():
+            yield int(train_rows[index]), int(val_rows[index]), int(bits[index])
