@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 from data_prep.masks import Mask, MaskSampler, mask_sheet
 from data_prep.pictures import Pixels
 from models import Generator
-from models.gated_conv import Convolution, GatedConv, PartialConv
 from models.generator import STRIDE
-from models.masking import erase, guide, known
-from pipeline.inpaint import _binary, _existing, _plane, _read
+from models.inspection import gate_activations, partial_masks
+from models.masking import erase, guide
+from pipeline.inpaint import binary_picture, existing, plane, read_picture
 from pipeline.networks import load_generator
 
 LONGEST_PX = 512  # of the picture that the network is shown: a figure needs no more
@@ -56,11 +55,11 @@ def show_gates(
         )
     if sketch is not None and not generator.guided:
         raise ValueError(f"{weights} takes no sketch: leave out --sketch, or use guided weights")
-    picture = _read(_existing(image))
-    hole = _binary(_existing(mask), picture.shape, image)
+    picture = read_picture(existing(image))
+    hole = binary_picture(existing(mask), picture.shape, image)
     strokes = np.zeros_like(hole)
     if sketch is not None:
-        strokes = _binary(_existing(sketch), picture.shape, image)
+        strokes = binary_picture(existing(sketch), picture.shape, image)
     size = _shown_size(*hole.shape, smallest=generator.smallest)
     picture, hole, strokes = _resized(picture, hole, strokes, size)
     rows = gates(generator, picture, hole, strokes)
@@ -98,57 +97,17 @@ def gates(generator: Generator, picture: Pixels, hole: Mask, strokes: Mask) -> l
     """
     device = torch.device("cpu")
     image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    mask = _plane(hole, device)
-    sketch = guide(_plane(strokes, device), mask) if generator.guided else None
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(layer: GatedConv, inputs: tuple[Tensor, ...]) -> None:
-            raw = layer.convolve(inputs[0], layer.weight, layer.bias)
-            found[name] = torch.sigmoid(raw.chunk(2, dim=1)[1])[0]
-
-        return hook
-
-    layers = {
-        name: layer for name, layer in generator.named_modules() if isinstance(layer, GatedConv)
-    }
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        generator(erase(image, mask), mask, sketch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    masks = _partial_masks(layers, mask)
+    mask = plane(hole, device)
+    sketch = guide(plane(strokes, device), mask) if generator.guided else None
+    # Stage two is given a picture without a hole, so there partial convolution knows all.
+    masks = partial_masks(generator, mask)
     shown = []
-    for name, values in found.items():
-        varied = values.flatten(1).var(dim=1).topk(min(CHANNELS, len(values))).indices
-        shown.append(Gates(name, values.mean(dim=0), values[varied.sort().values], masks[name]))
+    for name, (values,) in gate_activations(generator, erase(image, mask), mask, sketch).items():
+        varied = values.flatten(1).var(dim=1).topk(min(CHANNELS, len(values))).indices.sort().values
+        mean = values.mean(dim=0)
+        known = masks[name][0, 0] if name in masks else torch.ones_like(mean)
+        shown.append(Gates(name, mean, values[varied], known))
     return shown
-
-
-def _partial_masks(layers: dict[str, GatedConv], mask: Tensor) -> dict[str, Tensor]:
-    """What is known after each layer if all were partial convolutions.
-
-    Stage two is given a picture without a hole, so there all is known from the start.
-    """
-    masks: dict[str, Tensor] = {}
-    values = known(mask)
-    part = "coarse"
-    for name, layer in layers.items():
-        if not name.startswith(f"{part}."):
-            part = name.rpartition(".")[0]
-            values = torch.ones_like(mask if layer.kernel == 5 else mask[..., ::4, ::4])
-        partial = PartialConv(1, 1, **_geometry(layer))
-        _, values = partial(values, values)
-        masks[name] = values[0, 0]
-    return masks
-
-
-def _geometry(layer: Convolution) -> dict[str, Any]:
-    return {
-        name: getattr(layer, name)
-        for name in ("kernel", "stride", "dilation", "upsample", "padding")
-    }
 
 
 def _shown_size(height: int, width: int, *, smallest: int) -> tuple[int, int]:
@@ -164,9 +123,9 @@ def _resized(
     shape = size[1], size[0]  # Pillow's order
     image = np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.LANCZOS))
     planes = []
-    for plane in (hole, strokes):  # a pixel belongs to the hole if any of its old ones does
-        values = F.adaptive_max_pool2d(torch.from_numpy(plane)[None].float(), size)[0]
-        planes.append(values.numpy().astype(np.uint8))
+    for values in (hole, strokes):  # a pixel belongs to the hole if any of its old ones does
+        shrunk = F.adaptive_max_pool2d(torch.from_numpy(values)[None].float(), size)[0]
+        planes.append(shrunk.numpy().astype(np.uint8))
     return image, planes[0], planes[1]
 
 

@@ -50,7 +50,7 @@ def _jobs(
             raise ValueError(
                 f"--out {out} should be a folder or end in {', '.join(sorted(SUFFIXES))}"
             )
-        yield _existing(image), _existing(mask), sketch and _existing(sketch), target
+        yield existing(image), existing(mask), sketch and existing(sketch), target
         return
     pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in SUFFIXES)
     if not pictures:
@@ -64,7 +64,7 @@ def _jobs(
         )
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give a picture")
     return path
@@ -73,7 +73,7 @@ def _existing(path: Path) -> Path:
 def _partner(picture: Path, given: Path) -> Path:
     """The file in the folder ``given`` that goes with ``picture``, or ``given`` itself."""
     if not given.is_dir():
-        return _existing(given)
+        return existing(given)
     for path in sorted(given.iterdir()):
         if path.stem == picture.stem and path.suffix.lower() in SUFFIXES:
             return path
@@ -88,20 +88,22 @@ def _fill_file(
     strokes: Path | None,
     target: Path,
 ) -> None:
-    original = _read(picture)
-    mask = _binary(hole, original.shape[:2], picture)
+    original = read_picture(picture)
+    mask = binary_picture(hole, original.shape[:2], picture)
     if mask.mean() > MOSTLY_HOLE:
         raise ValueError(
             f"{hole}: {mask.mean():.0%} is white, and white is the hole: invert it if it means the "
             "opposite"
         )
     image_tensor = torch.tensor(original, device=device).permute(2, 0, 1)[None] / 127.5 - 1
-    mask_tensor = _plane(mask, device)
+    mask_tensor = plane(mask, device)
     sketch_tensor = None
     if generator.guided:
         # Without strokes of the user's the network is told that there are no edges.
-        drawn = np.zeros_like(mask) if strokes is None else _binary(strokes, mask.shape, picture)
-        sketch_tensor = guide(_plane(drawn, device), mask_tensor)
+        drawn = (
+            np.zeros_like(mask) if strokes is None else binary_picture(strokes, mask.shape, picture)
+        )
+        sketch_tensor = guide(plane(drawn, device), mask_tensor)
     completed = fill(generator, image_tensor, mask_tensor, sketch_tensor)
     filled = ((completed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
     # From the bytes, not from the network: known pixels stay exactly as they were.
@@ -109,16 +111,16 @@ def _fill_file(
     Image.fromarray(result).save(target)
 
 
-def _read(path: Path) -> Pixels:
+def read_picture(path: Path) -> Pixels:
     try:
         return decode(path.read_bytes()).pixels
     except PictureError as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
-def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
+def binary_picture(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
     """1 where the picture at ``path`` is brighter than half."""
-    values = _read(path).mean(axis=2)
+    values = read_picture(path).mean(axis=2)
     if values.shape != shape[:2]:
         raise ValueError(
             f"{path} is {values.shape[1]}×{values.shape[0]}, but {picture} is "
@@ -128,5 +130,5 @@ def _binary(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
     return mask
 
 
-def _plane(values: Mask, device: torch.device) -> Tensor:
+def plane(values: Mask, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[None, None]  # (1, 1, H, W)

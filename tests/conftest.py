@@ -21,12 +21,12 @@ from cluster.storage import Store, open_store  # noqa: E402
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One real S3 server for the whole run, on loopback; its credentials are in the environment."""
-    with start_s3(tmp_path_factory.mktemp("s3")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
-            server.make_bucket("tests")
-            yield server
+    folder = tmp_path_factory.mktemp("s3")
+    with start_s3(folder) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        server.make_bucket("tests")
+        yield server
 
 
 @pytest.fixture

@@ -39,6 +39,11 @@ def batch(step: int, rank: int, world_size: int) -> Batch:
     return Batch(image[mine], mask[mine], sketch[mine], tuple("ab"[mine]))
 
 
+def channels_last(network: torch.nn.Module) -> torch.nn.Module:
+    """As ``pipeline.networks`` makes them."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 def engines(
     kind: Kind, zero_stage: Stage, state: TrainingState | None
 ) -> tuple[Engine, Engine, Ranks]:
@@ -47,7 +52,7 @@ def engines(
     generator, discriminator = (
         build_engine(
             kind,
-            network.to(memory_format=torch.channels_last),  # as `pipeline.networks` makes them
+            channels_last(network),
             adam=Adam(learning_rate=1e-3),
             ranks=ranks,
             state=engine_state,

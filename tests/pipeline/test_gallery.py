@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.masks import MaskSampler, corrected_mask
@@ -13,7 +12,7 @@ from models import Generator
 from models.masking import erase
 from pipeline.config import Model
 from pipeline.gallery import gates, show_gates, show_masks
-from pipeline.networks import generator, weights_header
+from tests.weights import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,8 @@ def files(tmp_path: Path, picture: np.ndarray, hole: np.ndarray) -> tuple[Path, 
 
 
 def weights(folder: Path, cfg: Model) -> str:
-    torch.manual_seed(0)
     path = folder / "weights.safetensors"
-    tensors = {name: value.contiguous() for name, value in generator(cfg).state_dict().items()}
-    save_file(tensors, path, metadata=weights_header(cfg))
+    write_weights(path, cfg)
     return str(path)
 
 

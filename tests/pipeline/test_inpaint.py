@@ -2,21 +2,18 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from pipeline import cli, networks
+from pipeline import cli
 from pipeline.config import Model
 from pipeline.inpaint import inpaint
+from tests.weights import write_weights
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unguided", "guided"])
 def weights(request, tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    cfg = Model(guided=request.param)
     path = tmp_path_factory.mktemp("weights") / "ema.safetensors"
-    save_file(networks.generator(cfg).state_dict(), path, networks.weights_header(cfg))
+    write_weights(path, Model(guided=request.param))
     return str(path)
 
 
@@ -56,10 +53,8 @@ def test_a_folder_is_filled_picture_by_picture(weights, tmp_path):
 
 
 def test_strokes_inside_the_hole_change_the_fill_of_a_guided_generator(tmp_path):
-    torch.manual_seed(0)
-    cfg = Model(guided=True)
     weights = tmp_path / "ema.safetensors"
-    save_file(networks.generator(cfg).state_dict(), weights, networks.weights_header(cfg))
+    write_weights(weights, Model(guided=True), gain=4.0)
     draw(tmp_path)
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
     (plain,) = inpaint(str(weights), image, mask, tmp_path / "plain.png")

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from models import Generator
 from pipeline import networks
 from pipeline.config import Model
+from tests.weights import write_weights
 
 
 def small_picture(guided: bool) -> tuple[torch.Tensor, ...]:
@@ -20,9 +21,8 @@ def small_picture(guided: bool) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("with_header", [False, True])
 def test_a_weights_file_needs_no_recipe(tmp_path, guided, with_header):
     cfg = Model(guided=guided)
-    network = networks.generator(cfg).eval()
     path = tmp_path / "generator.safetensors"
-    save_file(network.state_dict(), path, networks.weights_header(cfg) if with_header else None)
+    network = write_weights(path, cfg, header=with_header)
     loaded = networks.load_generator(str(path))
     assert loaded.guided == guided
     inputs = small_picture(guided)
@@ -32,9 +32,8 @@ def test_a_weights_file_needs_no_recipe(tmp_path, guided, with_header):
 
 def test_options_travel_in_the_header(tmp_path):
     cfg = Model(guided=False, attention="renormalised")
-    network = networks.generator(cfg).eval()
     path = tmp_path / "generator.safetensors"
-    save_file(network.state_dict(), path, networks.weights_header(cfg))
+    network = write_weights(path, cfg)
     inputs = small_picture(guided=False)
     with torch.no_grad():
         torch.testing.assert_close(networks.load_generator(str(path))(*inputs), network(*inputs))
