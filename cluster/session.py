@@ -15,14 +15,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from cluster.guard import guarded
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 READY_S = 90
 TOKEN = "auth_token"
@@ -134,6 +137,19 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_a_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """What ``function`` returns, run on a GPU of the cluster that we are connected to.
+
+    Here in this process where the cluster has no GPU, or where there is no cluster. Arguments and
+    result travel, so they must be picklable.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or not ray.cluster_resources().get("GPU"):
+        return function(*args, **kwargs)
+    result: R = ray.get(ray.remote(num_gpus=1)(function).remote(*args, **kwargs))
+    return result
 
 
 def job_metadata() -> dict[str, str]:

@@ -6,13 +6,14 @@ from io import BytesIO
 
 from PIL import Image
 
-from cluster.session import connect
+from cluster.session import connect, on_a_gpu
 from cluster.storage import open_store
 from data_prep.shards import Dataset
 from data_prep.stage import build_dataset
 from pipeline import networks
 from pipeline.checkpoint import BEST, CheckpointError, Checkpoints
 from pipeline.config import Config
+from pipeline.evaluate import Evaluation
 from pipeline.evaluate import evaluate as measure
 from pipeline.feed import validation_batches
 from pipeline.locations import checkpoints_url, dataset_url, run_store
@@ -30,7 +31,7 @@ def run(cfg: Config) -> bool:
         prepare(cfg)
         if not train(cfg):
             return False
-    evaluate(cfg)
+        evaluate(cfg)
     return True
 
 
@@ -98,17 +99,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
             log.info("evaluated already step=%d %s", step, _figures(known["metrics"]))
             return dict(known["metrics"])
 
-    generator = networks.read_generator(
-        checkpoints.read(step, networks.EMA), f"{networks.EMA} of step {step}"
-    )
-    device = Ranks().device
-    limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
-    evaluation = measure(
-        generator.to(device),
-        validation_batches(cfg, dataset, Ranks(), limit),
-        device=device,
-        keep=cfg.evaluate.sheet,
-    )
+    evaluation = on_a_gpu(_measure, cfg, step)
     metrics = evaluation.means()
     sheet = BytesIO()
     Image.fromarray(evaluation.sheet()).save(sheet, "PNG")
@@ -121,6 +112,16 @@ def evaluate(cfg: Config) -> dict[str, float]:
         tracker.image("evaluation", step, evaluation.sheet())
     log.info("evaluated step=%d pictures=%d %s", step, len(evaluation.rows), _figures(metrics))
     return metrics
+
+
+def _measure(cfg: Config, step: int) -> Evaluation:
+    """The held-out pictures through the averaged generator of ``step``, on this machine's device."""
+    device = Ranks().device
+    weights = Checkpoints(open_store(checkpoints_url(cfg))).read(step, networks.EMA)
+    generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)
+    limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
+    batches = validation_batches(cfg, Dataset.open(dataset_url(cfg)), Ranks(), limit)
+    return measure(generator, batches, device=device, keep=cfg.evaluate.sheet)
 
 
 def _figures(metrics: dict[str, float]) -> str:

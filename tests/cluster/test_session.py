@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from cluster.session import RayHead, SessionError, connect, local_ray
+from cluster.session import RayHead, SessionError, connect, local_ray, on_a_gpu
 from cluster.submit import INTERRUPTED, SubmitError, package_files, submit
 
 ROOT = Path(__file__).parents[2]
@@ -228,3 +228,24 @@ def wait_for_none(folder: Path, timeout_s: float = 60) -> list[psutil.Process]:
     while (left := processes_of(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def test_work_for_a_gpu_goes_to_one_where_the_cluster_has_some() -> None:
+    assert on_a_gpu(os.getpid) == os.getpid()
+    program = """
+import os
+import ray
+from cluster.session import on_a_gpu
+
+ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, _node_ip_address="127.0.0.2")
+assert on_a_gpu(os.getpid) != os.getpid()
+print("elsewhere")
+"""
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert told.stdout.splitlines()[-1:] == ["elsewhere"], told.stderr[-2000:]
