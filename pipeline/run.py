@@ -115,7 +115,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
 
 
 def _measure(cfg: Config, step: int) -> Evaluation:
-    """The held-out pictures through the averaged generator of ``step``, on this machine's device."""
+    """The held-out pictures through the averaged generator of ``step``."""
     device = Ranks().device
     weights = Checkpoints(open_store(checkpoints_url(cfg))).read(step, networks.EMA)
     generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)

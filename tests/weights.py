@@ -19,7 +19,7 @@ def write_weights(path: Path, cfg: Model, *, header: bool = True, gain: float = 
     network = networks.generator(cfg).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter *= gain
+            parameter.mul_(gain)
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(tensors, path, networks.weights_header(cfg) if header else None)
     return network
