@@ -237,8 +237,11 @@ import os
 import ray
 from cluster.session import on_a_gpu
 
+def process() -> int:
+    return os.getpid()
+
 ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, _node_ip_address="127.0.0.2")
-assert on_a_gpu(os.getpid) != os.getpid()
+assert on_a_gpu(process) != process()
 print("elsewhere")
 """
     told = subprocess.run(
