@@ -2,11 +2,13 @@
 
 The anchor is the usual way: webdataset with ``decode("rgb")`` (Pillow, floats), a Pillow mask for
 every picture (``benchmarks/reference/masks.py``), a random crop, a DataLoader. Both read the same
-shards; the strokes in them are Canny edges, as dense as HED's but quicker to make.
+shards: photographs at the stored size and their HED sketches, as data preparation writes them.
 
 Run: ``python -m benchmarks.loader [FOLDER OF PICTURES]``; without a folder it takes the bundled
 photographs. Written to ``results/loader.json``.
 """
+
+from __future__ import annotations
 
 import json
 import sys
@@ -18,17 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from benchmarks.reference.masks import random_mask
-from benchmarks.timing import interleaved, write_result
-from data_prep.masks import MaskSampler
-from data_prep.pictures import PictureError, decode, encode_jpeg, encode_sketch, fit
-from data_prep.shards import FORMAT, Dataset, RawSample, index_entry, write_shard
-from data_prep.sources import list_pictures, read_picture
-from pipeline.loader import TrainLoader
+from benchmarks.timing import interleaved, needs, write_result
 
 SIZE, BATCH, WORKERS = 256, 32, 2
 SHARDS, SHARD_SAMPLES = 4, 512
@@ -37,6 +33,13 @@ BATCHES = 24  # in one measurement
 
 
 def main() -> None:
+    needs("cv2", "simplejpeg", "webdataset")
+    import cv2
+
+    from data_prep.masks import MaskSampler
+    from data_prep.shards import Dataset
+    from pipeline.loader import TrainLoader
+
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,9 +112,14 @@ def anchor(folder: str, *, workers: int) -> Iterator[Any]:
 
 def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
     """Real photographs at the stored size, each several times, as a finished data set."""
-    encoded = []
+    from data_prep.hed import EdgeDetector, read_weights
+    from data_prep.pictures import encode_jpeg, encode_sketch
+    from data_prep.shards import FORMAT, RawSample, index_entry, write_shard
+    from data_prep.sketch import edge_strokes
+
+    detector, encoded = EdgeDetector(read_weights(None), precision="fp32"), []
     for pixels in islice(photographs(source), DISTINCT):
-        strokes = (cv2.Canny(pixels, 100, 200) > 0).astype(np.uint8)
+        strokes = edge_strokes(detector(pixels[None])[0])
         encoded.append((encode_jpeg(pixels), encode_sketch(strokes), b"{}"))
     index = []
     for number in range(SHARDS):
@@ -134,6 +142,9 @@ def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
 
 def photographs(root: str | None) -> Iterator[np.ndarray]:
     """Squares of the stored size from the middle of the pictures that are large enough."""
+    from data_prep.pictures import PictureError, decode, fit
+    from data_prep.sources import list_pictures, read_picture
+
     for picture in list_pictures("folder" if root else "bundled", root=root, val_fraction=0.0):
         try:
             decoded = decode(read_picture(picture, root))

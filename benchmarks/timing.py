@@ -1,16 +1,33 @@
 """How benchmarks measure and what they write: interleaved variants, CPU time, ratios of one run."""
 
+import importlib.util
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RESULTS = Path(__file__).parent / "results"
+
+SKIPPED = 77  # the exit code of a benchmark that does not suit the machine, as automake's tests say
+
+
+def skip(reason: str) -> NoReturn:
+    """Leave with one line that says why."""
+    print(reason, file=sys.stderr)
+    raise SystemExit(SKIPPED)
+
+
+def needs(*modules: str) -> None:
+    """Leave with one line where a module is not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        skip(f"needs {', '.join(missing)}, which this Python does not have: `make test` installs")
 
 
 def interleaved(

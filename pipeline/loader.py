@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 
 from cluster.storage import FileStore, join
 from data_prep.masks import MaskSampler
+from data_prep.pictures import PictureError, decode_sketch
 from data_prep.shards import BLOCK, Dataset, RawSample, Shard, ShardError, read_samples
 from pipeline.batch import Batch
 
@@ -151,12 +152,12 @@ class TrainLoader:
         self, epoch: int, step: int, samples: Sequence["StoredSample"]
     ) -> tuple[int, int, Batch]:
         size = self._size_px
-        buffers = Buffers(len(samples), size)
+        buffers, scratch = Buffers(len(samples), size), Scratch()
         if not self._mask_per_sample:
             rng = random.Random(f"batch/{self._seed}/{epoch}/{step}")
             buffers.mask[:] = self._masks(size, size, rng)
         for row, stored in enumerate(samples):
-            key, image, sketch = stored.decoded(at_least_px=size)
+            key, image, sketch = stored.decoded(scratch, at_least_px=size)
             rng = random.Random(f"sample/{self._seed}/{epoch}/{key}")
             top = int((image.shape[0] - size + 1) * rng.random())
             left = int((image.shape[1] - size + 1) * rng.random())
@@ -196,9 +197,9 @@ def val_batches(
     mine = places[rank * len(places) // world_size : (rank + 1) * len(places) // world_size]
 
     def fixed_batch(samples: Sequence[StoredSample]) -> Batch:
-        buffers = Buffers(len(samples), size_px)
+        buffers, scratch = Buffers(len(samples), size_px), Scratch()
         for row, stored in enumerate(samples):
-            key, image, sketch = stored.decoded(at_least_px=size_px)
+            key, image, sketch = stored.decoded(scratch, at_least_px=size_px)
             top, left = (image.shape[0] - size_px) // 2, (image.shape[1] - size_px) // 2
             buffers.put(row, key, image, sketch, top=top, left=left, mirrored=False)
             buffers.mask[row] = masks(size_px, size_px, random.Random(f"val/{seed}/{key}"))
@@ -414,19 +415,38 @@ class StoredSample(NamedTuple):
     shard: "Future[OpenShard]"
     number: int
 
-    def decoded(self, *, at_least_px: int) -> tuple[str, Picture, Plane]:
-        """Key, picture and sketch (0 or 1), scaled up where the short side is too small."""
+    def decoded(self, scratch: "Scratch", *, at_least_px: int) -> tuple[str, Picture, Plane]:
+        """Key, picture and sketch (0 or 1), scaled up where the short side is too small.
+
+        The picture lies in ``scratch``, until the next one is decoded.
+        """
         url, samples = self.shard.result()
         sample = samples[self.number]
         try:
-            image = simplejpeg.decode_jpeg(sample.jpg, "RGB")
+            height, width, _, _ = simplejpeg.decode_jpeg_header(sample.jpg)
+            memory = scratch.at_least(height * width * 3)
+            image = simplejpeg.decode_jpeg(sample.jpg, "RGB", buffer=memory)
         except ValueError as error:
             raise ShardError(f"{url}: the picture of {sample.key} is damaged: {error}") from error
-        sketch = cv2.imdecode(np.frombuffer(sample.sketch, np.uint8), cv2.IMREAD_GRAYSCALE)
-        if sketch is None or sketch.shape != image.shape[:2]:
-            raise ShardError(f"{url}: the sketch of {sample.key} is damaged")
-        strokes = (sketch > 127).view(np.uint8)
-        return sample.key, *_at_least(at_least_px, image, strokes)
+        try:
+            sketch = decode_sketch(sample.sketch)
+        except PictureError as error:
+            raise ShardError(f"{url}: the sketch of {sample.key} is damaged: {error}") from error
+        if sketch.shape != image.shape[:2]:
+            raise ShardError(f"{url}: the sketch of {sample.key} has another size than its picture")
+        return sample.key, *_at_least(at_least_px, image, sketch)
+
+
+class Scratch:
+    """Memory for one picture after the other: mapping it anew costs a quarter of the decoding."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def at_least(self, size: int) -> UInt8[np.ndarray, " bytes"]:
+        if self._memory.size < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
 
 
 def _at_least(size_px: int, image: Picture, sketch: Plane) -> tuple[Picture, Plane]:

@@ -17,6 +17,7 @@ from data_prep.pictures import (
     Decoded,
     PictureError,
     decode,
+    decode_sketch,
     encode_jpeg,
     encode_sketch,
     fit,
@@ -156,6 +157,16 @@ def test_scaled_decoding_looks_like_full_decoding(photo: np.ndarray) -> None:
     assert psnr_db(fit(quick, 128), fit(decode(data), 128)) >= 38
 
 
+def test_half_a_jpeg_is_decoded_in_one_step(photo: np.ndarray) -> None:
+    data = encode_jpeg(photo, 90)  # 600 x 400
+    half = decode(data, enough_px=400, wanted_px=200)
+    assert half.pixels.shape == (200, 300, 3)
+    assert (half.width, half.height) == (600, 400)
+    assert psnr_db(fit(half, 200), fit(decode(data), 200)) >= 38
+    for wanted_px in (190, 199):  # not one of libjpeg's scales
+        assert decode(data, enough_px=400, wanted_px=wanted_px).pixels.shape == (400, 600, 3)
+
+
 def test_the_short_side_is_fitted_and_the_aspect_ratio_kept(photo: np.ndarray) -> None:
     picture = Decoded(photo, width=600, height=400)
     assert fit(picture, 100).shape == (100, 150, 3)
@@ -177,6 +188,26 @@ def test_a_sketch_reads_back_in_mode_l_as_0_and_255() -> None:
     assert decoded is not None
     assert np.array_equal(decoded, strokes * 255)
     assert encode_sketch(strokes) == data
+    assert np.array_equal(decode_sketch(data), strokes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], [cv2.IMWRITE_PNG_BILEVEL, 1], [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]],
+    ids=["row filters", "one bit", "runs"],
+)
+def test_a_sketch_that_another_program_wrote_is_read_too(options: list[int]) -> None:
+    gray = np.random.default_rng(0).integers(0, 2, (300, 400)).astype(np.uint8) * 255
+    data = cv2.imencode(".png", gray, options)[1].tobytes()
+    assert np.array_equal(decode_sketch(data), gray // 255)
+
+
+@pytest.mark.parametrize("cut", [0, 20, 45, 60])
+def test_a_sketch_cut_short_is_damaged(cut: int) -> None:
+    data = encode_sketch(np.eye(64, dtype=np.uint8))
+    with pytest.raises(PictureError) as raised:
+        decode_sketch(data[:cut] + bytes(len(data) - cut) if cut else b"")
+    assert raised.value.reason == "damaged"
 
 
 REFUSED = {
