@@ -209,9 +209,11 @@ def _content(data: Future[bytes]) -> bytes:
 def _decode_and_encode(work: _Work, data: bytes, recipe: Recipe) -> None:
     picture, row = work.picture, work.row
     row["source_sha256"] = hashlib.sha256(data).hexdigest()
-    # Twice the size is enough to scale down well; a crop is given in pixels of the whole picture.
+    # Twice the size is enough to scale down well, and faces are looked for in that; a crop is
+    # given in pixels of the whole picture.
     enough_px = None if picture.crop else 2 * recipe.stored_px
-    decoded = decode(data, enough_px=enough_px, max_pixels=recipe.max_pixels)
+    wanted_px = recipe.stored_px if enough_px and picture.subject == "scene" else None
+    decoded = decode(data, enough_px=enough_px, wanted_px=wanted_px, max_pixels=recipe.max_pixels)
     row |= {"source_width": decoded.width, "source_height": decoded.height}
     if picture.crop:
         decoded = decoded.cropped(picture.crop)
