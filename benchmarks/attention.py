@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference.attention import contextual_attention as reference
-from benchmarks.timing import interleaved, write_result
+from benchmarks.timing import interleaved, skip, write_result
 from models.attention import contextual_attention
 
 SIZE, CHANNELS = 64, 96
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        skip("no CUDA device")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     device = torch.device(options.device)

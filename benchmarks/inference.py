@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.reference.networks import Generator as Reference
-from benchmarks.timing import interleaved, write_result
+from benchmarks.timing import interleaved, skip, write_result
 from models import Generator
 from models.gated_conv import fuse_gates
 from models.inference import fill
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        skip("no CUDA device")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     device = torch.device(options.device)

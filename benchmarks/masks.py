@@ -11,19 +11,22 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-import cv2
 import numpy as np
 import torch
 
 from benchmarks.reference.masks import random_mask, strokes
-from benchmarks.timing import interleaved, write_result
-from data_prep.masks import MaskSampler
+from benchmarks.timing import interleaved, needs, write_result
 
 SIZE = 256
 DRAWS = 1000
 
 
 def main() -> None:
+    needs("cv2")
+    import cv2
+
+    from data_prep.masks import MaskSampler
+
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     numbers, rng = np.random.default_rng(0), random.Random(0)

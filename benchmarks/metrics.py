@@ -3,20 +3,22 @@
 Run: ``python -m benchmarks.metrics``. Written to ``results/metrics.json``.
 """
 
-import cv2
 import numpy as np
 import torch
-from skimage import data
-from skimage.metrics import structural_similarity
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from benchmarks.timing import interleaved, write_result
+from benchmarks.timing import interleaved, needs, write_result
 from pipeline.metrics import ssim
 
 SIZE, REPEATS = 256, 20
 
 
 def main() -> None:
+    needs("cv2", "skimage", "torchmetrics")
+    import cv2
+    from skimage import data
+    from skimage.metrics import structural_similarity
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     original = (data.astronaut()[:SIZE, :SIZE] / 255).astype(np.float32)

@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.reference import networks as reference
 from benchmarks.reference.masks import random_mask
 from benchmarks.reference.step import train_step as reference_step
-from benchmarks.timing import interleaved, write_result
+from benchmarks.timing import interleaved, skip, write_result
 from models import Discriminator, Generator
 from models.gated_conv import fuse_gates
 from pipeline.batch import Batch, DeviceBatch
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=VARIANTS, help="print peak bytes, time nothing")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        skip("no CUDA device")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
