@@ -173,6 +173,9 @@ class Train(Section):
     """What DeepSpeed shards: nothing, optimiser state, or gradients too."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: convolutions under autocast; parameters, norms and losses stay float32."""
+    compile: bool = False
+    """Compile: on a GPU both networks, on a processor the gates (which needs a C++ compiler).
+    Takes some seconds to minutes at the start, pays in long runs."""
     recompute: bool = False
     """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4

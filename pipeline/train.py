@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.storage import Store, join, open_store, pyarrow_filesystem
 from data_prep.shards import Dataset
 from models import Generator
+from models.gated_conv import fuse_gates
 from pipeline import networks
 from pipeline import ranks as distributed
 from pipeline.checkpoint import BEST, CheckpointError, Checkpoints
@@ -51,11 +52,35 @@ def train(cfg: Config) -> bool:
     if finished(cfg):
         log.info("training finished already run=%s step=%d", cfg.name, cfg.train.steps)
         return True
-    Dataset.open(dataset_url(cfg))  # before any machine starts
+    _refuse_early(cfg)
     if distributed.launched_by_torchrun() or cfg.train.launcher == "local":
         return _train_here(cfg)
     _train_on_ray(cfg, run)
     return finished(cfg)
+
+
+def _refuse_early(cfg: Config) -> None:
+    """Tell before any machine starts what would stop every worker."""
+    dataset = Dataset.open(dataset_url(cfg))
+    if not sum(shard.samples for shard in dataset.shards("val")):
+        raise ValueError(
+            f"{dataset.url} holds no held-out pictures: raise data.val_fraction "
+            f"(now {cfg.data.val_fraction})"
+        )
+    train_loader(cfg, dataset, Ranks()).close()
+    checkpoints = Checkpoints(open_store(checkpoints_url(cfg)))
+    if (step := checkpoints.newest()) is not None:
+        _refuse_other_model(cfg, checkpoints.manifest(step))
+
+
+def _refuse_other_model(cfg: Config, manifest: Mapping[str, Any]) -> None:
+    saved, wanted = manifest["config"]["model"], cfg.model.model_dump(mode="json")
+    if saved != wanted:
+        differing = sorted(key for key in wanted if saved.get(key) != wanted[key])
+        raise CheckpointError(
+            f"run {cfg.name} at step {manifest['step']} has another model "
+            f"({', '.join(differing)} differ): give the recipe a new name, or the old settings back"
+        )
 
 
 def finished(cfg: Config) -> bool:
@@ -185,6 +210,11 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
     critic = networks.discriminator(cfg.model).to(device)
     if state:
         average.module.load_state_dict(state.ema)
+    if cfg.train.compile and device.type == "cuda":
+        learning.compile()
+        critic.compile()
+    elif cfg.train.compile:
+        fuse_gates(learning)  # oneDNN's convolutions are not compiled to advantage
     engine = partial(
         build_engine,
         cfg.train.engine,
@@ -385,13 +415,7 @@ def _newest(
     if step is None:
         return None
     manifest = checkpoints.manifest(step)
-    saved, wanted = manifest["config"]["model"], cfg.model.model_dump(mode="json")
-    if saved != wanted:
-        differing = sorted(key for key in wanted if saved.get(key) != wanted[key])
-        raise CheckpointError(
-            f"run {cfg.name} at step {step} has another model ({', '.join(differing)} differ): "
-            "give the recipe a new name, or the old settings back"
-        )
+    _refuse_other_model(cfg, manifest)
     if manifest["dataset_digest"] != dataset.digest:
         log.warning("the data set changed since step %d: the order of training is another", step)
     log.info("going on run=%s step=%d", cfg.name, step)

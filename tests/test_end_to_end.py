@@ -157,6 +157,21 @@ def test_training_without_a_data_set_says_what_to_do(settings):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.attention=renormalised", "has another model (attention differ)"),
+        ("train.global_batch=64", "64"),
+    ],
+)
+def test_what_cannot_go_on_is_told_before_any_machine_starts(left_alone, settings, override, told):
+    more = f"train.steps={STEPS + 1}"
+    result = pipeline("train", RECIPE, *settings, "name=left-alone", more, override)
+    assert result.returncode == MISTAKE
+    assert told in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 180
     while not path.exists():
