@@ -227,9 +227,27 @@ class Tracking(Section):
     """MLflow server or database; else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``."""
 
 
+PRESETS: Mapping[str, Any] = {
+    "official": {
+        "masks": {"mixture": {"official": 1.0}, "per_sample": False},
+        "model": {"padding": "same", "attention": "official", "discriminator_head": "leaky"},
+        "train": {"l1_weight": 1.0, "gan_weight": 1.0, "flip": False},
+    },
+    "stable": {
+        "masks": {"mixture": {"corrected": 1.0}, "per_sample": True},
+        "train": {"l1_weight": 1.0, "gan_weight": 0.1},
+    },
+}
+"""What a recipe need not write: ``official`` is the authors' training, but for one batch for both
+updates (theirs draws two); ``stable`` weighs the adversarial loss as those do whose runs went grey
+with 1.0. The recipe's own settings win."""
+
+
 class Config(Section):
     name: Name
     """The run: its folder under ``<storage>/runs`` and its MLflow run."""
+    preset: Literal["official", "stable"] | None = None
+    """Settings to start from."""
     storage: str
     """A path, ``file://`` or ``s3://bucket/prefix``: data sets and runs are kept here."""
     seed: NonNegativeInt = 0
@@ -260,6 +278,13 @@ class Config(Section):
         return dict(_leaves(self.model_dump(mode="json")))
 
 
+SECTIONS = frozenset(
+    name
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+)
+
+
 def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``recipe``, apply ``section.key=value`` overrides, check the whole."""
     try:
@@ -276,6 +301,8 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         )
     for override in overrides:
         _set_in(tree, override)
+    if isinstance(preset := tree.get("preset"), str):
+        tree = _merged(PRESETS.get(preset, {}), tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -299,6 +326,16 @@ def _set_in(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"{override!r}: the value is not YAML: {' '.join(str(error).split())}"
         ) from error
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` with what only ``below`` has, section by section."""
+    sections = {
+        key: _merged(below[key], value) if isinstance(value, dict) and key in SECTIONS else value
+        for key, value in above.items()
+        if key in below
+    }
+    return {**below, **above, **sections}
 
 
 def _describe(error: ValidationError) -> str:

@@ -84,6 +84,18 @@ def test_a_recipe_that_is_not_there_is_told_so():
         load(Path("nowhere.yaml"))
 
 
+def test_a_preset_gives_what_the_recipe_leaves_open():
+    plain, official = load(DEMO), load(DEMO, ["preset=official"])
+    assert official.train.gan_weight == 1.0
+    assert official.masks.per_sample is False
+    assert official.masks.mixture == {"official": 1.0}
+    assert official.train.steps == plain.train.steps
+    assert load(DEMO, ["preset=stable"]).train.gan_weight == 0.1
+    assert load(DEMO, ["preset=stable", "train.gan_weight=0.5"]).train.gan_weight == 0.5
+    with pytest.raises(ConfigError, match="preset"):
+        load(DEMO, ["preset=wild"])
+
+
 def test_the_tree_survives_a_trip_through_json():
     cfg = load(DEMO)
     assert Config.model_validate(cfg.model_dump(mode="json")) == cfg
