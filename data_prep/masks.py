@@ -2,10 +2,13 @@
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import PurePosixPath
+from statistics import NormalDist
 from typing import TypeAlias
 
 import cv2
@@ -19,7 +22,9 @@ Sheet: TypeAlias = UInt8[np.ndarray, "height width 3"]
 
 KINDS = ("official", "corrected", "brush", "box", "folder")
 
-_REFERENCE_PX = 256  # the side that the authors' constants, and ours, are meant for
+# Of the square of 256 pixels that the authors' constants, and ours, are meant for.
+_REFERENCE_DIAGONAL_PX = math.hypot(256, 256)
+_LENGTH_BITS = 10  # random ones that decide a segment's length; its ends are whole pixels
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -199,7 +204,8 @@ class MaskSampler:
 
     def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
         """One mask; which kind is the first draw from ``rng``."""
-        match rng.choices(self._kinds, cum_weights=self._weights)[0]:
+        drawn = bisect_right(self._weights, self._weights[-1] * rng.random())
+        match self._kinds[drawn]:
             case "official":
                 return official_mask(height, width, rng)
             case "corrected":
@@ -253,9 +259,8 @@ def _draw_zigzags(
 
     Starting uniformly in [0, limit) and walking mirrored steps is mirroring the drawn strokes.
     """
-    radius = math.hypot(*mask.shape) / 8
-    longest = 2 * radius
-    uniform, gauss, cos, sin = rng.random, rng.gauss, math.cos, math.sin  # looked up once
+    lengths = _segment_lengths(math.hypot(*mask.shape) / 8)
+    uniform, bits, cos, sin = rng.random, rng.getrandbits, math.cos, math.sin  # looked up once
     for _ in range(_below(3, rng) + 1):
         segments = 4 + _below(8, rng)
         low = math.radians(72 - 24 * uniform())
@@ -265,8 +270,7 @@ def _draw_zigzags(
         vertical = -down  # the first segment of a stroke goes up
         for _ in range(segments):
             angle = low + spread * uniform()
-            length = gauss(radius, radius // 2)
-            length = 0.0 if length < 0.0 else longest if length > longest else length
+            length = lengths[bits(_LENGTH_BITS)]
             x = int(x + right * length * cos(angle))
             y = int(y + vertical * length * sin(angle))
             x = 0 if x < 0 else limit_x if x > limit_x else x
@@ -274,6 +278,17 @@ def _draw_zigzags(
             vertices.append((x, y))
             vertical = -vertical
         _draw_stroke(mask, vertices, (12 + 28 * uniform()) * scale)
+
+
+@lru_cache(16)
+def _segment_lengths(radius: float) -> list[float]:
+    """Equally likely values of the authors' normal distribution, clipped to 0 ... 2 radius.
+
+    Drawing one of them takes a third of the time of ``rng.gauss``.
+    """
+    count = 1 << _LENGTH_BITS
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+    return [min(max(radius + radius // 2 * z, 0.0), 2 * radius) for z in quantiles]
 
 
 def _draw_stroke(mask: Mask, vertices: list[tuple[int, int]], brush_width: float) -> None:
@@ -292,7 +307,7 @@ def _draw_rectangle(mask: Mask, rng: random.Random) -> None:
 
 
 def _scale(height: int, width: int) -> float:
-    return math.hypot(height, width) / math.hypot(_REFERENCE_PX, _REFERENCE_PX)
+    return math.hypot(height, width) / _REFERENCE_DIAGONAL_PX
 
 
 def _below(limit: int, rng: random.Random) -> int:
