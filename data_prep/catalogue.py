@@ -25,6 +25,7 @@ from data_prep.shards import (
     index_entry,
     shard_from_index,
 )
+from data_prep.sheet import contact_sheet
 
 WORDS = pa.dictionary(pa.int8(), pa.string())
 # Lists of open length: pyarrow cannot read back null entries in lists of fixed size.
@@ -181,6 +182,7 @@ def publish(
         ),
         "sizes.json": _json({shard.name: shard.samples for shard in shards}),
         "README.md": card(name, source, digest, counts, shaping).encode(),
+        "contact_sheet.png": contact_sheet(store, shards),
     }
     written = {key: _put(store, key, data) for key, data in files.items()}
     written["manifest.parquet"] = _write_manifest(store, shards, digest)
@@ -286,6 +288,8 @@ configs:
 {data_files}---
 
 # {name}
+
+![some of the pictures with their sketches](contact_sheet.png)
 
 Pictures with sketches for guided inpainting, as WebDataset shards. Digest `{digest}`.
 

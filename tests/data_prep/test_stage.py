@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,8 @@ from data_prep.pictures import decode, encode_jpeg, fit
 from data_prep.shards import Dataset, ShardError, verify
 from data_prep.sources import list_pictures, read_picture
 from data_prep.stage import build_dataset
+from tests.data_prep.processes import below
+from tests.data_prep.processes import kill as end
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,6 +151,8 @@ def test_index_sizes_and_card_agree_with_the_shards(undisturbed: Path) -> None:
     card = (undisturbed / "README.md").read_text()
     assert card.startswith("---\nlicense: other\n")
     assert 'path: "small-train-*.tar"' in card
+    with Image.open(undisturbed / "contact_sheet.png") as sheet:
+        assert sheet.width == 4 * 2 * 128
     assert describe(Dataset.open(str(undisturbed)))["pictures"] == "24 ok, 1 skipped, 3 failed"
 
 
@@ -196,28 +199,6 @@ def test_the_same_pictures_on_s3_give_the_same_bytes(
     assert {shard.name: shard.sha256 for shard in dataset.index} == same
 
 
-def ray_processes(kind: str) -> list[int]:
-    """Workers below this process whose title says what they run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes().decode().replace("\0", " ")
-            if title.startswith(f"ray::{kind}") and _is_ours(int(folder.name)):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def _is_ours(pid: int) -> bool:
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        status = Path(f"/proc/{pid}/stat").read_text()
-        pid = int(status.rpartition(")")[2].split()[1])
-    return False
-
-
 @pytest.mark.parametrize(("kind", "subject"), [("make_shard", "face"), ("EdgeActor", "scene")])
 def test_killed_workers_change_no_byte(
     request: pytest.FixtureRequest, album: Path, tmp_path: Path, kind: str, subject: str
@@ -227,8 +208,8 @@ def test_killed_workers_change_no_byte(
 
     def kill(done: int, total: int, failed: int) -> None:
         if len(killed) < 2:
-            for pid in ray_processes(kind)[:1]:
-                os.kill(pid, signal.SIGKILL)
+            for pid in below(os.getpid(), f"ray::{kind}")[:1]:
+                end(pid)
                 killed.append(pid)
 
     dataset = build(tmp_path, album, subject=subject, progress=kill)
@@ -247,7 +228,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, album, progress=interrupt)
     deadline = time.monotonic() + 20
-    while ray_processes("make_shard"):
+    while below(os.getpid(), "ray::make_shard"):
         assert time.monotonic() < deadline, "workers go on after an interruption"
         time.sleep(0.1)
     with pytest.raises(ShardError, match="no finished data set"):
