@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.catalogue import describe
 from data_prep.shards import Dataset
 from data_prep.shards import verify as verify_dataset
 from pipeline import checkpoint
@@ -33,8 +34,13 @@ def _ls(arguments: argparse.Namespace) -> bool:
     for found in listed:
         figures = [f"{found.metrics[n]:.4g}" if n in found.metrics else "" for n in names]
         table.add_row(str(found.step), found.saved, f"{found.bytes / 1e6:.1f}", *figures)
-    Console(soft_wrap=True).print(table)
+    _print(table)
     return True
+
+
+def _print(table: Table) -> None:
+    # Without a terminal rich takes 80 columns, and cuts names and figures.
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def _show(arguments: argparse.Namespace) -> bool:
@@ -74,15 +80,10 @@ CHECKPOINTS: Mapping[str, Action] = {
 
 
 def _dataset_show(arguments: argparse.Namespace) -> bool:
-    dataset = Dataset.open(arguments.url)
-    print(f"{dataset.name}  {dataset.url}\ndigest  {dataset.digest}")
-    table = Table("split", "shards", "samples", "MB", box=None, pad_edge=False)
-    for split in ("train", "val"):
-        shards = dataset.shards(split)
-        samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
-        table.add_row(split, str(len(shards)), str(samples), f"{size / 1e6:.1f}")
-    Console(soft_wrap=True).print(table)
-    print(yaml.safe_dump({"counts": dataset.counts, "settings": dataset.settings}), end="")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for label, value in describe(Dataset.open(arguments.url)).items():
+        table.add_row(label, value)
+    _print(table)
     return True
 
 

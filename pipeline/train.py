@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from cluster.storage import Store, join, open_store, pyarrow_filesystem
+from data_prep.pictures import decode
 from data_prep.shards import Dataset
 from models import Generator
 from models.gated_conv import fuse_gates
@@ -229,6 +230,8 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
         tracker = stack.enter_context(open_run_tracker(cfg, dataset, position.step, ranks))
+        if ranks.first and not state:
+            tracker.image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
         worker = _Worker(
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
