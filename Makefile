@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format
+.PHONY: demo test check bench format
 
 demo: .venv/installed
 	$(BIN)/python -m pipeline demo
@@ -15,6 +15,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What suits this machine; figures beside the goals, and in benchmarks/README.md.
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
 
 format: .venv/installed
 	$(BIN)/ruff format .

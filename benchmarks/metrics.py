@@ -3,6 +3,9 @@
 Run: ``python -m benchmarks.metrics``. Written to ``results/metrics.json``.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -27,7 +30,7 @@ def main() -> None:
     tensors = [torch.from_numpy(p).permute(2, 0, 1)[None] for p in (completed, original)]
 
     def skimage_ssim() -> float:
-        return structural_similarity(
+        similarity = structural_similarity(
             completed,
             original,
             data_range=1.0,
@@ -35,6 +38,7 @@ def main() -> None:
             gaussian_weights=True,
             use_sample_covariance=False,
         )
+        return float(similarity)
 
     def torchmetrics_ssim() -> float:
         _, whole = structural_similarity_index_measure(
@@ -47,9 +51,7 @@ def main() -> None:
         "scikit-image": skimage_ssim,
         "torchmetrics": torchmetrics_ssim,
     }
-    seconds = interleaved(
-        {name: lambda run=run: [run() for _ in range(REPEATS)] for name, run in variants.items()}
-    )
+    seconds = interleaved({name: partial(repeat, run) for name, run in variants.items()})
     others = ("scikit-image", "torchmetrics")
     write_result(
         "metrics",
@@ -63,6 +65,11 @@ def main() -> None:
         },
         packages=["numpy", "opencv-python-headless", "scikit-image", "torchmetrics", "torch"],
     )
+
+
+def repeat(run: Callable[[], object]) -> None:
+    for _ in range(REPEATS):
+        run()
 
 
 if __name__ == "__main__":

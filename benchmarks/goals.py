@@ -1,0 +1,153 @@
+"""What we want to reach, and the table that holds the committed results against it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import RESULTS
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- table: written by python -m benchmarks -->\n", "<!-- end of the table -->\n"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure of one result, and how large it should be."""
+
+    what: str
+    figure: str
+    """File in ``results/``, without its suffix, and the keys that lead there, with slashes."""
+    goal: float
+    floor: float | None
+    """Under this, the work is not done; None where only a goal was set."""
+    at_most: bool = False
+    """Small is good."""
+    unit: str = "x"
+
+
+GOALS = (
+    Goal("training step, fp32", "step_cpu/times_faster_than_reference_fp32/fp32", 1.8, 1.6),
+    Goal(
+        "training step, bf16 against fp32",
+        "step_cpu/times_faster_than_reference_fp32/bf16",
+        6.0,
+        4.8,
+    ),
+    Goal(
+        "peak memory of the step, bf16: times less",
+        "step_cpu/times_less_memory_than_reference_fp32/bf16",
+        3.0,
+        2.6,
+    ),
+    Goal(
+        "the same with activations recomputed",
+        "step_cpu/times_less_memory_than_reference_fp32/bf16 recompute",
+        5.0,
+        3.4,
+    ),
+    Goal(
+        "time that recomputing takes, at most",
+        "step_cpu/recompute_time_ratio",
+        1.3,
+        1.3,
+        at_most=True,
+    ),
+    Goal("optimiser and moving average", "step_cpu/optimiser_and_average_times_faster", 2.4, 2.0),
+    Goal("attention, both ways, fp32", "attention_cpu/times_faster_at_batch_4/fp32", 5.0, 3.8),
+    Goal(
+        "attention, both ways, bf16 against fp32",
+        "attention_cpu/times_faster_at_batch_4/bf16",
+        9.0,
+        6.0,
+    ),
+    Goal("inference at 256², fp32", "inference_cpu/times_faster/256x256/fp32", 2.0, 1.8),
+    Goal("inference at 512², fp32", "inference_cpu/times_faster/512x512/fp32", 2.8, 2.2),
+    Goal(
+        "inference at 256², bf16 against fp32", "inference_cpu/times_faster/256x256/bf16", 8.0, 6.0
+    ),
+    Goal(
+        "training step on a GPU, bf16 against TF32",
+        "step_cuda/times_faster_than_reference_fp32/bf16",
+        4.0,
+        2.5,
+    ),
+    Goal(
+        "share of an H100's layer roofline",
+        "step_cuda/share_of_layer_roofline",
+        0.45,
+        None,
+        unit="",
+    ),
+    Goal("masks", "masks/times_faster_than/reference/official", 12.0, 10.0),
+    Goal("training loader, 2 workers, wall time", "loader/times_faster/wall", 4.5, 3.0),
+    Goal("training loader, CPU time", "loader/times_faster/cpu", 4.5, 3.0),
+    Goal(
+        "cores for 1,000 pictures/s, at most",
+        "loader/cores_per_1000_images_per_s/ours",
+        0.5,
+        None,
+        at_most=True,
+        unit="",
+    ),
+    Goal("pictures prepared, against Pillow", "prep/prep_ratio", 5.0, 4.0),
+    Goal("shards written", "prep/write_ratio", 7.0, 4.0),
+    Goal("shards read", "prep/read_ratio", 6.0, 3.0),
+    Goal("SSIM, against scikit-image", "metrics/times_faster_than/scikit-image", 3.0, None),
+    Goal("SSIM, against torchmetrics", "metrics/times_faster_than/torchmetrics", 8.0, None),
+    Goal("HED on BSDS500, best F", "hed_bsds/f", 0.77, 0.77, unit=""),
+)
+
+
+def table() -> str:
+    """The results in ``results/`` against the goals, in Markdown."""
+    lines = ["| what | measured | goal | floor | reached | on |", "|---|---:|---:|---:|---|---|"]
+    for goal in GOALS:
+        result, _, keys = goal.figure.partition("/")
+        path = RESULTS / f"{result}.json"
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        value = _figure(record, keys)
+        cells = [
+            goal.what,
+            _shown(value, goal.unit),
+            _shown(goal.goal, goal.unit),
+            _shown(goal.floor, goal.unit),
+            reached(value, goal),
+            record.get("gpu", record.get("device", "")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table() -> None:
+    """Put the table in its place in the README."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(before + BEGIN + table() + END + after)
+
+
+def _figure(record: dict[str, Any], keys: str) -> float | None:
+    value: Any = record
+    for key in keys.split("/"):
+        value = value.get(key, {})
+    return float(value) if value != {} else None
+
+
+def _shown(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{value:.2f}{unit}"
+
+
+def reached(value: float | None, goal: Goal) -> str:
+    """How ``value`` stands to the goal and the floor, in words."""
+    if value is None:
+        return "not measured"
+    sign = -1 if goal.at_most else 1
+    if sign * value >= sign * goal.goal:
+        return "goal"
+    if goal.floor is None:
+        return "not the goal"
+    return "floor" if sign * value >= sign * goal.floor else "**under the floor**"
+
+
+if __name__ == "__main__":
+    write_table()

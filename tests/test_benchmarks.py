@@ -1,0 +1,47 @@
+"""The figures that the benchmarks' README quotes are those of the committed results."""
+
+import json
+
+import pytest
+
+from benchmarks import goals
+from benchmarks.__main__ import ON_CPU, commands
+from benchmarks.goals import BEGIN, END, GOALS, README, table
+from benchmarks.timing import RESULTS
+
+
+def test_the_readme_quotes_the_results_as_they_are() -> None:
+    quoted = README.read_text().partition(BEGIN)[2].partition(END)[0]
+    assert quoted == table(), "python -m benchmarks.goals brings the table up to date"
+
+
+def test_every_committed_result_tells_device_and_versions_and_is_held_against_a_goal() -> None:
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["benchmark"] == path.stem
+        assert record["device"]
+        assert all(record["versions"].values())
+        held = [goal for goal in GOALS if goal.figure.split("/")[0] == path.stem]
+        assert held, f"{path.name} has no goal"
+
+
+@pytest.mark.parametrize(
+    ("value", "at_most", "said"),
+    [
+        (3.0, False, "goal"),
+        (2.5, False, "floor"),
+        (1.9, False, "**under the floor**"),
+        (3.1, True, "**under the floor**"),
+        (None, False, "not measured"),
+    ],
+)
+def test_a_figure_is_judged_by_goal_and_floor(
+    value: float | None, at_most: bool, said: str
+) -> None:
+    low, high = (3.0, 3.0) if at_most else (3.0, 2.0)
+    assert goals.reached(value, goals.Goal("", "", low, high, at_most=at_most)) == said
+
+
+def test_a_name_chooses_its_benchmark_on_every_device() -> None:
+    assert commands(["step"]) == [["step"], ["step", "--device", "cuda", "--batch", "32"]]
+    assert [command[0] for command in commands([])][: len(ON_CPU)] == list(ON_CPU)
