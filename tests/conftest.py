@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+# A shell that runs us in the background has us ignore Ctrl-C, and all that we start with us.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 install_import_hook(
     ["models", "data_prep.masks", "pipeline.batch", "pipeline.step"], "beartype.beartype"
