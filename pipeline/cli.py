@@ -16,7 +16,7 @@ DONE, MISTAKE, WRONG_USAGE, STOPPED = 0, 1, 2, 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code says how it ended (0 done, 1 mistake, 2 usage, 3 stopped)."""
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
@@ -41,7 +41,7 @@ def _told_in_one_line() -> tuple[type[Exception], ...]:
     return (ValueError, OSError, SessionError, SubmitError, CheckpointError, TrainingError)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
         description="Train free-form, sketch-guided image inpainting: photographs in, "
@@ -155,6 +155,14 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         sub = actions.add_parser(name, help=text, description=text.capitalize() + ".")
         sub.add_argument("url", metavar="URL", help="the data set's folder")
         sub.set_defaults(command=_dataset, action=name)
+    sub = actions.add_parser(
+        "fetch", help="download an official archive of Places2, once agreed to"
+    )
+    sub.add_argument("archive", metavar="ARCHIVE", help="places2-val-256, for instance")
+    sub.add_argument("--accept-licence", action="store_true", help="research, no redistribution")
+    sub.add_argument("--out", type=Path, default=Path(), help="folder to write")
+    sub.add_argument("--base-url", help="a mirror of the official server")
+    sub.set_defaults(command=_dataset, action="fetch")
 
 
 def _load(arguments: argparse.Namespace) -> config.Config:

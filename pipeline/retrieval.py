@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.catalogue import describe
+from data_prep.fetch import OFFICIAL, fetch
 from data_prep.shards import Dataset
 from data_prep.shards import verify as verify_dataset
 from pipeline import checkpoint
@@ -97,4 +98,21 @@ def _dataset_verify(arguments: argparse.Namespace) -> bool:
     return not faults
 
 
-DATASETS: Mapping[str, Action] = {"show": _dataset_show, "verify": _dataset_verify}
+def _dataset_fetch(arguments: argparse.Namespace) -> bool:
+    with progress("fetch", "bytes") as advance:
+        path = fetch(
+            arguments.archive,
+            arguments.out,
+            accept_licence=arguments.accept_licence,
+            base_url=arguments.base_url or OFFICIAL,
+            progress=lambda done, total: advance(done, total, 0),
+        )
+    print(path)
+    return True
+
+
+DATASETS: Mapping[str, Action] = {
+    "show": _dataset_show,
+    "verify": _dataset_verify,
+    "fetch": _dataset_fetch,
+}

@@ -20,7 +20,8 @@ from pipeline.locations import checkpoints_url, dataset_url, run_store
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.stopping import sigterm_interrupts
-from pipeline.train import open_run_tracker, train
+from pipeline.train import train
+from pipeline.worker import open_run_tracker
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import _parser
+from pipeline.cli import build_parser
 
 README = Path("README.md").read_text()
 BLOCKS = re.findall(r"```(?:console|sh|bash)\n(.*?)```", README, flags=re.S)
@@ -34,14 +34,14 @@ def test_make_targets_exist(command):
 def test_our_commands_parse_and_name_files_that_exist(command):
     words = shlex.split(command)
     arguments = words[words.index("pipeline") + 1 :]
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     recipe = getattr(parsed, "recipe", None)
     if recipe is not None:
         assert recipe.exists(), f"{recipe} is in the README only"
 
 
 def test_every_command_of_ours_is_in_the_readme():
-    parser = _parser()
+    parser = build_parser()
     (commands,) = (action for action in parser._actions if action.choices)
     named = {shlex.split(command.split("-m pipeline", 1)[1])[0] for command in OURS}
     assert set(commands.choices or ()) <= named | {"demo"}
