@@ -76,7 +76,7 @@ def build_engine(
     if state is not None:
         module.load_state_dict(state.weights)
     if kind == "deepspeed":
-        return DeepSpeedEngine(module, adam, state, zero_stage, batch_per_rank)
+        return DeepSpeedEngine(module, adam, ranks, state, zero_stage, batch_per_rank)
     return TorchEngine(module, adam, ranks, state)
 
 
@@ -137,6 +137,7 @@ class DeepSpeedEngine:
         self,
         module: nn.Module,
         adam: Adam,
+        ranks: Ranks,
         state: EngineState | None,
         zero_stage: int,
         batch_per_rank: int,
@@ -144,6 +145,7 @@ class DeepSpeedEngine:
         on_gpu = next(module.parameters()).is_cuda
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it asks nobody else
         import deepspeed  # here: machines without DeepSpeed use the other engine
 
         if not on_gpu:

@@ -63,8 +63,12 @@ def finished(cfg: Config) -> bool:
 
 def _train_here(cfg: Config) -> bool:
     """In this process: one rank of torchrun's, or the only one."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if distributed.launched_by_torchrun():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(backend)
+    elif cfg.train.engine == "deepspeed":  # which wants a group, be it of one
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         with SignalStop().listening() as stop:
             # By its own count: the first rank may still be writing the last checkpoint.

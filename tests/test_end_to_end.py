@@ -150,6 +150,20 @@ def test_a_run_whose_processes_were_all_killed_ends_there_too(left_alone, settin
     assert weights(cfg) == weights(left_alone)
 
 
+def test_the_job_runs_on_a_folder_of_faces(photographs, settings):
+    overrides = [
+        *(*settings, "name=faces", "data.name=faces", f"data.root={photographs / 'faces'}"),
+        *("data.subject=face", "data.val_fraction=0.15", "data.shard_samples=16"),
+        *("train.launcher=local", "train.engine=deepspeed", "train.steps=2"),
+    ]
+    cfg = config.load(Path(RECIPE), overrides)
+    succeeded("run", RECIPE, *overrides)
+    record = json.loads((Path(dataset_url(cfg)) / "dataset.json").read_text())
+    assert record["counts"]["pictures"]["failed"] == 0
+    assert record["counts"]["sketches"] == {"landmarks68": 49}
+    assert (Path(checkpoints_url(cfg)) / "step-00000002/manifest.json").exists()
+
+
 def test_training_without_a_data_set_says_what_to_do(settings):
     result = pipeline("train", RECIPE, *settings, "data.name=nothing")
     assert result.returncode == MISTAKE
