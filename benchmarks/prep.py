@@ -8,30 +8,34 @@ PSNR of our scaled picture against full decoding and area scaling.
 Run: ``python -m benchmarks.prep``. Written to ``results/prep.json``.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
-import webdataset
 from PIL import Image
 
-from benchmarks.timing import interleaved, write_result
-from data_prep.maker import perceptual_hash
-from data_prep.pictures import Decoded, decode, encode_jpeg, fit
-from data_prep.shards import RawSample, read_samples, write_shard
-from data_prep.sources import list_pictures, read_picture
+from benchmarks.timing import interleaved, needs, write_result
+
+if TYPE_CHECKING:
+    from data_prep.shards import RawSample
 
 SOURCE_PX, STORED_PX, QUALITY = 512, 256, 95
 PICTURES, SAMPLES = 48, 2000
 
 
 def main() -> None:
+    needs("cv2", "simplejpeg", "webdataset")
+    import cv2
+
+    from data_prep.shards import read_samples
+
     cv2.setNumThreads(1)
     warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
     files = _sources()
@@ -84,6 +88,11 @@ def main() -> None:
 
 def _sources() -> list[bytes]:
     """JPEGs of the bundled photographs' parts, 512 pixels on the short side, as cameras save."""
+    import cv2
+
+    from data_prep.pictures import decode
+    from data_prep.sources import list_pictures, read_picture
+
     found = []
     for picture in list_pictures("bundled")[:PICTURES]:
         decoded = decode(read_picture(picture, None))
@@ -110,6 +119,10 @@ def _pillow(files: list[bytes], folder: Path) -> None:
 
 
 def _ours(files: list[bytes], folder: Path) -> None:
+    from data_prep.maker import perceptual_hash
+    from data_prep.pictures import decode, encode_jpeg, fit
+    from data_prep.shards import RawSample, write_shard
+
     def samples() -> Iterator[RawSample]:
         for number, data in enumerate(files):
             pixels = fit(decode(data, enough_px=2 * STORED_PX, wanted_px=STORED_PX), STORED_PX)
@@ -120,6 +133,9 @@ def _ours(files: list[bytes], folder: Path) -> None:
 
 
 def _samples(files: list[bytes]) -> list[RawSample]:
+    from data_prep.pictures import decode, encode_jpeg, fit
+    from data_prep.shards import RawSample
+
     stored = [encode_jpeg(fit(decode(data), STORED_PX), 85) for data in files]
     return [
         RawSample(f"k{number:06d}", stored[number % len(stored)], b"\0" * 1500, b"{}" * 200)
@@ -143,14 +159,20 @@ def _write_webdataset(samples: list[RawSample], folder: Path) -> Path:
 
 
 def _write_ours(samples: list[RawSample], folder: Path) -> None:
+    from data_prep.shards import write_shard
+
     write_shard(folder / "ours.tar", samples, split="train", name="ours.tar")
 
 
 def _writer(folder: Path) -> Any:
+    import webdataset
+
     return webdataset.ShardWriter(str(folder / "w-%06d.tar"), maxcount=10**6, verbose=0)
 
 
 def _read_webdataset(path: Path) -> Iterator[Any]:
+    import webdataset
+
     return iter(webdataset.tarfile_to_samples()([{"url": str(path)}]))
 
 
@@ -160,6 +182,8 @@ def _exhaust(samples: Iterator[Any]) -> None:
 
 
 def _psnr_db(data: bytes) -> float:
+    from data_prep.pictures import Decoded, decode, encode_jpeg, fit
+
     whole = decode(data)
     expected = fit(Decoded(whole.pixels, whole.width, whole.height), STORED_PX).astype(np.float64)
     stored = decode(
