@@ -80,8 +80,3 @@ def from_first(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -2,9 +2,6 @@
 
 import json
 import logging
-from io import BytesIO
-
-from PIL import Image
 
 from cluster.session import connect, on_a_gpu
 from cluster.storage import open_store
@@ -20,6 +17,7 @@ from pipeline.locations import checkpoints_url, dataset_url, run_store
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.stopping import sigterm_interrupts
+from pipeline.tracking import png
 from pipeline.train import train
 from pipeline.worker import open_run_tracker
 
@@ -101,16 +99,17 @@ def evaluate(cfg: Config) -> dict[str, float]:
             return dict(known["metrics"])
 
     evaluation = on_a_gpu(_measure, cfg, step)
-    metrics = evaluation.means()
-    sheet = BytesIO()
-    Image.fromarray(evaluation.sheet()).save(sheet, "PNG")
-    store.put(f"{folder}/samples.png", sheet.getvalue())
+    metrics, sheet = evaluation.means(), evaluation.sheet()
+    store.put(f"{folder}/samples.png", png(sheet))
     store.put(f"{folder}/rows.csv", evaluation.csv().encode())
     record = {"settings": settings, "pictures": len(evaluation.rows), "metrics": metrics}
     store.put(f"{folder}/metrics.json", json.dumps(record, indent=1).encode())  # last: finished
-    with open_run_tracker(cfg, dataset, step, Ranks()) as tracker:
+    # From the newest step, not from the best one: what training told after that stays.
+    newest = max(checkpoints.steps())
+    with open_run_tracker(cfg, dataset, newest, Ranks()) as tracker:
         tracker.metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
-        tracker.image("evaluation", step, evaluation.sheet())
+        tracker.image("evaluation", step, sheet)
+        tracker.end("FINISHED" if newest >= cfg.train.steps else "KILLED")
     log.info("evaluated step=%d pictures=%d %s", step, len(evaluation.rows), _figures(metrics))
     return metrics
 

@@ -178,7 +178,7 @@ class JsonLinesTracker(_Ends):
             self._write()
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
-        self._store.put(f"tracking/{key}-{step:08d}.png", _png(pixels))
+        self._store.put(f"tracking/{key}-{step:08d}.png", png(pixels))
 
     def _close(self) -> None:
         self._write({"status": self._status})
@@ -214,7 +214,7 @@ class MlflowTracker(_Ends):
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
         path = self._events.folder / f"{key}-{step:08d}.png"
-        path.write_bytes(_png(pixels))
+        path.write_bytes(png(pixels))
         self._events.add({"kind": "image", "key": key, "step": step, "path": str(path)})
 
     def _close(self) -> None:
@@ -570,7 +570,8 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
+    """An (H, W, 3) uint8 picture as the bytes of a file."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
     return data.getvalue()

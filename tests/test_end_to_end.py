@@ -99,6 +99,15 @@ def test_the_job_leaves_a_data_set_checkpoints_and_an_evaluation(left_alone):
         assert sheet.width > 300
 
 
+def test_the_story_has_every_step_also_after_an_evaluation_of_an_earlier_best_one(left_alone):
+    told = (Path(run_url(left_alone)) / "tracking/metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in told]
+    assert [line["step"] for line in lines[:-1]] == list(range(1, STEPS + 1))
+    assert all("loss/l1_refined" in line for line in lines[:-1])
+    assert sum("evaluation/psnr_db" in line for line in lines) == 1
+    assert lines[-1] == {"status": "FINISHED"}
+
+
 def test_a_finished_job_does_nothing_again(left_alone, settings):
     before = {path: path.stat().st_mtime_ns for path in Path(left_alone.storage).rglob("*.*")}
     succeeded("train", RECIPE, *settings, "name=left-alone")
