@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cluster.storage import MissingKeyError, StorageError
-from data_prep.catalogue import SCHEMA
+from data_prep.catalogue import PROVENANCE, SCHEMA
 from data_prep.files import Picture
 from data_prep.landmarks import PACKAGED_SHA256 as LANDMARKS_SHA256
 from data_prep.landmarks import FaceDetector, rescaled
@@ -212,8 +212,7 @@ def _decode_and_encode(work: _Work, data: bytes, recipe: Recipe) -> None:
     # Twice the size is enough to scale down well, and faces are looked for in that; a crop is
     # given in pixels of the whole picture.
     enough_px = None if picture.crop else 2 * recipe.stored_px
-    wanted_px = recipe.stored_px if enough_px and picture.subject == "scene" else None
-    decoded = decode(data, enough_px=enough_px, wanted_px=wanted_px, max_pixels=recipe.max_pixels)
+    decoded = decode(data, enough_px=enough_px, max_pixels=recipe.max_pixels)
     row |= {"source_width": decoded.width, "source_height": decoded.height}
     if picture.crop:
         decoded = decoded.cropped(picture.crop)
@@ -320,25 +319,10 @@ def _finished(
             yield row, RawSample(row["key"], work.jpg, sketch, meta)
 
 
-PROVENANCE = (
-    *("key", "source_path", "source_sha256", "source_width", "source_height", "crop"),
-    *(
-        "width",
-        "height",
-        "sketch_kind",
-        "sketch_status",
-        "detector",
-        "detector_weights_sha256",
-        "threshold",
-    ),
-    *("face_box", "landmarks"),
-)
-
-
 def _provenance(row: Row, recipe: Recipe) -> dict[str, Any]:
     """The sample's JSON; every sample has every field, with null where it does not apply."""
     line_width = recipe.line_width if row["sketch_kind"] == "landmarks68" else None
-    return {name: row[name] for name in PROVENANCE} | {"line_width": line_width}
+    return {name: row.get(name) for name in PROVENANCE} | {"line_width": line_width}
 
 
 def _empty_row(picture: Picture) -> Row:
@@ -358,9 +342,8 @@ def _text(path: str) -> str:
 
 def perceptual_hash(pixels: Pixels) -> int:
     """64 bits that similar pictures share: signs of the lowest frequencies, as a signed integer."""
-    gray = cv2.cvtColor(
-        cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY
-    )
-    low = cv2.dct(gray.astype(np.float32))[:8, :8].ravel()
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA)
+    low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
     bits = low > np.median(low[1:])
     return int.from_bytes(np.packbits(bits).tobytes(), signed=True)
