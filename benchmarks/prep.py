@@ -125,7 +125,7 @@ def _ours(files: list[bytes], folder: Path) -> None:
 
     def samples() -> Iterator[RawSample]:
         for number, data in enumerate(files):
-            pixels = fit(decode(data, enough_px=2 * STORED_PX, wanted_px=STORED_PX), STORED_PX)
+            pixels = fit(decode(data, enough_px=2 * STORED_PX), STORED_PX)
             perceptual_hash(pixels)
             yield RawSample(f"k{number:06d}", encode_jpeg(pixels, QUALITY), b"", b"{}")
 
@@ -186,11 +186,7 @@ def _psnr_db(data: bytes) -> float:
 
     whole = decode(data)
     expected = fit(Decoded(whole.pixels, whole.width, whole.height), STORED_PX).astype(np.float64)
-    stored = decode(
-        encode_jpeg(
-            fit(decode(data, enough_px=2 * STORED_PX, wanted_px=STORED_PX), STORED_PX), QUALITY
-        )
-    )
+    stored = decode(encode_jpeg(fit(decode(data, enough_px=2 * STORED_PX), STORED_PX), QUALITY))
     return float(10 * np.log10(255**2 / np.mean((stored.pixels - expected) ** 2)))
 
 

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 
 MAX_PIXELS = 100_000_000
+APP1 = 0xE1FF  # the JPEG marker FF E1, as a word of little-endian bytes
 ORIENTATION = 0x0112  # the EXIF tag
 WHITE = (255, 255, 255, 255)
 GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlace
@@ -61,16 +63,15 @@ def decode(
     data: bytes,
     *,
     enough_px: int | None = None,
-    wanted_px: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Decoded:
     """Decode a picture of any format, upright and as 8-bit RGB.
 
     EXIF orientation is applied, CMYK and palettes are converted, 16 bits are scaled to 8,
     transparency lies on white, of several frames the first counts; colour profiles are ignored.
-    ``enough_px``: a JPEG may come back smaller, by libjpeg's scaled DCT, as long as neither side
-    falls under this, or where its short side then has just the ``wanted_px``. ``max_pixels``
-    cannot lift Pillow's own limit of 178,956,970.
+    ``enough_px``: whoever gives this will scale the short side down to half of it at most, so a
+    JPEG may come back smaller, as long as neither side falls under it. ``max_pixels`` cannot lift
+    Pillow's own limit of 178,956,970.
 
     Raises PictureError with the reason ``empty``, ``unknown_format``, ``too_many_pixels``,
     ``unsupported_mode`` or ``damaged``.
@@ -79,7 +80,7 @@ def decode(
         raise PictureError("empty", "the file is empty")
     if data[:2] == b"\xff\xd8":
         try:
-            return _decode_jpeg(data, enough_px, wanted_px, max_pixels)
+            return _decode_jpeg(data, enough_px, max_pixels)
         except ValueError as error:
             if isinstance(error, PictureError):
                 raise
@@ -103,7 +104,10 @@ def fit(picture: Decoded, short_px: int) -> Pixels:
     size = tuple(_scaled(side, short_px, short) for side in (width, height))
     if size == (pixels.shape[1], pixels.shape[0]):
         return np.ascontiguousarray(pixels)
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    # At just half the size OpenCV's linear scaling is the same mean of four, in half the time.
+    halved = pixels.shape[:2] == (2 * size[1], 2 * size[0])
+    method = cv2.INTER_LINEAR if halved else cv2.INTER_AREA
+    return cv2.resize(pixels, size, interpolation=method).astype(np.uint8, copy=False)
 
 
 def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
@@ -170,30 +174,48 @@ def _scaled(side: int, short_px: int, short: int) -> int:
     return (side * short_px + short // 2) // short
 
 
-def _decode_jpeg(
-    data: bytes, enough_px: int | None, wanted_px: int | None, max_pixels: int
-) -> Decoded:
+def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _refuse_bomb(width, height, max_pixels)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         raise ValueError(f"{colorspace} is for Pillow")
-    # FF E1 opens the segments that hold EXIF and XMP; inside compressed data it cannot occur.
-    bare = b"\xff\xe1" not in data
+    bare = not _has_app1(data)
     orientation = 1 if bare else _orientation(_open(data, max_pixels))
-    if wanted_px and _decodes_to(data, wanted_px, width, height):
-        enough_px = wanted_px
-    smallest = {"min_height": enough_px, "min_width": enough_px} if enough_px else {}
-    pixels = _upright(simplejpeg.decode_jpeg(data, "RGB", **smallest), orientation)
+    shortcuts = _shortcuts(width, height, enough_px) if enough_px else {}
+    pixels = _upright(simplejpeg.decode_jpeg(data, "RGB", **shortcuts), orientation)
     if orientation > 4:
         width, height = height, width
     return Decoded(pixels, width, height, plain_jpeg=bare and colorspace == "YCbCr")
 
 
-def _decodes_to(data: bytes, short_px: int, width: int, height: int) -> bool:
-    """Whether libjpeg's scales (eighths) hit the size that ``fit`` would give."""
-    found = simplejpeg.decode_jpeg_header(data, min_height=short_px, min_width=short_px)[:2]
-    wanted = tuple(_scaled(side, short_px, min(width, height)) for side in (height, width))
-    return tuple(found) == wanted
+def _has_app1(data: bytes) -> bool:
+    """Whether FF E1, which opens segments of EXIF and XMP, is anywhere; it cannot be by chance.
+
+    Compared as words at even and at odd places: ``in`` takes five times as long, since a JPEG is
+    full of FF.
+    """
+    even = np.frombuffer(data, "<u2", len(data) // 2)
+    odd = np.frombuffer(data, "<u2", (len(data) - 1) // 2, offset=1)
+    return bool((even == APP1).any() or (odd == APP1).any())
+
+
+def _shortcuts(width: int, height: int, enough_px: int) -> dict[str, Any]:
+    """What libjpeg may leave out for a picture that is scaled down to half of ``enough_px``.
+
+    Not more than is seen: on real pictures 41 dB at least, against full decoding. Its scaled DCT
+    only where both sides come out whole, or the picture would be off by up to half a pixel (30 dB),
+    and only by powers of two, since others take longer than full decoding. And no interpolation of
+    colours at half the resolution, of which the mean is taken afterwards.
+    """
+    if min(width, height) < enough_px:
+        return {}
+    factor = next(
+        factor
+        for factor in (8, 4, 2, 1)
+        if width % factor == height % factor == 0 and min(width, height) >= factor * enough_px
+    )
+    smallest = {"min_width": width // factor, "min_height": height // factor}
+    return smallest | {"fastupsample": True}
 
 
 def _decode_npy(data: bytes, max_pixels: int) -> Decoded:
