@@ -52,7 +52,6 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
-    md5: str
     first_key: str
     last_key: str
 
@@ -98,7 +97,7 @@ def shard_name(dataset: str, split: Split, number: int) -> str:
 
 def write_shard(path: Path, samples: Iterable[RawSample], *, split: Split, name: str) -> Shard:
     """Write one tar; equal samples give equal bytes (no times, no owners, no order of chance)."""
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    sha256 = hashlib.sha256()
     count, written = 0, 0
     first_key = last_key = ""
     with path.open("wb", buffering=0) as file:
@@ -110,19 +109,16 @@ def write_shard(path: Path, samples: Iterable[RawSample], *, split: Split, name:
             block = sample_block(sample)
             file.write(block)
             sha256.update(block)
-            md5.update(block)
             count, written = count + 1, written + len(block)
             first_key, last_key = first_key or sample.key, sample.key
         file.write(END)
         sha256.update(END)
-        md5.update(END)
     return Shard(
         name=name,
         split=split,
         samples=count,
         bytes=written + len(END),
         sha256=sha256.hexdigest(),
-        md5=md5.hexdigest(),
         first_key=first_key,
         last_key=last_key,
     )
@@ -254,12 +250,14 @@ class Dataset:
 
 
 def index_entry(shard: Shard) -> dict[str, Any]:
-    """A shard in the words of wids, with what we add."""
+    """A shard in the words of wids, with what we add.
+
+    Its ``md5sum`` is left out: wids does not need it, and it took as long as writing the shard.
+    """
     return {
         "url": shard.name,
         "nsamples": shard.samples,
         "filesize": shard.bytes,
-        "md5sum": shard.md5,
         "sha256": shard.sha256,
         "split": shard.split,
         "first_key": shard.first_key,
@@ -274,7 +272,6 @@ def shard_from_index(entry: dict[str, Any]) -> Shard:
         samples=entry["nsamples"],
         bytes=entry["filesize"],
         sha256=entry["sha256"],
-        md5=entry["md5sum"],
         first_key=entry["first_key"],
         last_key=entry["last_key"],
     )
