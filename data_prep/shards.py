@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-from cluster.storage import MissingKeyError, StorageError, Store, join, open_store
+from cluster.storage import MIB, MissingKeyError, StorageError, Store, join, open_store
 
 FORMAT = 1
 FIELDS = ("jpg", "sketch.png", "json")
@@ -100,7 +100,7 @@ def write_shard(path: Path, samples: Iterable[RawSample], *, split: Split, name:
     sha256 = hashlib.sha256()
     count, written = 0, 0
     first_key = last_key = ""
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=MIB) as file:  # unbuffered, a full disk may cut in silence
         for sample in samples:
             if not KEY.fullmatch(sample.key):
                 raise ShardError(f"{name}: key {sample.key!r} must match {KEY.pattern}")
