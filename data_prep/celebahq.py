@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from cluster.storage import open_store
-from data_prep.files import Files, Picture, read_file
+from data_prep.files import Files, Member, Picture, key_of, read_file, split_by_name
+from data_prep.parquet import Row, list_rows
 from data_prep.shards import Split
 
 log = logging.getLogger(__name__)
@@ -18,82 +20,142 @@ OFFICIAL_COUNTS = {"train": 24_183, "val": 2_993, "test": 2_824}
 PARTITIONS = ("train", "val", "test")  # 0, 1, 2 in list_eval_partition.txt
 
 # 0.jpg of CelebAMask-HQ, 00001.jpg of data256x256, imgHQ00000.npy, imgHQ00000.png
-NAME = re.compile(r"(?:(?P<folder>.*)/)?(?:imgHQ)?(?P<number>\d{1,5})\.(?:jpg|jpeg|png|npy)")
+NAME = re.compile(r"(?:.*/)?(?P<form>imgHQ)?(?P<number>\d{1,5})\.(?:jpg|jpeg|png|npy)")
 NOT_PICTURES = re.compile(r"(?:.*/)?CelebAMask-?HQ-mask-anno/.*")
 MAPPING, PARTITION = "CelebA-HQ-to-CelebA-mapping.txt", "list_eval_partition.txt"
 
 
+class _Found(NamedTuple):
+    path: str
+    name: str
+    """Where its number is looked for: the path, or what a row of Parquet calls its picture."""
+    place: Member | Row | None
+
+
 def pictures(
-    files: Files, root: str, *, split: str = "official", partial: bool = False
+    files: Files,
+    root: str,
+    *,
+    split: str = "official",
+    val_fraction: float = 0.05,
+    partial: bool = False,
 ) -> Iterator[Picture]:
     """Train and val pictures under keys ``celebahq-00042``, counted from 0 in every form.
 
     ``split`` ``official`` is CelebA's partition, joined by the names of the original files (its
     test pictures are left out); it needs the mapping of CelebAMask-HQ and CelebA's partition file
-    below ``root``. Else it is the URL of a list of held-out pictures, as numbers from 0 with or
-    without ``.jpg`` (the 2,000 that DeepFill and LaMa hold out, for instance). Folders or orders of
-    a mirror are never taken for a split. Unless ``partial``, the counts are asserted.
+    below ``root``. ``val_fraction`` holds out that share, chosen by the keys. Else it is the URL of
+    a list of held-out pictures, as numbers from 0 with or without ``.jpg`` (the 2,000 that DeepFill
+    and LaMa hold out, for instance). Unless ``partial``, the counts are asserted.
+
+    Folders, files or orders of a mirror are never taken for a split or for numbers. So pictures in
+    Parquet are CelebA-HQ's numbers where all rows have names that tell them. Where they do not,
+    keys come from file and row, ``data/train-00000-of-00006=parquet/00042``; there is no official
+    split, and a list has such rows: ``data/train-00000-of-00006.parquet/00042``.
     """
-    found = _numbered(files, root)
+    found = _found(files, root)
     if not found:
-        raise ValueError(f"{root} holds no CelebA-HQ: 0.jpg, 00001.jpg or imgHQ00000.npy and on")
+        raise ValueError(
+            f"{root} holds no CelebA-HQ: 0.jpg, 00001.jpg, imgHQ00000.npy or .parquet and on"
+        )
     if not partial and len(found) != PICTURES:
         raise ValueError(
             f"{root} holds {len(found):,} pictures of CelebA-HQ's {PICTURES:,}: "
             "complete it, or set data.partial"
         )
+    numbered = _numbered(found, root)
+    if numbered is None:
+        if split == "official":
+            raise ValueError(
+                f"{found[0].path} and on do not tell their numbers, so there is no official split: "
+                "set data.split to val_fraction, or to a list of held-out rows"
+            )
+        keyed = {key_of(picture.path): picture for picture in found}
+    else:
+        keyed = {f"celebahq-{number:05d}": numbered[number] for number in sorted(numbered)}
+    splits: Mapping[str, str]
     if split == "official":
         splits = _official(files, root, partial)
+    elif split == "val_fraction":
+        splits = split_by_name(keyed, val_fraction)
     else:
-        held_out = _held_out(split)
-        splits = {number: "val" if number in held_out else "train" for number in found}
-        if unknown := held_out - found.keys():
+        held_out = _held_out(split, numbered is not None)
+        if unknown := sorted(held_out - keyed.keys()):
             message = f"{split} lists {len(unknown):,} pictures that {root} does not hold"
             if not partial:
-                raise ValueError(f"{message}, {min(unknown)} for one")
+                raise ValueError(f"{message}, {unknown[0]} for one")
             log.warning("%s", message)
-    for number, path in sorted(found.items()):
-        of: str | None = splits.get(number)
+        splits = {key: "val" if key in held_out else "train" for key in keyed}
+    for key, picture in keyed.items():
+        of = splits.get(key)
         if of is None:
-            raise ValueError(f"{MAPPING} has no line for picture {number}: it is another file")
+            raise ValueError(f"{MAPPING} has no line for {key}: it is another file")
         if of != "test":
             kind: Split = "val" if of == "val" else "train"
-            key = f"celebahq-{number:05d}"
-            yield Picture(key, kind, "face", path, "celebahq", member=files[path])
+            yield Picture(key, kind, "face", picture.path, "celebahq", member=picture.place)
 
 
-def _numbered(files: Files, root: str) -> dict[int, str]:
-    """Paths by picture number, counted from 0."""
-    numbers: dict[int, str] = {}
-    for path in files:
-        match = NAME.fullmatch(path)
-        if match is None or NOT_PICTURES.fullmatch(path):
-            continue
+def _found(files: Files, root: str) -> list[_Found]:
+    """Pictures as files, or as rows of Parquet files."""
+    found = [
+        _Found(path, path, member)
+        for path, member in files.items()
+        if NAME.fullmatch(path) and not NOT_PICTURES.fullmatch(path)
+    ]
+    rows = [
+        _Found(f"{path}/{number:05d}", name or "", row)
+        for path in sorted(files)
+        if path.endswith(".parquet")
+        for number, (name, row) in enumerate(list_rows(root, path))
+    ]
+    if found and rows:
+        raise ValueError(
+            f"{root} holds pictures as files, {found[0].path}, and in {rows[0].path}: "
+            "point data.root at one of them"
+        )
+    return found or rows
+
+
+def _numbered(found: Sequence[_Found], root: str) -> dict[int, _Found] | None:
+    """Pictures by number, counted from 0; None for Parquet that does not tell the numbers."""
+    in_parquet = isinstance(found[0].place, Row)
+    numbers: dict[int, _Found] = {}
+    forms = set()
+    for picture in found:
+        match = NAME.fullmatch(picture.name)
+        if match is None:
+            return None
         number = int(match["number"])
         if number in numbers:
+            if in_parquet:
+                return None  # counted anew in each split
             raise ValueError(
-                f"{root} holds picture {number} twice, {numbers[number]} and {path}: "
+                f"{root} holds picture {number} twice, {numbers[number].path} and {picture.path}: "
                 "point data.root at one of them"
             )
-        numbers[number] = path
-    if _counts_from_one(numbers):
-        return {number - 1: path for number, path in numbers.items()}
+        numbers[number] = picture
+        forms.add(match["form"])
+    if _counts_from_one(numbers, forms, root):
+        return {number - 1: picture for number, picture in numbers.items()}
     return numbers
 
 
-def _counts_from_one(numbers: Mapping[int, str]) -> bool:
-    if 0 in numbers or not numbers:
+def _counts_from_one(
+    numbers: Mapping[int, _Found], forms: Collection[str | None], root: str
+) -> bool:
+    if 0 in numbers or "imgHQ" in forms:
         if PICTURES in numbers:
             raise ValueError(
                 f"pictures are numbered 0 to {PICTURES}: two numberings are mixed, "
-                f"{numbers[0]} and {numbers[PICTURES]}"
+                f"{next(iter(numbers.values())).path} and {numbers[PICTURES].path}"
             )
         return False
     # Of a part of the set, the name of the folder has to tell: data256x256 counts from 1.
-    return PICTURES in numbers or "data256x256/" in next(iter(numbers.values()))
+    return PICTURES in numbers or "data256x256/" in f"{root}/{next(iter(numbers.values())).name}"
 
 
-def _official(files: Files, root: str, partial: bool) -> dict[int, str]:
+def _official(files: Files, root: str, partial: bool) -> dict[str, str]:
+    """Partitions by key."""
     partition = {
         name: PARTITIONS[int(number)] for name, number in _table(files, root, PARTITION, 2)
     }
@@ -102,7 +164,7 @@ def _official(files: Files, root: str, partial: bool) -> dict[int, str]:
     for index, _, original in _table(files, root, MAPPING, 3):
         if original not in partition:
             raise ValueError(f"{MAPPING} names {original}, which {PARTITION} does not have")
-        splits[int(index)] = partition[original]
+        splits[f"celebahq-{int(index):05d}"] = partition[original]
     counts = {name: Counter(splits.values())[name] for name in PARTITIONS}
     if not partial and counts != OFFICIAL_COUNTS:
         raise ValueError(
@@ -129,10 +191,18 @@ def _table(files: Files, root: str, name: str, columns: int) -> Iterator[list[st
         yield fields
 
 
-def _held_out(url: str) -> set[int]:
+def _held_out(url: str, numbered: bool) -> set[str]:
+    """Keys of the pictures in a list."""
     folder, _, name = url.removeprefix("list:").rpartition("/")
-    lines = open_store(folder or ".").get(name).decode().split()
+    lines = open_store(folder or ".").get(name).decode().splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    if not numbered:
+        if not lines or not all(re.fullmatch(r".+\.parquet/\d{5}", line) for line in lines):
+            raise ValueError(
+                f"{url} is no list of rows: one a line, as train-00000-of-00001.parquet/00042"
+            )
+        return {key_of(line) for line in lines}
     numbers = [re.fullmatch(r"(?:.*/)?(?:imgHQ)?(\d{1,5})(?:\.\w+)?", line) for line in lines]
     if not lines or not all(numbers):
         raise ValueError(f"{url} is no list of pictures: one number from 0 a line, as 193.jpg")
-    return {int(match[1]) for match in numbers if match}
+    return {f"celebahq-{int(match[1]):05d}" for match in numbers if match}

@@ -8,12 +8,13 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.storage import MissingKeyError, StorageError, join, open_store, pyarrow_filesystem
+from data_prep.parquet import Row, read_row
 from data_prep.shards import Split
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,12 @@ class Picture:
     split: Split
     subject: Subject
     path: str
-    """Relative to the root of the source, or to the tar, exactly as it is called there."""
+    """Relative to the root of the source, or to the tar, exactly as it is called there; in Parquet
+    that of the file and the number of the row."""
     source: str
     crop: tuple[int, int, int, int] | None = None
     """Left, top, right, bottom in pixels of the upright picture."""
-    member: Member | None = None
+    member: Member | Row | None = None
 
 
 Files = dict[str, Member | None]
@@ -81,10 +83,12 @@ def list_files(root: str) -> Files:
     return found
 
 
-def read_file(root: str, path: str, member: Member | None = None) -> bytes:
-    """The bytes of a file that ``list_files`` found. Raises StorageError."""
+def read_file(root: str, path: str, member: Member | Row | None = None) -> bytes:
+    """The bytes of a file that ``list_files`` found, or of a picture. Raises StorageError."""
     if member is None:
         return open_store(root).get(path)
+    if isinstance(member, Row):
+        return read_row(root, member)
     url = join(root, member.tar) if member.tar else root
     try:
         data: bytes = _opened(url).read_at(member.size, member.offset)
@@ -119,6 +123,28 @@ def key_of(path: str) -> str:
 
 def _escaped(match: re.Match[bytes]) -> bytes:
     return b"=" if match[0] == b"." else b"+%02X" % match[0][0]
+
+
+def split_by_name(names: Collection[str], val_fraction: float) -> dict[str, Split]:
+    """A picture's own name decides, so others that come or go do not move it.
+
+    Where some are to be held out, at least one is.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}: give a share from 0 to less than 1")
+    if val_fraction == 0 or len(names) == 1:
+        return dict.fromkeys(names, "train")
+    nearest = min(names, key=_place)
+    return {
+        name: "val" if name == nearest or _place(name) < val_fraction else "train" for name in names
+    }
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    raw = name.encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(raw, digest_size=6, person=b"split").digest()
+    return int.from_bytes(digest) / 2**48
 
 
 def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:

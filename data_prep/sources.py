@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,15 @@ from typing import Literal
 
 from cluster.storage import open_store
 from data_prep import celebahq, places2
-from data_prep.files import SUFFIXES, Picture, Subject, key_of, list_files, read_file
+from data_prep.files import (
+    SUFFIXES,
+    Picture,
+    Subject,
+    key_of,
+    list_files,
+    read_file,
+    split_by_name,
+)
 from data_prep.shards import Split
 
 log = logging.getLogger(__name__)
@@ -30,9 +37,10 @@ def list_pictures(
 ) -> list[Picture]:
     """Every picture of a source, sorted by key; the pictures are not opened.
 
-    ``root`` is a path, ``file://`` or ``s3://``: a folder, or one tar. ``subject`` and
-    ``val_fraction`` are for ``folder``: the others know their subjects and have fixed splits.
-    ``split`` is for ``celebahq``: ``official``, or the URL of a list of the held-out pictures.
+    ``root`` is a path, ``file://`` or ``s3://``: a folder, or one tar. ``subject`` is for
+    ``folder``: the others know theirs. ``val_fraction`` holds out a share of a ``folder``, and of
+    ``celebahq`` where its ``split`` is ``val_fraction`` and not ``official`` or the URL of a list
+    of the held-out pictures; the other sources have fixed splits.
     ``partial`` accepts a part of Places2 or CelebA-HQ, whose published counts are asserted else.
     Raises ValueError where pictures are missing, StorageError where ``root`` cannot be listed.
     """
@@ -44,7 +52,10 @@ def list_pictures(
     if source == "places2":
         return _sorted(places2.pictures(files, root, partial=partial))
     if source == "celebahq":
-        return _sorted(celebahq.pictures(files, root, split=split, partial=partial))
+        faces = celebahq.pictures(
+            files, root, split=split, val_fraction=val_fraction, partial=partial
+        )
+        return _sorted(faces)
     splits = _folder_splits([path for path in files if _is_picture(path)], root, val_fraction)
     return _sorted(
         Picture(key_of(path), split_, subject, path, source, member=files[path])
@@ -137,25 +148,3 @@ def _folder_splits(paths: list[str], root: str, val_fraction: float) -> dict[str
     if others := len(paths) - len(splits):
         log.warning("pictures outside of train/ and val/ left out count=%d root=%s", others, root)
     return splits
-
-
-def split_by_name(paths: list[str], val_fraction: float) -> dict[str, Split]:
-    """A picture's own name decides, so others that come or go do not move it.
-
-    Where some are to be held out, at least one is.
-    """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}: give a share from 0 to less than 1")
-    if val_fraction == 0 or len(paths) == 1:
-        return dict.fromkeys(paths, "train")
-    nearest = min(paths, key=_place)
-    return {
-        path: "val" if path == nearest or _place(path) < val_fraction else "train" for path in paths
-    }
-
-
-def _place(path: str) -> float:
-    """A number in [0, 1) that depends on the path alone."""
-    raw = path.encode("utf-8", "surrogateescape")
-    digest = hashlib.blake2b(raw, digest_size=6, person=b"split").digest()
-    return int.from_bytes(digest) / 2**48

@@ -50,7 +50,7 @@ class Data(Section):
     subject: Literal["scene", "face"] = "scene"
     """What a ``folder`` shows: scenes get HED edges, faces get joined landmarks."""
     split: str = "official"
-    """Of CelebA-HQ: ``official``, or the path or URL of a list of held-out pictures."""
+    """Of CelebA-HQ: ``official``, ``val_fraction``, or the path or URL of a held-out list."""
     partial: bool = False
     """Accept a part of Places2 or CelebA-HQ, whose published counts are checked otherwise."""
     duplicates: Literal["drop", "keep"] = "drop"
@@ -59,7 +59,7 @@ class Data(Section):
     """Short side of a stored picture, in pixels; its aspect ratio is kept."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
     val_fraction: Fraction = 0.05
-    """Share of pictures held out where the source brings no split of its own."""
+    """Share of pictures held out of a ``folder``, and where ``split`` is ``val_fraction``."""
     shard_samples: PositiveInt = 2000
     """Samples per shard, about; 2,000 pictures of 256 px make some 100 MB."""
     max_pixels: PositiveInt = 100_000_000
@@ -145,6 +145,8 @@ class Model(Section):
     """``same`` is TensorFlow's, with zeros: what released weights need."""
     attention: Literal["official", "renormalised"] = "official"
     """``renormalised``: masked scores are minus infinity, overlaps divided by their true count."""
+    refine_mask: bool = False
+    """Stage two sees the mask too, as DeepFill v1's did; released weights are without."""
     discriminator_head: Literal["leaky", "linear"] = "leaky"
     """``leaky``: the authors' code; ``linear``: as the hinge loss is usually written."""
 

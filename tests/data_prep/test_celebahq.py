@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from cluster.storage import MissingKeyError, open_store
 from data_prep import celebahq
-from data_prep.files import Picture, list_files
-from data_prep.sources import list_pictures
+from data_prep.files import Files, Picture, list_files
+from data_prep.sources import list_pictures, read_picture
 from tests.data_prep.tars import tar_of
 
 
@@ -20,7 +23,7 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def listed(root: Path, split: str, partial: bool = True) -> list[Picture]:
+def listed(root: Path | str, split: str, partial: bool = True) -> list[Picture]:
     return list_pictures("celebahq", root=str(root), split=split, partial=partial)
 
 
@@ -51,10 +54,40 @@ def test_every_form_gives_the_same_keys(tmp_path: Path, form: str, held_out: str
     assert {picture.subject for picture in pictures} == {"face"}
 
 
-def test_pictures_in_a_tar_are_found(tmp_path: Path, held_out: str) -> None:
-    members = {f"data128x128/imgHQ{number:05d}.png": b"png" for number in range(12)}
-    tar = tar_of(tmp_path / "data128x128.tar", members)
-    assert len(listed(tar, held_out)) == 12
+def test_png_tars_as_tfds_wants_them_are_read_one_size_at_a_time(
+    tmp_path: Path, held_out: str
+) -> None:
+    """Their numbers are from 0, whatever the name says; of a part of them too."""
+    for size in (128, 256):
+        members = {f"data{size}x{size}/imgHQ{n:05d}.png": b"png %d" % size for n in range(1, 12)}
+        tar_of(tmp_path / "manual" / f"data{size}x{size}.tar", members)
+    root = str(tmp_path / "manual" / "data256x256.tar")
+    pictures = listed(root, held_out)
+    assert [picture.key for picture in pictures] == [f"celebahq-{n:05d}" for n in range(1, 12)]
+    assert read_picture(pictures[0], root) == b"png 256"
+    with pytest.raises(ValueError, match=r"picture 1 twice, data128x128/.*point data.root at one"):
+        listed(tmp_path / "manual", held_out)
+
+
+def test_a_part_of_data256x256_counts_from_1_also_from_inside_its_folder(
+    tmp_path: Path, held_out: str
+) -> None:
+    root = touch(tmp_path, *(f"data256x256/{number:05d}.jpg" for number in (3, 11)))
+    for below in (root, root / "data256x256"):
+        assert [p.key for p in listed(below, held_out)] == ["celebahq-00002", "celebahq-00010"]
+
+
+@pytest.mark.parametrize("line", ["{}.jpg", "imgHQ{:05d}.npy", "/celeba_hq/img/{:05d}.png", "{}"])
+def test_a_list_of_2000_as_deepfill_lama_or_taming_write_it_leaves_28000(
+    tmp_path: Path, line: str
+) -> None:
+    held_out = range(7, 30_000, 15)
+    path = tmp_path / "val.flist"
+    path.write_text("".join(f"{line.format(number)}\n" for number in held_out))
+    files: Files = {f"CelebA-HQ-img/{number}.jpg": None for number in range(30_000)}
+    pictures = list(celebahq.pictures(files, "root", split=str(path)))
+    assert Counter(picture.split for picture in pictures) == {"train": 28_000, "val": 2_000}
+    assert pictures[7].split == "val"
 
 
 def test_annotations_of_celebamask_are_no_pictures(tmp_path: Path, held_out: str) -> None:
@@ -124,3 +157,136 @@ def test_without_the_mapping_there_is_no_official_split(tmp_path: Path) -> None:
     root = touch(tmp_path, "train/0.jpg", "val/1.jpg")
     with pytest.raises(ValueError, match=r"needs list_eval_partition\.txt"):
         listed(root, "official")
+
+
+HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def mirror(root: Path, names: dict[str, list[str | None]], group: int = 4) -> dict[str, bytes]:
+    """Parquet files as Hugging Face writes them; what the rows hold, by the paths they go by."""
+    held: dict[str, bytes] = {}
+    for file, of_rows in names.items():
+        path = f"data/{file}.parquet"
+        pictures = [f"{file} {row} ".encode() * 500 for row in range(len(of_rows))]
+        held |= {f"{path}/{row:05d}": data for row, data in enumerate(pictures)}
+        rows = [{"bytes": b, "path": n} for b, n in zip(pictures, of_rows, strict=True)]
+        image = pa.array(rows, HF)
+        table = pa.table({"image": image, "label": [row % 2 for row in range(len(rows))]})
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, root / path, row_group_size=group)
+    return held
+
+
+UNNAMED: dict[str, list[str | None]] = {
+    "train-00000-of-00002": [None] * 9,
+    "train-00001-of-00002": [None] * 3,
+    "validation-00000-of-00001": [None] * 4,
+}
+
+
+@pytest.mark.parametrize("where", ["file", "s3"])
+def test_rows_of_parquet_are_read_on_disk_and_on_s3(
+    tmp_path: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    held = mirror(tmp_path, UNNAMED)
+    root = str(tmp_path)
+    if where == "s3":
+        root = request.getfixturevalue("s3_url")
+        for path in tmp_path.rglob("*.parquet"):
+            open_store(root).upload(path, path.relative_to(tmp_path).as_posix())
+    pictures = listed(root, "val_fraction")
+    assert {p.path: read_picture(p, root) for p in pictures} == held
+    assert pictures[1].key == "data/train-00000-of-00002=parquet/00001"
+
+
+def test_a_split_of_a_mirror_is_never_taken_as_official(tmp_path: Path) -> None:
+    held = mirror(tmp_path, UNNAMED)
+    with pytest.raises(
+        ValueError, match=r"00000-of-00002\.parquet/00000 and on do not tell their n"
+    ):
+        listed(tmp_path, "official")
+    listing = tmp_path / "rows.txt"
+    listing.write_text("data/train-00000-of-00002.parquet/00003\n")
+    held_out = [p.path for p in listed(tmp_path, str(listing)) if p.split == "val"]
+    assert held_out == ["data/train-00000-of-00002.parquet/00003"]
+    pictures = list_pictures(
+        "celebahq", root=str(tmp_path), split="val_fraction", val_fraction=0.5, partial=True
+    )
+    assert {p.path for p in pictures if p.split == "val" and "train-" in p.path}
+    assert {p.path for p in pictures if p.split == "train" and "validation-" in p.path}
+    assert len(pictures) == len(held)
+    listing.write_text("3\n")
+    with pytest.raises(ValueError, match=r"rows\.txt is no list of rows"):
+        listed(tmp_path, str(listing))
+
+
+def test_rows_that_name_their_numbers_are_celebahq_whatever_their_order(
+    tmp_path: Path, held_out: str
+) -> None:
+    order = [7, 0, 10, 3, 2]
+    names: list[str | None] = [f"celeba/imgHQ{number:05d}.png" for number in order]
+    held = mirror(tmp_path, {"train-00000-of-00002": names[:3], "train-00001-of-00002": names[3:]})
+    pictures = listed(tmp_path, held_out)
+    assert [p.key for p in pictures] == [f"celebahq-{number:05d}" for number in sorted(order)]
+    assert [p.key for p in pictures if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
+    by_number = dict(zip(order, held.values(), strict=True))
+    for picture in pictures:
+        assert read_picture(picture, str(tmp_path)) == by_number[int(picture.key[-5:])]
+    partitioned(tmp_path, {number: 162_770 + number % 2 for number in order})
+    assert [p.split for p in listed(tmp_path, "official")] == [
+        "val" if number % 2 else "train" for number in sorted(order)
+    ]
+
+
+@pytest.mark.parametrize(
+    "names", [["0.jpg", "1.jpg", "0.jpg"], ["0.jpg", None, "2.jpg"], ["0.jpg", "b.jpg", "2.jpg"]]
+)
+def test_names_that_repeat_or_are_missing_are_no_numbers(
+    tmp_path: Path, names: list[str | None]
+) -> None:
+    mirror(tmp_path, {"train-00000-of-00001": names[:2], "test-00000-of-00001": names[2:]})
+    with pytest.raises(ValueError, match="do not tell their numbers"):
+        listed(tmp_path, "official")
+
+
+def test_the_counts_of_a_mirror_are_asserted(tmp_path: Path) -> None:
+    mirror(tmp_path, UNNAMED)
+    with pytest.raises(ValueError, match="holds 16 pictures of CelebA-HQ's 30,000"):
+        listed(tmp_path, "val_fraction", partial=False)
+
+
+def test_no_more_of_a_file_is_read_than_names_and_a_row_group(tmp_path: Path) -> None:
+    held = mirror(tmp_path, {"train-00000-of-00001": [None] * 8})
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    assert chunk.path_in_schema == "image.bytes"
+    first = chunk.dictionary_page_offset or chunk.data_page_offset
+    with path.open("r+b") as file:
+        file.seek(first)
+        file.write(bytes(chunk.total_compressed_size))
+    pictures = listed(tmp_path, "val_fraction")
+    for picture in pictures[4:]:
+        assert read_picture(picture, str(tmp_path)) == held[picture.path]
+    with pytest.raises(OSError, match=r"00001\.parquet: row group 0 cannot be read"):
+        read_picture(pictures[0], str(tmp_path))
+
+
+def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
+    mirror(tmp_path / "both", UNNAMED)
+    touch(tmp_path / "both", "0.jpg")
+    with pytest.raises(ValueError, match=r"as files, 0\.jpg, and in data/train-00000-of"):
+        listed(tmp_path / "both", "val_fraction")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "train.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"cut/train\.parquet is no whole Parquet file"):
+        listed(tmp_path / "cut", "val_fraction")
+    (tmp_path / "text").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text" / "train.parquet")
+    with pytest.raises(ValueError, match=r"has 0 columns of pictures .* among text"):
+        listed(tmp_path / "text", "val_fraction")
+    (tmp_path / "null").mkdir()
+    image = pa.array([{"bytes": None, "path": "elsewhere.jpg"}, None])
+    pq.write_table(pa.table({"image": image.cast(HF)}), tmp_path / "null" / "train.parquet")
+    for picture in listed(tmp_path / "null", "val_fraction"):
+        with pytest.raises(MissingKeyError, match="has no picture in it"):
+            read_picture(picture, str(tmp_path / "null"))
