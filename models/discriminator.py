@@ -16,14 +16,21 @@ CHANNELS = (64, 128, 256, 256, 256, 256)
 class Discriminator(nn.Module):
     """Is a picture real, given its mask? 5,946,816 parameters, guided 5,948,416.
 
-    ``head``: the authors' code follows the last convolution with leaky ReLU like all others; the
-    hinge loss is usually put on a "linear" one.
+    ``image_channels`` is 1 for grey pictures (5,943,616 parameters). ``head``: the authors' code
+    follows the last convolution with leaky ReLU like all others; the hinge loss is usually put on a
+    "linear" one.
     """
 
-    def __init__(self, guided: bool = False, *, head: Literal["leaky", "linear"] = "leaky") -> None:
+    def __init__(
+        self,
+        guided: bool = False,
+        *,
+        image_channels: int = 3,
+        head: Literal["leaky", "linear"] = "leaky",
+    ) -> None:
         super().__init__()
         self.guided, self.head = guided, head
-        inputs = 5 if guided else 4
+        inputs = image_channels + (2 if guided else 1)
         for number, outputs in enumerate(CHANNELS, start=1):
             conv = Conv(inputs, outputs, kernel=5, stride=2)
             register_parametrization(conv, "weight", SpectralNorm(conv.weight))

@@ -63,17 +63,20 @@ class Layer:
 class Layers(nn.Module):
     """Convolutions under the names ``conv01``, ``conv02`` …
 
-    ``rgb`` appends one, not gated and without activation, that gives the three colours.
+    ``picture`` is one more, which gives colours: never gated, and without activation.
     """
 
-    def __init__(self, inputs: int, layers: Iterable[Layer], style: Style, rgb: int = 0) -> None:
+    def __init__(
+        self, inputs: int, layers: Iterable[Layer], style: Style, picture: Layer | None = None
+    ) -> None:
         super().__init__()
         self.recompute = style.recompute
         for layer in layers:
             self.add_module(f"conv{layer.number:02d}", layer.build(inputs, style))
             inputs = layer.outputs
-        if rgb:
-            self.add_module(f"conv{rgb:02d}", Conv(inputs, 3, padding=style.padding))
+        if picture is not None:
+            conv = Conv(inputs, picture.outputs, padding=style.padding)
+            self.add_module(f"conv{picture.number:02d}", conv)
 
     def run(self, part: slice, features: Features, known: Mask | None = None) -> Tensor:
         """``features`` through ``part`` of the layers."""
@@ -109,7 +112,7 @@ def _run(
     return features, known
 
 
-def coarse(inputs: int, width: int, style: Style) -> Chain:
+def coarse(inputs: int, width: int, colours: int, style: Style) -> Chain:
     """Stage one."""
     layers = [
         Layer(1, width, kernel=5),
@@ -129,10 +132,10 @@ def coarse(inputs: int, width: int, style: Style) -> Chain:
         Layer(15, width, upsample=True),
         Layer(16, width // 2),
     ]
-    return Chain(inputs, layers, style, rgb=17)
+    return Chain(inputs, layers, style, picture=Layer(17, colours))
 
 
-def hallucination(width: int, style: Style) -> Chain:
+def hallucination(inputs: int, width: int, style: Style) -> Chain:
     """The branch of stage two that invents; it gains width later than the others."""
     layers = [
         Layer(1, width, kernel=5),
@@ -146,10 +149,10 @@ def hallucination(width: int, style: Style) -> Chain:
         Layer(9, 4 * width, dilation=8),
         Layer(10, 4 * width, dilation=16),
     ]
-    return Chain(3, layers, style)
+    return Chain(inputs, layers, style)
 
 
-def merge(width: int, style: Style) -> Chain:
+def merge(width: int, colours: int, style: Style) -> Chain:
     """Both branches of stage two back to a picture."""
     layers = [
         Layer(11, 4 * width),
@@ -159,13 +162,13 @@ def merge(width: int, style: Style) -> Chain:
         Layer(15, width, upsample=True),
         Layer(16, width // 2),
     ]
-    return Chain(8 * width, layers, style, rgb=17)
+    return Chain(8 * width, layers, style, picture=Layer(17, colours))
 
 
 class AttentionBranch(Layers):
     """The branch of stage two that copies: attention sits between layers 6 and 9."""
 
-    def __init__(self, width: int, style: Style) -> None:
+    def __init__(self, inputs: int, width: int, style: Style) -> None:
         layers = [
             Layer(1, width, kernel=5),
             Layer(2, width, stride=2),
@@ -176,11 +179,11 @@ class AttentionBranch(Layers):
             Layer(9, 4 * width),
             Layer(10, 4 * width),
         ]
-        super().__init__(3, layers, style)
+        super().__init__(inputs, layers, style)
         self.preset = style.attention
 
-    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Tensor:
-        features = self.run(slice(0, 6), image)
+    def forward(self, inputs: Features, mask: Mask, max_bytes: int | None = None) -> Tensor:
+        features = self.run(slice(0, 6), inputs)
         features = contextual_attention(
             features, shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
         )
@@ -188,16 +191,22 @@ class AttentionBranch(Layers):
 
 
 class Refine(nn.Module):
-    """Stage two: sees the coarse fill pasted into the picture, and neither mask nor sketch."""
+    """Stage two: sees the coarse fill pasted into the picture, never the sketch.
 
-    def __init__(self, width: int, style: Style) -> None:
+    With ``sees_mask`` it is given ones and the mask as well, as stage one is.
+    """
+
+    def __init__(self, width: int, colours: int, style: Style, sees_mask: bool) -> None:
         super().__init__()
-        self.hallu = hallucination(width, style)
-        self.attn = AttentionBranch(width, style)
-        self.merge = merge(width, style)
+        self.sees_mask = sees_mask
+        inputs = colours + 2 if sees_mask else colours
+        self.hallu = hallucination(inputs, width, style)
+        self.attn = AttentionBranch(inputs, width, style)
+        self.merge = merge(width, colours, style)
 
-    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Tensor:
-        branches = [self.hallu(image), self.attn(image, mask, max_bytes)]
+    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Image:
+        inputs = torch.cat([image, torch.ones_like(mask), mask], dim=1) if self.sees_mask else image
+        branches = [self.hallu(inputs), self.attn(inputs, mask, max_bytes)]
         merged: Tensor = self.merge(torch.cat(branches, dim=1))
         return merged
 
@@ -206,12 +215,14 @@ class Generator(nn.Module):
     """The generator of the paper's figure 3: 4,052,478 parameters, guided 4,053,678.
 
     ``guided`` adds a sketch to the inputs of stage one. ``width`` is the number of features after
-    the first layer, 24 in the release. ``convolution``: "partial" and "vanilla" have no gates, and
-    with the same width of features half the parameters (2,026,566; guided 2,027,166). The
-    refinement knows every pixel of what it is given, so there partial convolution renormalises the
-    border alone. ``padding`` and ``attention`` as in ``Conv`` and ``contextual_attention``.
-    ``recompute`` keeps the activations of every sixth layer alone and computes the others a second
-    time: training in less memory.
+    the first layer, 24 in the release: three quarters of the 32 of DeepFill v1 ("slim by 25 %").
+    ``image_channels`` is 1 for grey pictures (4,044,842 parameters). ``refine_mask`` shows stage
+    two the mask, as DeepFill v1 did (4,057,278); released weights are without. ``convolution``:
+    "partial" and "vanilla" have no gates, and with the same width of features half the parameters
+    (2,026,566; guided 2,027,166). The refinement knows every pixel of what it is given, so there
+    partial convolution renormalises the border alone. ``padding`` and ``attention`` as in ``Conv``
+    and ``contextual_attention``. ``recompute`` keeps the activations of every sixth layer alone and
+    computes the others a second time: training in less memory.
     """
 
     def __init__(
@@ -219,6 +230,8 @@ class Generator(nn.Module):
         guided: bool = False,
         *,
         width: int = 24,
+        image_channels: int = 3,
+        refine_mask: bool = False,
         convolution: Kind = "gated",
         padding: Padding = "same",
         attention: Preset = "official",
@@ -226,10 +239,12 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.guided, self.width = guided, width
+        self.image_channels, self.refine_mask = image_channels, refine_mask
         self.style = Style(convolution, padding, attention, recompute)
         self.smallest = 72 if padding == "reflect" else STRIDE  # 16 mirrored pixels at a quarter
-        self.coarse = coarse(6 if guided else 5, width, self.style)
-        self.refine = Refine(width, self.style)
+        inputs = image_channels + (3 if guided else 2)  # ones and the mask beside the picture
+        self.coarse = coarse(inputs, width, image_channels, self.style)
+        self.refine = Refine(width, image_channels, self.style, refine_mask)
 
     def forward(
         self,
@@ -269,9 +284,16 @@ class Generator(nn.Module):
         """
         if unguided.guided:
             raise ValueError("this generator is guided already: start from its weights as they are")
-        guided = cls(True, width=unguided.width, **asdict(unguided.style))
+        channels = unguided.image_channels
+        guided = cls(
+            True,
+            width=unguided.width,
+            image_channels=channels,
+            refine_mask=unguided.refine_mask,
+            **asdict(unguided.style),
+        )
         weights = unguided.state_dict()
-        image, rest = weights["coarse.conv01.weight"].split([3, 2], dim=1)
+        image, rest = weights["coarse.conv01.weight"].split([channels, 2], dim=1)
         weights["coarse.conv01.weight"] = torch.cat([image, 0 * rest[:, :1], rest], dim=1)
         guided.load_state_dict(weights)
         return guided.to(image.device)

@@ -25,6 +25,7 @@ def generator(cfg: Model, *, recompute: bool = False) -> Generator:
         convolution=cfg.convolution,
         padding=cfg.padding,
         attention=cfg.attention,
+        refine_mask=cfg.refine_mask,
         recompute=recompute,
     )
     return _channels_last(network)

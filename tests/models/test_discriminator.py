@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.reference.networks import Discriminator as Reference
 from models import Discriminator
+from models.gated_conv import Conv
 
 
 def vectors(discriminator: Discriminator) -> list[torch.Tensor]:
@@ -13,6 +15,57 @@ def vectors(discriminator: Discriminator) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("guided", "count"), [(False, 5_946_816), (True, 5_948_416)])
 def test_parameter_counts_are_the_releases(guided: bool, count: int) -> None:
     assert sum(p.numel() for p in Discriminator(guided).parameters()) == count
+
+
+def test_every_layer_is_that_of_the_releases_table() -> None:
+    layers = {
+        name: (
+            *(conv.weight.shape[1], conv.weight.shape[0], conv.kernel, conv.stride, conv.padding),
+            sum(parameter.numel() for parameter in conv.parameters()),
+        )
+        for name, conv in Discriminator().named_children()
+        if isinstance(conv, Conv)
+    }
+    assert layers == {
+        "conv1": (4, 64, 5, 2, "same", 6_464),
+        "conv2": (64, 128, 5, 2, "same", 204_928),
+        "conv3": (128, 256, 5, 2, "same", 819_456),
+        **{f"conv{n}": (256, 256, 5, 2, "same", 1_638_656) for n in (4, 5, 6)},
+    }
+
+
+def test_a_grey_one_sees_one_channel_and_the_mask() -> None:
+    grey = Discriminator(image_channels=1)
+    assert sum(p.numel() for p in grey.parameters()) == 5_946_816 - 2 * 25 * 64
+    assert grey(torch.rand(1, 1, 64, 64), torch.zeros(1, 1, 64, 64)).shape == (1, 256)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_scores_and_gradients_equal_the_slow_references(guided: bool) -> None:
+    fast, slow = Discriminator(guided), Reference(guided)
+    weights = {
+        name.replace("parametrizations.weight.original", "weight").replace(
+            "parametrizations.weight.0._u", "u"
+        ): value
+        for name, value in fast.state_dict().items()
+        if not name.endswith("_v")
+    }
+    slow.load_state_dict(weights)
+    inputs = [torch.rand(2, 3, 65, 96), *torch.rand(1 + guided, 2, 1, 65, 96).round()]
+    scores = fast(*inputs), slow(*inputs)
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
+    gradients = [
+        torch.autograd.grad(value.square().sum(), list(network.parameters()))
+        for network, value in zip((fast, slow), scores, strict=True)
+    ]
+    by_name = [
+        {
+            name.replace("parametrizations.weight.original", "weight"): gradient
+            for name, gradient in zip(dict(network.named_parameters()), found, strict=True)
+        }
+        for network, found in zip((fast, slow), gradients, strict=True)
+    ]
+    torch.testing.assert_close(*by_name, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (64, 64), (65, 130), (8, 8)])

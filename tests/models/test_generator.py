@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.reference.networks import Generator as Reference
 from models import Generator
+from models.gated_conv import Convolution, GatedConv
 from models.generator import Kind
 from models.masking import erase
 from tests.models.golden import fill_generator
@@ -31,10 +34,130 @@ def test_parameter_counts_are_the_releases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("guided", "width", "count"), [(True, 24, 4_053_678), (False, 32, 7_195_814)]
+    ("options", "counts"),
+    [
+        ({"guided": True}, (1_632_351, 990_000, 782_352, 648_975, 4_053_678)),
+        ({"image_channels": 1}, (1_628_533, 987_600, 779_952, 648_757, 4_044_842)),
+        ({"refine_mask": True}, (1_631_151, 992_400, 784_752, 648_975, 4_057_278)),
+        ({"width": 32}, (2_896_019, 1_757_760, 1_388_736, 1_153_299, 7_195_814)),
+    ],
+    ids=["guided", "grey", "mask in stage two", "not slimmed"],
 )
-def test_parameter_counts_of_the_variants(guided: bool, width: int, count: int) -> None:
-    assert parameters(Generator(guided, width=width)) == count
+def test_parameter_counts_of_the_variants(options: dict[str, Any], counts: tuple[int, ...]) -> None:
+    generator = Generator(**options)
+    refine = generator.refine
+    parts = generator.coarse, refine.hallu, refine.attn, refine.merge, generator
+    assert tuple(map(parameters, parts)) == counts
+
+
+def table(prefix: str, text: str) -> dict[str, tuple[int, ...]]:
+    """Rows of number, inputs, raw outputs, kernel, stride, dilation, shrinkage, parameters."""
+    rows = [tuple(map(int, line.replace(",", "").split())) for line in text.strip().splitlines()]
+    return {f"{prefix}.conv{row[0]:02d}": row[1:] for row in rows}
+
+
+# The layer tables of the release; what comes out is smaller than the picture by the shrinkage.
+LAYERS = {
+    **table(
+        "coarse",
+        """
+         1   5  48 5 1  1 1   6,048
+         2  24  96 3 2  1 2  20,832
+         3  48  96 3 1  1 2  41,568
+         4  48 192 3 2  1 4  83,136
+         5  96 192 3 1  1 4 166,080
+         6  96 192 3 1  1 4 166,080
+         7  96 192 3 1  2 4 166,080
+         8  96 192 3 1  4 4 166,080
+         9  96 192 3 1  8 4 166,080
+        10  96 192 3 1 16 4 166,080
+        11  96 192 3 1  1 4 166,080
+        12  96 192 3 1  1 4 166,080
+        13  96  96 3 1  1 2  83,040
+        14  48  96 3 1  1 2  41,568
+        15  48  48 3 1  1 1  20,784
+        16  24  24 3 1  1 1   5,208
+        17  12   3 3 1  1 1     327
+        """,
+    ),
+    **table(
+        "refine.hallu",
+        """
+         1   3  48 5 1  1 1   3,648
+         2  24  48 3 2  1 2  10,416
+         3  24  96 3 1  1 2  20,832
+         4  48  96 3 2  1 4  41,568
+         5  48 192 3 1  1 4  83,136
+         6  96 192 3 1  1 4 166,080
+         7  96 192 3 1  2 4 166,080
+         8  96 192 3 1  4 4 166,080
+         9  96 192 3 1  8 4 166,080
+        10  96 192 3 1 16 4 166,080
+        """,
+    ),
+    **table(
+        "refine.attn",
+        """
+         1   3  48 5 1  1 1   3,648
+         2  24  48 3 2  1 2  10,416
+         3  24  96 3 1  1 2  20,832
+         4  48 192 3 2  1 4  83,136
+         5  96 192 3 1  1 4 166,080
+         6  96 192 3 1  1 4 166,080
+         9  96 192 3 1  1 4 166,080
+        10  96 192 3 1  1 4 166,080
+        """,
+    ),
+    **table(
+        "refine.merge",
+        """
+        11 192 192 3 1  1 4 331,968
+        12  96 192 3 1  1 4 166,080
+        13  96  96 3 1  1 2  83,040
+        14  48  96 3 1  1 2  41,568
+        15  48  48 3 1  1 1  20,784
+        16  24  24 3 1  1 1   5,208
+        17  12   3 3 1  1 1     327
+        """,
+    ),
+}
+UPSAMPLED = [f"{part}.conv{number}" for part in ("coarse", "refine.merge") for number in (13, 15)]
+COLOURS = ["coarse.conv17", "refine.merge.conv17"]
+
+
+def test_every_layer_is_that_of_the_releases_tables() -> None:
+    generator, sides = Generator(), {}
+    layers = {n: m for n, m in generator.named_modules() if isinstance(m, Convolution)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(
+            lambda _, __, output, name=name: sides.update({name: output.shape[2:]})
+        )
+    with torch.no_grad():
+        generator(torch.zeros(1, 3, 32, 64), torch.zeros(1, 1, 32, 64))
+    assert {
+        name: (
+            *(layer.weight.shape[1], len(layer.weight), layer.kernel, layer.stride),
+            *(layer.dilation, 32 // sides[name][0], parameters(layer)),
+        )
+        for name, layer in layers.items()
+    } == LAYERS
+    assert all(32 * size[1] == 64 * size[0] for size in sides.values())
+    assert [name for name, layer in layers.items() if layer.upsample] == UPSAMPLED
+    assert [n for n, layer in layers.items() if not isinstance(layer, GatedConv)] == COLOURS
+    activations = {name: layer.activation for name, layer in layers.items()}
+    assert [activations.pop(name) for name in COLOURS] == [None, None]
+    assert activations.pop("refine.attn.conv06") == "relu"
+    assert {*activations.values()} == {"elu"}
+
+
+def test_the_tables_multiplications_at_256_pixels_are_those_stated() -> None:
+    products = {
+        name: kernel**2 * inputs * raw * (256 // shrinkage) ** 2
+        for name, (inputs, raw, kernel, _, _, shrinkage, _) in LAYERS.items()
+    }
+    assert sum(products.values()) / 1e9 == pytest.approx(25.20, abs=0.01)
+    coarse = sum(count for name, count in products.items() if name.startswith("coarse"))
+    assert coarse / 1e9 == pytest.approx(10.95, abs=0.01)
 
 
 def test_names_of_the_weights_are_the_file_format() -> None:
@@ -45,6 +168,14 @@ def test_names_of_the_weights_are_the_file_format() -> None:
         *(f"refine.attn.conv{number:02d}" for number in (1, 2, 3, 4, 5, 6, 9, 10)),
         *(f"refine.merge.conv{number:02d}" for number in range(11, 18)),
     ]
+
+
+@pytest.mark.parametrize("size", [(256, 256), (512, 680), (264, 328)])
+def test_outputs_have_the_size_of_the_picture(narrow: Generator, size: tuple[int, int]) -> None:
+    image, mask = torch.rand(1, 3, *size) * 2 - 1, torch.zeros(1, 1, *size)
+    mask[:, :, 60:180, 70:200] = 1
+    with torch.no_grad():
+        assert [output.shape for output in narrow(erase(image, mask), mask)] == [image.shape] * 2
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 88), (8, 8), (16, 40)])
@@ -85,7 +216,37 @@ def test_the_sketch_changes_a_guided_fill() -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4
 
 
+def test_grey_pictures_are_filled_with_grey() -> None:
+    generator = Generator(True, width=4, image_channels=1)
+    fill_generator(generator)
+    image, mask = torch.rand(2, 1, 16, 24), (torch.rand(2, 1, 16, 24) > 0.5).float()
+    outputs = generator(erase(image, mask), mask, torch.zeros_like(mask))
+    assert [output.shape for output in outputs] == [image.shape] * 2
+
+
+def test_stage_two_sees_ones_and_the_mask_after_the_picture_where_asked(
+    narrow: Generator,
+) -> None:
+    generator = Generator(width=4, refine_mask=True)
+    weights = narrow.state_dict()
+    for name in ("refine.hallu.conv01.weight", "refine.attn.conv01.weight"):
+        outputs, _, *kernel = weights[name].shape
+        weights[name] = torch.cat([weights[name], torch.zeros(outputs, 2, *kernel)], dim=1)
+    generator.load_state_dict(weights)
+    image, mask = torch.rand(1, 3, 32, 40), (torch.rand(1, 1, 32, 40) > 0.5).float()
+    blind = narrow(erase(image, mask), mask)
+    torch.testing.assert_close(generator(erase(image, mask), mask), blind, atol=1e-5, rtol=0)
+    seen: list[torch.Tensor] = []
+    for branch in (generator.refine.hallu, generator.refine.attn):
+        branch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    generator(erase(image, mask), mask)
+    for inputs in seen:
+        torch.testing.assert_close(inputs[:, 3:], torch.cat([torch.ones_like(mask), mask], dim=1))
+    assert len(seen) == 2
+
+
 def test_autocast_returns_float32_near_the_exact_pictures(narrow: Generator) -> None:
+    torch.manual_seed(0)
     image, mask = torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
     mask[:, :, 8:20, 8:20] = 1
     exact = narrow(erase(image, mask), mask)
@@ -161,6 +322,23 @@ def test_a_guided_warm_start_equals_the_unguided_to_the_last_bit(
     assert torch.equal(actual[1], expected[1])
     with pytest.raises(ValueError, match="guided already"):
         Generator.guided_from(guided)
+
+
+def test_a_warm_start_keeps_every_option() -> None:
+    unguided = Generator(
+        width=4,
+        image_channels=1,
+        refine_mask=True,
+        convolution="vanilla",
+        padding="symmetric",
+        attention="renormalised",
+    )
+    guided = Generator.guided_from(unguided)
+    image, mask = torch.rand(1, 1, 16, 24), (torch.rand(1, 1, 16, 24) > 0.5).float()
+    with torch.no_grad():
+        expected = unguided(erase(image, mask), mask)
+        actual = guided(erase(image, mask), mask, torch.ones_like(mask))
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("guided", [False, True])

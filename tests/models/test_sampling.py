@@ -26,6 +26,13 @@ def test_rows_and_columns_are_sampled_alike() -> None:
     assert torch.equal(shrink(picture, 2), expected)
 
 
+def test_a_mask_shrunk_in_two_steps_is_not_one_shrunk_at_once() -> None:
+    mask = torch.arange(256.0).view(1, 1, 1, 256).expand(1, 1, 256, 256)
+    twice = shrink(shrink(mask, 4), 2)[0, 0, 0].long().tolist()
+    assert twice == [LISTS[256, 64][i] for i in LISTS[64, 32]]
+    assert twice != shrink(mask, 8)[0, 0, 0].long().tolist()
+
+
 def test_a_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"30×33 pixels cannot shrink by 2"):
         shrink(torch.zeros(1, 1, 30, 33), 2)

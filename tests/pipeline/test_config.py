@@ -101,9 +101,23 @@ def test_the_tree_survives_a_trip_through_json():
     assert Config.model_validate(cfg.model_dump(mode="json")) == cfg
 
 
-def test_the_digest_follows_every_setting():
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.guided=false",
+        "model.convolution=partial",
+        "model.padding=symmetric",
+        "model.attention=renormalised",
+        "model.refine_mask=true",
+        "model.discriminator_head=linear",
+        "train.l1_weight=2",
+        "train.gan_weight=0.2",
+        "train.precision=bf16",
+    ],
+)
+def test_the_digest_follows_every_setting(override):
     assert load(DEMO).digest() == load(DEMO).digest()
-    assert load(DEMO).digest() != load(DEMO, ["train.l1_weight=2"]).digest()
+    assert load(DEMO).digest() != load(DEMO, [override]).digest()
 
 
 def test_flat_names_settings_as_overrides_do():

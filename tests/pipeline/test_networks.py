@@ -31,7 +31,7 @@ def test_a_weights_file_needs_no_recipe(tmp_path, guided, with_header):
 
 
 def test_options_travel_in_the_header(tmp_path):
-    cfg = Model(guided=False, attention="renormalised")
+    cfg = Model(guided=False, attention="renormalised", refine_mask=True)
     path = tmp_path / "generator.safetensors"
     network = write_weights(path, cfg)
     inputs = small_picture(guided=False)
