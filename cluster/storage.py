@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import io
 import logging
 import os
+import platform
 import re
 import secrets
 import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol, cast
@@ -35,15 +39,27 @@ TRANSFER = TransferConfig(
     multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
 )
 READ_ATTEMPTS = 6
+REQUEST_ATTEMPTS = 5  # of each request: a busy S3 server says 503 SlowDown, and means it
+ABANDONED_S = 7 * 24 * 3600  # without a byte for so long, a writer on another machine is gone
 S3_FAULTS = (boto.ClientError, boto.BotoCoreError, Boto3Error)
 
 
 class StorageError(OSError):
     """Storage could not be used as asked; the message is one line with the URL and a remedy."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # file names may have newlines
+
 
 class MissingKeyError(StorageError, FileNotFoundError):
     """There is nothing under this key."""
+
+
+def one_line(text: str) -> str:
+    """``text`` with newlines, and whatever else cannot be printed, as Python would write them."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class Store(Protocol):
@@ -90,6 +106,14 @@ class Store(Protocol):
         """Remove ``key``; one that is missing is fine."""
         ...
 
+    def clear_unfinished(self, *, abandoned_s: float = ABANDONED_S) -> int:
+        """Remove what killed writers left half written; returns how much was removed.
+
+        A writer that lives is not disturbed, whichever process or machine it is on; so what may
+        belong to one stays until it is ``abandoned_s`` old.
+        """
+        ...
+
 
 def open_store(url: str) -> Store:
     """The store at a plain path, ``file://`` or ``s3://bucket/prefix``. Touches nothing yet.
@@ -123,7 +147,9 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def s3_client(environment: Mapping[str, str] = os.environ, *, attempts: int = 5) -> S3Client:
+def s3_client(
+    environment: Mapping[str, str] = os.environ, *, attempts: int = REQUEST_ATTEMPTS
+) -> S3Client:
     """A boto3 client with our endpoint, retries and time limits.
 
     ``environment`` gives the endpoint, the region and the keys; where it has no keys, boto3 looks
@@ -131,7 +157,7 @@ def s3_client(environment: Mapping[str, str] = os.environ, *, attempts: int = 5)
     there take the place of ``attempts`` and of the adaptive retries.
     """
     retries = {
-        "total_max_attempts": int(environment.get("AWS_MAX_ATTEMPTS", attempts)),
+        "total_max_attempts": _attempts(environment, attempts),
         "mode": environment.get("AWS_RETRY_MODE", "adaptive"),
     }
     return boto3.session.Session().client(
@@ -155,13 +181,18 @@ def s3_client(environment: Mapping[str, str] = os.environ, *, attempts: int = 5)
 def pyarrow_filesystem(url: str) -> tuple[FileSystem, str]:
     """pyarrow's file system for ``url``, and the path of ``url`` inside it.
 
-    pyarrow ignores AWS_ENDPOINT_URL (apache/arrow#49643), so the endpoint is handed over.
+    pyarrow ignores AWS_ENDPOINT_URL (apache/arrow#49643), so the endpoint is handed over; and the
+    number of attempts, where it has three, which are over in two seconds.
     """
     from pyarrow import fs  # half a second, and few callers
 
     if not url.startswith("s3://"):
         return fs.LocalFileSystem(), str(_local_path(url))
-    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 60}
+    options: dict[str, Any] = {
+        "connect_timeout": 10,
+        "request_timeout": 60,
+        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_attempts()),
+    }
     if address := endpoint():
         parts = urlsplit(address)
         options |= {"endpoint_override": parts.netloc + parts.path, "scheme": parts.scheme}
@@ -233,6 +264,17 @@ class FileStore:
                 folder.rmdir()
             except OSError:
                 break
+
+    def clear_unfinished(self, *, abandoned_s: float = ABANDONED_S) -> int:
+        """See ``Store``; here the writer's lock tells whether it lives, see ``_replacing``."""
+        cleared = 0
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                if name.startswith(TEMPORARY):
+                    cleared += _remove_abandoned(Path(folder, name), abandoned_s)
+        if cleared:
+            log.info("unfinished files removed count=%d url=%s", cleared, self.url)
+        return cleared
 
     def _path(self, key: str) -> Path:
         return self._root / _checked(key)
@@ -316,6 +358,31 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._explained(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
+
+    def clear_unfinished(self, *, abandoned_s: float = ABANDONED_S) -> int:
+        """See ``Store``; here it is uploads in parts, which S3 keeps (and bills) but never lists.
+
+        S3 does not tell whether a writer lives, so age decides, as in the lifecycle rule that AWS
+        recommends for buckets (AbortIncompleteMultipartUpload, 7 days). Where these credentials
+        may not do that, it is left to such a rule: nothing else depends on it.
+        """
+        below = f"{self._prefix}/" if self._prefix else ""
+        cleared = 0
+        try:
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=below
+            )
+            for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+                if time.time() - upload["Initiated"].timestamp() >= abandoned_s:
+                    self._client.abort_multipart_upload(
+                        Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                    cleared += 1
+        except S3_FAULTS as error:
+            log.info("unfinished uploads not looked for url=%s: %s", self.url, type(error).__name__)
+        if cleared:
+            log.info("unfinished uploads removed count=%d url=%s", cleared, self.url)
+        return cleared
 
     @property
     def _client(self) -> S3Client:
@@ -484,6 +551,10 @@ def _region(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
 
 
+def _attempts(environment: Mapping[str, str] = os.environ, attempts: int = REQUEST_ATTEMPTS) -> int:
+    return int(environment.get("AWS_MAX_ATTEMPTS", attempts))
+
+
 def _s3_path(url: str) -> str:
     """``bucket/prefix`` of an S3 URL; one that may hold a secret is refused without showing it."""
     path = url.removeprefix("s3://").rstrip("/")
@@ -523,18 +594,50 @@ def _checked(key: str) -> str:
 
 
 TEMPORARY = ".unfinished-"
+SCRATCH = ".deepfill-scratch-"
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder on this machine's own disk, gone after the block.
+
+    Those of processes that were killed are cleared away first. An OSError in the block that has
+    an error number becomes a StorageError that names the disk and says how to use another.
+    """
+    disk, prefix = Path(tempfile.gettempdir()), f"{SCRATCH}{_machine()}-"
+    try:
+        for left in disk.glob(f"{prefix}*"):
+            _remove_abandoned(left, ABANDONED_S)
+        while True:
+            with (
+                tempfile.TemporaryDirectory(prefix=prefix, dir=disk) as folder,
+                _held(Path(folder)) as mine,
+            ):
+                if mine:
+                    yield Path(folder)
+                    return
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno is None:
+            raise
+        raise StorageError(
+            f"{disk}: {error.strerror}: make room there, or set TMPDIR to a folder elsewhere"
+        ) from error
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` once it is complete and on the disk."""
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    """A new file that takes the place of ``path`` once it is complete and on the disk.
+
+    Until then it is locked, under a hidden name that tells on which machine. The lock ends with the
+    process, also by ``kill -9``, so ``_remove_abandoned`` knows what is left over.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{_machine()}-{secrets.token_hex(8)}")
     try:
         with _create(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # while it is locked
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the new name is on the disk, too
@@ -549,11 +652,72 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _create(path: Path) -> BinaryIO:
+    """A new file that is locked for as long as it is open."""
     while True:
         # A delete nearby may take the folder away again while it is still empty.
         with contextlib.suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("xb")
+            file = path.open("xb")
+            if _lock(path, file.fileno()):
+                return file
+            file.close()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """A new folder, locked; False where it was cleared away before that."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(folder, opened)
+    finally:
+        os.close(opened)
+
+
+def _lock(path: Path, opened: int) -> bool:
+    """Lock what was just made; False where ``_remove_abandoned`` was faster."""
+    with contextlib.suppress(OSError):  # a file system without locks, where nothing is removed
+        fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(path.stat(), os.fstat(opened))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_abandoned(path: Path, abandoned_s: float) -> bool:
+    """Delete a half written file, or a scratch folder, unless its writer may be alive.
+
+    If it was made on this machine since that was started, its lock alone decides. Locks need not
+    reach other machines (NFS and Lustre can be mounted so), so what was made there must also have
+    been left alone for ``abandoned_s``.
+    """
+    folder = path.is_dir()
+    try:
+        opened = os.open(path, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        idle_s = time.time() - os.fstat(opened).st_mtime
+        if f"-{_machine()}-" not in path.name and idle_s < abandoned_s:
+            return False
+        if folder:
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError:  # most of all BlockingIOError: it is locked
+        return False
+    finally:
+        os.close(opened)
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    """A name for this machine since it was started; its containers, which share locks, share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return platform.node()
 
 
 def _raise_unless_missing(error: OSError) -> None:

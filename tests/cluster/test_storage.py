@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +20,15 @@ from pyarrow.fs import FileSelector
 
 from cluster import storage
 from cluster.services import S3Server
-from cluster.storage import MissingKeyError, S3Store, StorageError, Store, join, open_store
+from cluster.storage import (
+    MissingKeyError,
+    S3Store,
+    StorageError,
+    Store,
+    join,
+    open_store,
+    scratch_folder,
+)
 
 
 @pytest.fixture
@@ -134,6 +146,148 @@ def test_a_full_or_forbidden_disk_is_told_in_one_line(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "file" / "below"))
     with pytest.raises(StorageError, match="Not a directory"):
         store.put("key", b"")
+
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+from cluster.storage import open_store, scratch_folder
+
+{body}
+"""
+
+
+def child(body: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    """A real process, to be killed or kept small, that runs ``body``."""
+    command = [sys.executable, "-c", CHILD.format(body=body), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+
+
+def test_a_disk_that_takes_no_more_keeps_what_it_has(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("key", b"old")
+    body = """
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the kernel cuts the write there
+open_store(sys.argv[1]).put("key", bytes(100_000))
+"""
+    with child(body, tmp_path, stderr=subprocess.PIPE) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.decode().endswith(f"StorageError: {tmp_path}/key: File too large\n")
+    assert store.get("key") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+WRITES = 'open_store(sys.argv[1]).upload(Path("/dev/stdin"), "a/key")'
+
+
+def writer(root: Path) -> subprocess.Popen[bytes]:
+    """A process that is in the midst of a write, and waits there for the end of its input."""
+    before = set(root.rglob(".unfinished-*"))
+    process = child(WRITES, root)
+    assert process.stdin
+    while not set(root.rglob(".unfinished-*")) - before:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.stdin.write(b"half of it")
+    process.stdin.flush()
+    return process
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_goes_on(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with writer(tmp_path) as killed, writer(tmp_path) as living:
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.rglob(".unfinished-*"))) == 2
+        assert store.clear_unfinished(abandoned_s=0) == 1
+        assert store.clear_unfinished(abandoned_s=0) == 0
+        assert living.stdin
+        living.stdin.close()
+        assert living.wait() == 0
+    assert store.get("a/key") == b"half of it"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["key"]
+
+
+def test_what_another_machine_left_stays_until_it_is_old(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    theirs = tmp_path / ".unfinished-0badcafe-0123456789abcdef"
+    theirs.write_bytes(b"its lock may not reach us")
+    assert store.clear_unfinished() == 0
+    os.utime(theirs, (0, 0))
+    assert store.clear_unfinished() == 1
+    assert not theirs.exists()
+
+
+def test_many_writers_and_cleaners_lose_nothing(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+
+    def write(number: int) -> None:
+        store.put(f"k{number}", b"x")
+        store.clear_unfinished(abandoned_s=0)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    assert len(list(tmp_path.iterdir())) == 200
+
+
+def test_an_upload_that_was_killed_is_aborted_once_it_is_old(s3_url: str) -> None:
+    store = open_store(s3_url)
+    assert isinstance(store, S3Store)
+    unfinished = {"Bucket": "tests", "Prefix": s3_url.removeprefix("s3://tests/")}
+    with child(WRITES, s3_url) as process:
+        assert process.stdin
+        process.stdin.write(bytes(33 * storage.MIB))  # beyond the threshold, and then nothing
+        process.stdin.flush()
+        while not store._client.list_multipart_uploads(**unfinished).get("Uploads"):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert store.clear_unfinished() == 0
+    assert store.clear_unfinished(abandoned_s=0) == 1
+    assert not store._client.list_multipart_uploads(**unfinished).get("Uploads")
+    assert store.list_keys() == []
+
+
+def test_scratch_folders_of_killed_processes_are_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+with scratch_folder() as folder:
+    (folder / "shard.tar").write_bytes(b"x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with child(body, env=environment) as killed, child(body, env=environment) as living:
+        folders = []
+        for process in (killed, living):
+            assert process.stdout
+            folders.append(Path(process.stdout.readline().decode().strip()))
+        killed.kill()
+        killed.wait()
+        with scratch_folder() as mine:
+            assert sorted(tmp_path.iterdir()) == sorted([folders[1], mine])
+        assert (folders[1] / "shard.tar").exists()
+        living.kill()
+    with scratch_folder() as mine:
+        assert list(tmp_path.iterdir()) == [mine]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_folder_on_a_full_disk_says_how_to_use_another() -> None:
+    full = r"No space left on device: .* set TMPDIR"
+    with pytest.raises(StorageError, match=full), scratch_folder():
+        Path("/dev/full").write_bytes(b"x")
+
+
+def test_a_file_name_with_a_newline_stays_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MissingKeyError) as caught:
+        open_store(str(tmp_path)).get("two\nlines\x1b[2J")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(r"two\nlines\x1b[2J: No such file or directory")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_plain_path_and_a_file_url_are_the_same_store(tmp_path: Path) -> None:
