@@ -1,4 +1,4 @@
-"""Official archives of Places2 over HTTP: whole and checked, or not at all; resumed when cut."""
+"""Official archives of Places2: fetched over HTTP, resumed when cut; checked by size and MD5."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
-from data_prep.places2 import ARCHIVES, Archive
+from cluster.storage import open_store
+from data_prep.files import walk_files
+from data_prep.places2 import ARCHIVES, LISTS, Archive
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def fetch(
         out.mkdir(parents=True, exist_ok=True)
         there = target.exists()
     if there:
-        return _checked(target, ARCHIVES[file], progress)
+        return _checked(target, progress)
     log.info("fetching url=%s to=%s licence: %s", url, target, LICENCE)
     part = Part(target)
     with part.locked():
@@ -100,7 +102,7 @@ def fetch(
             log.info("fetched path=%s bytes=%d", target, part.size)
             return target
         part.drop()
-    return _checked(target, ARCHIVES[file], progress)
+    return _checked(target, progress)
 
 
 def _address(base_url: str) -> str:
@@ -112,24 +114,60 @@ def _address(base_url: str) -> str:
     return base_url.rstrip("/") + "/"
 
 
-def _checked(target: Path, known: Archive, progress: Progress | None) -> Path:
+def check_archives(root: str, *, progress: Progress | None = None) -> Iterator[tuple[str, str]]:
+    """Every known archive and list at or below ``root``, on disk or S3, with what is wrong of it.
+
+    Known are the published names; a fault is one line, and empty where size and MD5 are the
+    published ones. ``progress`` is of all their bytes. Raises ValueError where there are none,
+    StorageError.
+    """
+    known = ARCHIVES | LISTS
+    folder, _, name = root.rpartition("/")
+    if name in known:
+        root, names = folder or ".", [name]
+    else:
+        names = sorted(path for path in walk_files(root) if path.rpartition("/")[2] in known)
+    if not names:
+        raise ValueError(f"{root} holds no archive of Places2 under its published name")
+    store = open_store(root)
+    sizes = {name: store.size(name) for name in names}
+    total, before = sum(sizes.values()), 0
+    for name, size in sizes.items():
+        official = known[name.rpartition("/")[2]]
+
+        def told(done: int, before: int = before) -> None:
+            if progress:
+                progress(before + done, total)
+
+        if official.bytes not in (None, size):
+            yield name, f"has {size:,} bytes; the published one has {official.bytes:,}"
+        else:
+            with contextlib.closing(store.open(name)) as file:
+                md5 = _md5(file, told)
+            differs = md5 != official.md5
+            yield name, f"has MD5 {md5}; the published one has {official.md5}" if differs else ""
+        before += size
+        told(0, before)
+
+
+def _md5(file: BinaryIO, told: Callable[[int], None]) -> str:
+    md5, done = hashlib.md5(usedforsecurity=False), 0
+    while block := file.read(BLOCK):
+        md5.update(block)
+        done += len(block)
+        told(done)
+    return md5.hexdigest()
+
+
+def _checked(target: Path, progress: Progress | None) -> Path:
     """``target``, once its bytes are found to be the published ones; nothing of it is changed."""
     log.info("checking path=%s", target)
-    md5, done = hashlib.md5(usedforsecurity=False), 0
-    with _told_of(target):
-        size = target.stat().st_size
-        if known.bytes is None or size == known.bytes:
-            with target.open("rb") as file:
-                while block := file.read(BLOCK):
-                    md5.update(block)
-                    done += len(block)
-                    if progress:
-                        progress(done, size)
-    if md5.hexdigest() != known.md5:
-        raise FetchError(
-            f"{target} ({size:,} bytes) is not the published archive: move it away or delete it, "
-            "then run the same command to fetch it"
-        )
+    for _, fault in check_archives(str(target), progress=progress):
+        if fault:
+            raise FetchError(
+                f"{target} is not the published archive, it {fault}: move it away or delete it, "
+                "then run the same command to fetch it"
+            )
     return target
 
 

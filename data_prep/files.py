@@ -71,7 +71,7 @@ def list_files(root: str) -> Files:
         return dict(_tar_members(root, ""))
     found: Files = {}
     tars = []
-    for path in _walk_root(root):
+    for path in walk_files(root):
         if path.endswith(".tar"):
             tars.append(path)
         else:
@@ -168,7 +168,8 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def _walk_root(root: str) -> Iterator[str]:
+def walk_files(root: str) -> Iterator[str]:
+    """Paths of the files below a directory or an S3 prefix; nothing is looked into."""
     store = open_store(root)
     if store.url.startswith("s3://"):
         yield from (key for key in store.list_keys() if not _hidden(key))

@@ -36,6 +36,12 @@ ARCHIVES = {
     "filelist_places365-standard.tar": Archive("35a0585fee1fa656440f3ab298f8479c", 67_498_496),
     "filelist_places365-challenge.tar": Archive("70a8307e459c3de41690a7c76c931734", None),
 }
+# The lists that decide which pictures there are; MD5 sums as torchvision has them.
+LISTS = {
+    "places365_train_standard.txt": Archive("30f37515461640559006b8329efbed1a", None),
+    "places365_train_challenge.txt": Archive("b2931dc997b8c33c27e7329c073a6b57", None),
+    "places365_val.txt": Archive("e9f2fd57bfd9d07630173f4e8708e4b1", None),
+}
 
 # As unpacked, and as torchvision renames it.
 TRAIN = re.compile(
@@ -44,6 +50,7 @@ TRAIN = re.compile(
 VAL = re.compile(r"(?:.*/)?val_(?P<size>256|large)/(?P<name>Places365_val_\d{8}\.jpg)")
 # places365standard_easyformat.tar, LaMa's folders, and what else has a folder per split.
 BY_FOLDER = re.compile(r"(?:.*/)?(?P<split>train|val)/(?P<name>.+\.(?:jpg|png))")
+TRAIN_TAR = re.compile(r"(?:.*/)?train_(?:256|large)_places365(?P<kind>standard|challenge)\.tar")
 TRAIN_LIST = re.compile(r"(?:.*/)?places365_train_(?P<kind>standard|challenge)\.txt")
 VAL_LIST = re.compile(r"(?:.*/)?places365_val\.txt")
 
@@ -56,13 +63,19 @@ def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[Pict
     missing. Unless ``partial``, the published counts are asserted.
     """
     train, val, kind = _found(files, root)
-    for path in files:
-        if match := TRAIN_LIST.fullmatch(path):
-            listed = _listed(root, path, files)
-            train = _as_listed(train, listed, "data", path)
-            kind = match["kind"]
-        elif VAL_LIST.fullmatch(path):
-            val = _as_listed(val, _listed(root, path, files), "val", path)
+    train_lists = {match["kind"]: path for path in files if (match := TRAIN_LIST.fullmatch(path))}
+    if kind:  # of two lists, that of the pictures
+        train_lists = {of: path for of, path in train_lists.items() if of == kind}
+    if len(train_lists) > 1:
+        raise ValueError(
+            f"{root} holds the lists of both editions, {' and '.join(train_lists.values())}, and "
+            "nothing says which the pictures are: take one away"
+        )
+    for of, path in train_lists.items():
+        kind = of
+        train = _as_listed(train, _listed(root, path, files), "data", path)
+    for path in filter(VAL_LIST.fullmatch, files):
+        val = _as_listed(val, _listed(root, path, files), "val", path)
     if not train:
         raise ValueError(f"{root} holds no Places2: data_256, data_large or places365_standard")
     if not partial:
@@ -77,18 +90,22 @@ def _found(files: Files, root: str) -> tuple[dict[str, str], dict[str, str], str
     """Canonical names to paths for train and val, and which edition it is if the names say."""
     train: dict[str, str] = {}
     val: dict[str, str] = {}
-    sizes, kinds = set(), set()
-    for path in files:
+    sizes, folders, tars = set(), set(), set()
+    for path, member in files.items():
         if match := TRAIN.fullmatch(path):
             train[f"data_{match['size']}/{match['name']}"] = path
             sizes.add(match["size"])
-            kinds.add(match["kind"])
+            if member is None:
+                folders.add(match["kind"])
+            elif tar := TRAIN_TAR.fullmatch(member.tar or root):
+                tars.add(tar["kind"])
         elif match := VAL.fullmatch(path):
             val[f"val_{match['size']}/{match['name']}"] = path
             sizes.add(match["size"])
     if len(sizes) > 1:
         raise ValueError(f"{root} holds the 256 and the large pictures: point data.root at one")
-    if len(kinds) > 1:
+    kinds = (folders | tars) - {None}
+    if len(folders) > 1 or len(kinds) > 1:
         raise ValueError(f"{root} holds more than one edition: point data.root at one")
     if not train:
         for path in files:

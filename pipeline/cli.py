@@ -163,6 +163,11 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path(), help="folder to write")
     sub.add_argument("--base-url", help="a mirror of the official server")
     sub.set_defaults(command=_dataset, action="fetch")
+    sub = actions.add_parser(
+        "check-archives", help="read the archives of Places2 against their published MD5"
+    )
+    sub.add_argument("root", metavar="ROOT", help="a folder, a prefix on S3, or one archive")
+    sub.set_defaults(command=_dataset, action="check-archives")
 
 
 def _load(arguments: argparse.Namespace) -> config.Config:

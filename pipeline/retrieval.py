@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.catalogue import describe
-from data_prep.fetch import OFFICIAL, fetch
+from data_prep.fetch import OFFICIAL, check_archives, fetch
 from data_prep.shards import Dataset
 from data_prep.shards import verify as verify_dataset
 from pipeline import checkpoint
@@ -111,8 +111,21 @@ def _dataset_fetch(arguments: argparse.Namespace) -> bool:
     return True
 
 
+def _dataset_check_archives(arguments: argparse.Namespace) -> bool:
+    right = True
+    with progress("check", "bytes") as advance:
+        checked = check_archives(
+            arguments.root, progress=lambda done, total: advance(done, total, 0)
+        )
+        for name, fault in checked:
+            print(f"wrong {name} {fault}" if fault else f"ok {name}", flush=True)
+            right = right and not fault
+    return right
+
+
 DATASETS: Mapping[str, Action] = {
     "show": _dataset_show,
     "verify": _dataset_verify,
     "fetch": _dataset_fetch,
+    "check-archives": _dataset_check_archives,
 }

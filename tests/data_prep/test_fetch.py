@@ -21,9 +21,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.storage import open_store
 from data_prep import fetch as fetching
-from data_prep.fetch import FILES, LICENCE, FetchError, fetch
-from data_prep.places2 import ARCHIVES, Archive
+from data_prep.fetch import FILES, LICENCE, FetchError, check_archives, fetch
+from data_prep.places2 import ARCHIVES, LISTS, Archive
+from pipeline import cli
 
 NAME, FILE = "places2-val-256", "val_256.tar"
 DATA = random.Random(0).randbytes(300_000)
@@ -474,7 +476,63 @@ def test_another_file_of_that_name_is_left_as_it_is(
     server: Server, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(FetchError, match=r"is not the published archive: move it away"):
+    with pytest.raises(FetchError, match=r"is not the published archive, it has .*: move it away"):
         fetched(server, tmp_path)
     assert_whole(tmp_path / FILE, content)
     assert server.ranges == []
+
+
+@pytest.fixture
+def archives(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Small archives in place of the published ones; a size is known of the first only."""
+    small = {FILE: DATA, "val_large.tar": OTHER}
+    known = {FILE: published(DATA), "val_large.tar": published(OTHER)._replace(bytes=None)}
+    monkeypatch.setattr(fetching, "ARCHIVES", known)
+    return small
+
+
+@pytest.mark.parametrize("where", ["file", "s3"])
+def test_archives_are_checked_where_they_lie(
+    archives: dict[str, bytes], tmp_path: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path) if where == "file" else request.getfixturevalue("s3_url")
+    store = open_store(root)
+    for name, data in archives.items():
+        store.put(f"raw/{name}", data)
+    store.put("raw/other.tar", b"nobody knows this one")
+    told: list[tuple[int, int]] = []
+    checked = list(check_archives(root, progress=lambda *bytes: told.append(bytes)))
+    assert checked == [("raw/val_256.tar", ""), ("raw/val_large.tar", "")]
+    assert told[-1] == (600_000, 600_000)
+    assert told == sorted(told)
+    assert list(check_archives(f"{root}/raw/{FILE}")) == [(FILE, "")]
+    store.put(f"raw/{FILE}", DATA[:-1])
+    store.put("raw/val_large.tar", DATA)
+    assert dict(check_archives(root)) == {
+        "raw/val_256.tar": "has 299,999 bytes; the published one has 300,000",
+        "raw/val_large.tar": f"has MD5 {hashlib.md5(DATA).hexdigest()}; the published one has "
+        f"{hashlib.md5(OTHER).hexdigest()}",
+    }
+
+
+def test_official_lists_are_checked_with_the_archives(tmp_path: Path) -> None:
+    for name in LISTS:
+        (tmp_path / name).write_text("Places365_val_00000001.jpg 165\n")
+    assert [name for name, fault in check_archives(str(tmp_path)) if fault] == sorted(LISTS)
+
+
+def test_a_wrong_archive_fails_the_command_and_each_has_one_line(
+    archives: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["dataset", "check-archives", str(tmp_path)]
+    assert cli.main(command) == cli.MISTAKE
+    assert "holds no archive of Places2 under its published name" in capsys.readouterr().err
+    for name, data in archives.items():
+        (tmp_path / name).write_bytes(data)
+    assert cli.main(command) == cli.DONE
+    assert capsys.readouterr().out == "ok val_256.tar\nok val_large.tar\n"
+    (tmp_path / FILE).write_bytes(OTHER)
+    assert cli.main(command) == cli.MISTAKE
+    wrong, right = capsys.readouterr().out.splitlines()
+    assert wrong.startswith("wrong val_256.tar has MD5 ")
+    assert right == "ok val_large.tar"
