@@ -1,0 +1,82 @@
+"""One update of both networks against the plain transcription of the authors'."""
+
+import pytest
+import torch
+
+from benchmarks.reference import networks as reference
+from benchmarks.reference.step import train_step as reference_step
+from models import Discriminator, Generator
+from pipeline.batch import Batch, DeviceBatch
+from pipeline.engine import Adam, TorchEngine
+from pipeline.ranks import Ranks
+from pipeline.step import train_step
+from tests.models.golden import fill_discriminator, fill_generator
+
+
+def batch(seed: int) -> DeviceBatch:
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    mask[0, 16:40, 8:40] = 1
+    mask[1, 30:60, 20:60] = 1
+    image = torch.randint(256, (2, 64, 64, 3), generator=rng, dtype=torch.uint8)
+    return Batch(image, mask, torch.zeros_like(mask), ("a", "b")).to(torch.device("cpu"))
+
+
+def engines(width: int = 24) -> tuple[TorchEngine, TorchEngine]:
+    generator, discriminator = Generator(width=width), Discriminator()
+    fill_generator(generator)
+    fill_discriminator(discriminator)
+    return (
+        TorchEngine(generator, Adam(), Ranks(), None),
+        TorchEngine(discriminator, Adam(), Ranks(), None),
+    )
+
+
+def renamed(name: str) -> str:
+    """The transcription's name for one of the discriminator's tensors."""
+    ours = "parametrizations.weight"
+    return name.replace(f"{ours}.original", "weight").replace(f"{ours}.0._u", "u")
+
+
+def test_updates_are_those_of_the_transcription() -> None:
+    generator, discriminator = engines()
+    slow, slow_critic = reference.Generator(), reference.Discriminator()
+    slow.load_state_dict(generator.module.state_dict())
+    state = discriminator.module.state_dict()
+    slow_critic.load_state_dict({renamed(n): v for n, v in state.items() if not n.endswith("_v")})
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.5, 0.999), eps=1e-8)
+        for network in (slow, slow_critic)
+    ]
+    for seed in range(2):
+        pictures = batch(seed)
+        losses = train_step(pictures, generator, discriminator)
+        generator_loss = losses["loss/adversarial"] + losses["loss/l1_coarse"]
+        mine = losses["loss/discriminator"], generator_loss + losses["loss/l1_refined"]
+        theirs = reference_step(
+            pictures.image, pictures.mask, slow, slow_critic, optimizers[0], optimizers[1]
+        )
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    # Two power iterations an update: with the discriminator's own, and with the generator's.
+    for name, value in discriminator.module.state_dict().items():
+        if name.endswith("_u"):
+            expected = slow_critic.state_dict()[renamed(name)]
+            torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
+
+
+def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
+    gradients = []
+    for l1_weight, gan_weight in ((2, 3), (0, 3), (2, 0)):
+        generator, discriminator = engines(width=4)
+        train_step(batch(0), generator, discriminator, l1_weight=l1_weight, gan_weight=gan_weight)
+        gradient = generator.module.get_parameter("refine.merge.conv17.weight").grad
+        assert gradient is not None
+        gradients.append(gradient.clone())
+    both, adversarial, l1 = gradients
+    torch.testing.assert_close(adversarial + l1, both, atol=1e-6, rtol=1e-3)
+
+
+def test_a_sketch_is_for_guided_networks() -> None:
+    pictures = batch(0)
+    with pytest.raises(ValueError, match="takes no sketch"):
+        train_step(pictures, *engines(width=4), guided=True)
