@@ -6,17 +6,15 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.storage import Store
+from cluster.storage import Store, scratch_folder
 from data_prep.shards import (
     FORMAT,
     Dataset,
@@ -245,8 +243,8 @@ def count(parts: Iterable[Part]) -> dict[str, Any]:
 def _write_manifest(store: Store, shards: Sequence[Shard], digest: str) -> dict[str, Any]:
     """All rows in one file, shard by shard, so that millions fit into little memory."""
     schema = SCHEMA.with_metadata({"schema_version": "1", "dataset_digest": digest})
-    with tempfile.TemporaryDirectory(prefix="deepfill-") as folder:
-        path = Path(folder, "manifest.parquet")
+    with scratch_folder() as folder:
+        path = folder / "manifest.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for shard in shards:
                 rows = read_rows(store, shard.name)

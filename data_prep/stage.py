@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import logging
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import ray
 from jaxtyping import UInt8
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
-from cluster.storage import MissingKeyError, StorageError, Store, join, open_store
+from cluster.storage import MissingKeyError, Store, join, one_line, open_store, scratch_folder
 from data_prep.catalogue import (
     Part,
     part_of,
@@ -157,6 +156,7 @@ def build_dataset(
         hed_precision=hed_precision,
         hed_device=device,
     )
+    store.clear_unfinished()
     jobs = _jobs(pictures, recipe, name=name, url=url, root=root, samples=shard_samples, seed=seed)
     parts = _finished_parts(store, jobs, retry_failed)
     log.info(
@@ -322,11 +322,12 @@ class _Budget:
         if self._failed > self._share * self._pictures:
             raise ShardError(
                 f"{self._failed} of {self._pictures} pictures failed, more than "
-                f"max_failed_fraction={self._share}: {self.reasons()}"
+                f"max_failed_fraction={self._share}: {self.reasons()} "
+                "(retry_failed reads them again)"
             )
 
     def reasons(self) -> str:
-        return "; ".join(self._errors[:10])
+        return one_line("; ".join(self._errors[:10]))
 
 
 def _make_all(
@@ -387,7 +388,7 @@ def _result(reference: Any, job: Job) -> Part:
         ) from None
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, StorageError | ValueError):
+        if isinstance(cause, OSError | ValueError):  # told in one line; others are our mistakes
             raise cause from None
         raise
     return part
@@ -441,8 +442,8 @@ def make_shard(job: Job, detector: Any = None) -> Part:
 
     store = open_store(job.url)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="deepfill-") as folder:
-        known, known_recipe = _known(store, job.name, Path(folder, "before.tar"))
+    with scratch_folder() as folder:
+        known, known_recipe = _known(store, job.name, folder / "before.tar")
         samples = make_samples(
             job.pictures,
             job.recipe,
@@ -452,7 +453,7 @@ def make_shard(job: Job, detector: Any = None) -> Part:
             known_recipe=known_recipe,
             excluded=job.excluded,
         )
-        path = Path(folder, job.name)
+        path = folder / job.name
         shard = write_shard(path, _recorded(samples, job, rows), split=job.split, name=job.name)
         store.delete(record_key(job.name))  # of another plan, perhaps: it would lie from here on
         store.upload(path, job.name)

@@ -234,7 +234,7 @@ def test_many_writers_and_cleaners_lose_nothing(tmp_path: Path) -> None:
 def test_an_upload_that_was_killed_is_aborted_once_it_is_old(s3_url: str) -> None:
     store = open_store(s3_url)
     assert isinstance(store, S3Store)
-    unfinished = {"Bucket": "tests", "Prefix": s3_url.removeprefix("s3://tests/")}
+    unfinished: Any = {"Bucket": "tests", "Prefix": s3_url.removeprefix("s3://tests/")}
     with child(WRITES, s3_url) as process:
         assert process.stdin
         process.stdin.write(bytes(33 * storage.MIB))  # beyond the threshold, and then nothing
