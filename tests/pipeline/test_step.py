@@ -66,7 +66,7 @@ def test_updates_are_those_of_the_transcription() -> None:
 
 def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
     gradients = []
-    for l1_weight, gan_weight in ((2, 3), (0, 3), (2, 0)):
+    for l1_weight, gan_weight in ((2.0, 3.0), (0.0, 3.0), (2.0, 0.0)):
         generator, discriminator = engines(width=4)
         train_step(batch(0), generator, discriminator, l1_weight=l1_weight, gan_weight=gan_weight)
         gradient = generator.module.get_parameter("refine.merge.conv17.weight").grad
