@@ -2,8 +2,14 @@
 
 Anchors: Pillow (decode, Lanczos, encode at the same quality) with ``webdataset.ShardWriter``; for
 shards alone ``webdataset.ShardWriter`` and ``webdataset.tariterators``. Both sides read the same
-512-pixel JPEGs from memory and write to /dev/shm where there is one. Picture quality is told as
-PSNR of our scaled picture against full decoding and area scaling.
+JPEGs of 512 x 512 pixels from memory and write to /dev/shm where there is one. Ours takes the
+SHA-256 of the shard along the way; ``with_hashes`` also that of each source and the perceptual
+hash, as the build does.
+
+Picture quality is told as PSNR against full decoding and area scaling: of the scaled picture, and
+of the stored one, beside what the encoder alone does to the fully decoded one. The benchmark's own
+pictures are parts of bundled photographs; where DEEPFILL_DATA names a folder of real ones, each of
+its JPEGs that is large enough is compared, too.
 
 Run: ``python -m benchmarks.prep``. Written to ``results/prep.json``.
 """
@@ -12,9 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +45,21 @@ def main() -> None:
 
     cv2.setNumThreads(1)
     warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
-    files = _sources()
+    files = sources()
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         prep = interleaved(
             {
                 "pillow_webdataset": lambda: _pillow(files, Path(folder)),
                 "ours": lambda: _ours(files, Path(folder)),
+                "ours_with_hashes": lambda: _ours(files, Path(folder), hashes=True),
             }
         )
         samples = _samples(files)
         shards = interleaved(
             {
                 "webdataset_write": lambda: _write_webdataset(samples, Path(folder)),
-                "webdataset_write_and_digests": lambda: _digests(
+                "webdataset_write_and_sha256": lambda: _sha256(
                     _write_webdataset(samples, Path(folder))
                 ),
                 "ours_write": lambda: _write_ours(samples, Path(folder)),
@@ -64,21 +72,26 @@ def main() -> None:
                 "ours_read": lambda: _exhaust(read_samples(path)),
             }
         )
-    quality = [_psnr_db(data) for data in files]
+    quality = {"bundled": _quality(files)}
+    if real := os.environ.get("DEEPFILL_DATA"):
+        quality["real"] = _quality(
+            [path.read_bytes() for path in sorted(Path(real).rglob("*.jp*g"))]
+        )
     write_result(
         "prep",
         {
             "pictures_px": [SOURCE_PX, STORED_PX],
             "us_per_picture": {name: round(s / len(files) * 1e6) for name, s in prep.items()},
             "prep_ratio": round(prep["pillow_webdataset"] / prep["ours"], 2),
-            "psnr_db": {
-                "median": round(float(np.median(quality)), 1),
-                "least": round(min(quality), 1),
-            },
+            "prep_ratio_with_hashes": round(
+                prep["pillow_webdataset"] / prep["ours_with_hashes"], 2
+            ),
+            "psnr_db": quality,
+            "least_psnr_db_of_scaled": min(of["scaled"]["least"] for of in quality.values()),
             "us_per_sample": {name: round(s / SAMPLES * 1e6, 1) for name, s in shards.items()},
             "write_ratio": round(shards["webdataset_write"] / shards["ours_write"], 2),
-            "write_ratio_with_digests": round(
-                shards["webdataset_write_and_digests"] / shards["ours_write"], 2
+            "write_ratio_with_sha256": round(
+                shards["webdataset_write_and_sha256"] / shards["ours_write"], 2
             ),
             "read_ratio": round(shards["webdataset_read"] / shards["ours_read"], 2),
         },
@@ -86,20 +99,21 @@ def main() -> None:
     )
 
 
-def _sources() -> list[bytes]:
-    """JPEGs of the bundled photographs' parts, 512 pixels on the short side, as cameras save."""
+def sources(pictures: int = PICTURES) -> list[bytes]:
+    """Square JPEGs of 512 pixels a side, from parts of the bundled photographs, as cameras save."""
     import cv2
 
     from data_prep.pictures import decode
     from data_prep.sources import list_pictures, read_picture
 
     found = []
-    for picture in list_pictures("bundled")[:PICTURES]:
+    for picture in list_pictures("bundled")[:pictures]:
         decoded = decode(read_picture(picture, None))
         assert picture.crop is not None
         pixels = decoded.cropped(picture.crop).pixels
-        scale = SOURCE_PX / min(pixels.shape[:2])
-        large = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+        side = min(pixels.shape[:2])
+        square = pixels[:side, :side]
+        large = cv2.resize(square, (SOURCE_PX, SOURCE_PX), interpolation=cv2.INTER_CUBIC)
         buffer = io.BytesIO()
         Image.fromarray(large).save(buffer, "JPEG", quality=90)
         found.append(buffer.getvalue())
@@ -118,7 +132,7 @@ def _pillow(files: list[bytes], folder: Path) -> None:
             writer.write({"__key__": f"k{number:06d}", "jpg": buffer.getvalue(), "json": b"{}"})
 
 
-def _ours(files: list[bytes], folder: Path) -> None:
+def _ours(files: list[bytes], folder: Path, *, hashes: bool = False) -> None:
     from data_prep.maker import perceptual_hash
     from data_prep.pictures import decode, encode_jpeg, fit
     from data_prep.shards import RawSample, write_shard
@@ -126,7 +140,9 @@ def _ours(files: list[bytes], folder: Path) -> None:
     def samples() -> Iterator[RawSample]:
         for number, data in enumerate(files):
             pixels = fit(decode(data, enough_px=2 * STORED_PX), STORED_PX)
-            perceptual_hash(pixels)
+            if hashes:
+                hashlib.sha256(data).hexdigest()
+                perceptual_hash(pixels)
             yield RawSample(f"k{number:06d}", encode_jpeg(pixels, QUALITY), b"", b"{}")
 
     write_shard(folder / "prep.tar", samples(), split="train", name="prep.tar")
@@ -143,11 +159,10 @@ def _samples(files: list[bytes]) -> list[RawSample]:
     ]
 
 
-def _digests(path: Path) -> None:
-    """What our writer does along the way: index.json has both."""
-    for name in ("sha256", "md5"):
-        with path.open("rb") as file:
-            hashlib.file_digest(file, name)
+def _sha256(path: Path) -> None:
+    """What our writer does along the way."""
+    with path.open("rb") as file:
+        hashlib.file_digest(file, "sha256")
 
 
 def _write_webdataset(samples: list[RawSample], folder: Path) -> Path:
@@ -181,13 +196,39 @@ def _exhaust(samples: Iterator[Any]) -> None:
         pass
 
 
-def _psnr_db(data: bytes) -> float:
-    from data_prep.pictures import Decoded, decode, encode_jpeg, fit
+def _quality(files: Sequence[bytes]) -> dict[str, Any]:
+    """PSNR of ``files``, where they are JPEGs of twice the stored size or more."""
+    import cv2
 
-    whole = decode(data)
-    expected = fit(Decoded(whole.pixels, whole.width, whole.height), STORED_PX).astype(np.float64)
-    stored = decode(encode_jpeg(fit(decode(data, enough_px=2 * STORED_PX), STORED_PX), QUALITY))
-    return float(10 * np.log10(255**2 / np.mean((stored.pixels - expected) ** 2)))
+    from data_prep.pictures import PictureError, decode, encode_jpeg, fit
+
+    found: dict[str, list[float]] = {"scaled": [], "stored": [], "stored_after_full_decoding": []}
+    for data in files:
+        try:
+            whole = decode(data)
+        except PictureError:
+            continue
+        if min(whole.width, whole.height) < SOURCE_PX:
+            continue
+        scaled = fit(decode(data, enough_px=2 * STORED_PX), STORED_PX)
+        size = (scaled.shape[1], scaled.shape[0])
+        expected = cv2.resize(whole.pixels, size, interpolation=cv2.INTER_AREA)
+        for name, pixels in {
+            "scaled": scaled,
+            "stored": decode(encode_jpeg(scaled, QUALITY)).pixels,
+            "stored_after_full_decoding": decode(encode_jpeg(expected, QUALITY)).pixels,
+        }.items():
+            found[name].append(_psnr_db(pixels, expected))
+    told: dict[str, Any] = {"pictures": len(found["scaled"])}
+    return told | {
+        name: {"median": round(float(np.median(of)), 1), "least": round(min(of), 1)}
+        for name, of in found.items()
+    }
+
+
+def _psnr_db(pixels: Any, expected: Any) -> float:
+    error = np.mean((pixels.astype(np.float64) - expected) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 if __name__ == "__main__":
