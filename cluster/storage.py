@@ -29,6 +29,7 @@ from botocore.exceptions import FlexibleChecksumError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from pyarrow import NativeFile
     from pyarrow.fs import FileSystem
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,24 @@ def pyarrow_filesystem(url: str) -> tuple[FileSystem, str]:
     if certificates := os.environ.get("AWS_CA_BUNDLE"):
         options["tls_ca_file_path"] = certificates
     return fs.S3FileSystem(**options), _s3_path(url)
+
+
+def open_version(url: str, version: str | None = None) -> tuple[NativeFile, str]:
+    """``url`` for reading anywhere in it, from many threads; and what tells this file from others.
+
+    ``version`` is what an earlier call returned: StorageError if the file was replaced since then,
+    for places in it that were noted down would hold something else. Raises OSError as pyarrow does.
+    """
+    filesystem, path = pyarrow_filesystem(url)
+    file = filesystem.open_input_file(path)
+    if etag := file.metadata().get("ETag"):  # on S3
+        found = etag.decode()
+    else:
+        found = f"{file.size()} bytes of {filesystem.get_file_info(path).mtime_ns}"
+    if version not in (None, found):
+        file.close()
+        raise StorageError(f"{url} was replaced since it was listed: run the same command again")
+    return file, found
 
 
 class FileStore:

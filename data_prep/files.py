@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.storage import MissingKeyError, StorageError, join, open_store, pyarrow_filesystem
+from cluster.storage import (
+    MissingKeyError,
+    StorageError,
+    join,
+    one_line,
+    open_store,
+    open_version,
+)
 from data_prep.parquet import Row, read_row
 from data_prep.shards import Split
-
-log = logging.getLogger(__name__)
 
 Subject = Literal["scene", "face"]
 
@@ -38,6 +42,8 @@ class Member:
     """The tar's path relative to the root; empty where the root is the tar."""
     offset: int
     size: int
+    version: str
+    """Of the tar, when it was listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +97,11 @@ def read_file(root: str, path: str, member: Member | Row | None = None) -> bytes
         return read_row(root, member)
     url = join(root, member.tar) if member.tar else root
     try:
-        data: bytes = _opened(url).read_at(member.size, member.offset)
+        data: bytes = _opened(url, member.version).read_at(member.size, member.offset)
     except FileNotFoundError as error:
         raise MissingKeyError(f"{url}: the tar is gone") from error
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"{url}: {error}") from error
     if len(data) != member.size:
@@ -102,9 +110,8 @@ def read_file(root: str, path: str, member: Member | Row | None = None) -> bytes
 
 
 @functools.lru_cache(maxsize=16)
-def _opened(url: str) -> Any:
-    filesystem, path = pyarrow_filesystem(url)
-    return filesystem.open_input_file(path)  # its read_at may be called from many threads
+def _opened(url: str, version: str) -> Any:
+    return open_version(url, version)[0]
 
 
 def key_of(path: str) -> str:
@@ -152,6 +159,8 @@ def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:
     url = join(root, tar) if tar else root
     folder, _, name = url.rpartition("/")
     with open_store(folder or ".").open(name) as file:
+        opened, version = open_version(url)
+        opened.close()
         try:
             with tarfile.open(fileobj=file, mode="r:" if file.seekable() else "r|") as archive:
                 while (info := archive.next()) is not None:
@@ -159,9 +168,9 @@ def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:
                     archive.members.clear()  # type: ignore[attr-defined]
                     path = info.name.removeprefix("./")
                     if info.isreg() and not _hidden(path):
-                        yield path, Member(tar, info.offset_data, info.size)
+                        yield path, Member(tar, info.offset_data, info.size, version)
         except tarfile.TarError as error:
-            raise ValueError(f"{url} is no whole tar: {error}") from error
+            raise ValueError(one_line(f"{url} is no whole tar: {error}")) from error
 
 
 def _hidden(path: str) -> bool:
@@ -180,20 +189,37 @@ def walk_files(root: str) -> Iterator[str]:
 
 
 def _walk(folder: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Links are followed, except those that lead back into a folder on the way here."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
+    """Links are followed, except those that lead back into a folder on the way here.
+
+    Those that lead nowhere count as files, so a picture is missed by its name. A folder that
+    cannot be listed is an error: nobody would miss what is in it.
+    """
+    try:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return  # it went away since its name was read
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: {error.strerror}: folders of pictures must be readable, so change that "
+            "or move it elsewhere"
+        ) from error
     for entry in found:
         if entry.name.startswith("."):
             continue
-        try:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{below}{entry.name}/", above | {identity})
-            elif entry.is_file() or not Path(entry.path).exists():
-                yield below + entry.name  # a dead link counts: its picture will be missed by name
-        except OSError as error:
-            log.warning("left out path=%s: %s", entry.path, error.strerror)
+        if _is(entry.is_dir):
+            yield from _walk(entry.path, f"{below}{entry.name}/", above | {identity})
+        elif _is(entry.is_file) or not _is(Path(entry.path).exists):  # and no pipe or device
+            yield below + entry.name
+
+
+def _is(ask: Callable[[], bool]) -> bool:
+    """False, too, for links in a circle, or to where we may not go."""
+    try:
+        return ask()
+    except OSError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 CHUNK = 16  # pictures that are read ahead, and that may wait for their edges together
 BATCH = 8  # pictures of one size that go through the network together
 READERS = 8  # threads, for storage that answers slowly
+FAULTS_OF_A_FILE = {
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+}
 
 Row = dict[str, Any]
 Batch = UInt8[np.ndarray, "batch height width 3"]
@@ -201,8 +205,9 @@ def _content(data: Future[bytes]) -> bytes:
     except MissingKeyError:
         raise PictureError("missing", "the file is gone") from None
     except StorageError as error:
-        if isinstance(error.__cause__, PermissionError | IsADirectoryError):
-            raise PictureError("unreadable", str(error.__cause__.strerror)) from None
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in FAULTS_OF_A_FILE:
+            raise PictureError("unreadable", str(cause.strerror)) from None
         raise
 
 

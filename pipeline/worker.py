@@ -62,6 +62,8 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
         keep=cfg.train.keep_checkpoints,
         best=BEST,
     )
+    if ranks.first:
+        run_store(cfg).clear_unfinished()
     state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
 

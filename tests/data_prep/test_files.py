@@ -66,8 +66,21 @@ def test_a_tar_cut_short_is_an_error_that_names_it(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:7000])
     with pytest.raises(ValueError, match=r"pictures\.tar is no whole tar"):
         list_files(str(path))
-    with pytest.raises(StorageError, match=r"ends inside b\.jpg"):
+    with pytest.raises(StorageError, match=r"pictures\.tar was replaced since it was listed"):
         read_file(str(path), "b.jpg", files["b.jpg"])
+
+
+def test_places_in_a_tar_are_good_for_that_tar_only(tmp_path: Path, s3_url: str) -> None:
+    url, store = f"{s3_url}/pictures.tar", open_store(s3_url)
+    path = tar_of(tmp_path / "pictures.tar", {"a.jpg": b"one", "b.jpg": b"two"})
+    store.upload(path, "pictures.tar")
+    listed = {root: list_files(root) for root in (str(path), url)}
+    tar_of(path, {"b.jpg": b"TWO", "a.jpg": b"ONE", "c.jpg": b""})  # a.jpg is now elsewhere
+    store.upload(path, "pictures.tar")
+    for root, files in listed.items():
+        with pytest.raises(StorageError, match="replaced since it was listed: run the same"):
+            read_file(root, "a.jpg", files["a.jpg"])
+        assert contents(root, list_files(root))["a.jpg"] == b"ONE"
 
 
 def test_a_tar_that_went_away_is_missed(tmp_path: Path) -> None:
