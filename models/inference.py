@@ -43,7 +43,8 @@ def fill(
     if needed > max_memory_bytes:
         raise ValueError(
             f"filling {len(image)} × {height}×{width} pixels takes {needed / 2**30:.2f} GiB, but "
-            f"{max_memory_bytes / 2**30:.2f} GiB are allowed: fill fewer at a time, or allow more"
+            f"{max_memory_bytes / 2**30:.2f} GiB are allowed: fill fewer or smaller ones at a time, "
+            "or allow more"
         )
 
     def pad(picture: Features) -> NewFeatures:
@@ -60,9 +61,10 @@ def fill(
 
 
 def memory_bytes(batch: int, height: int, width: int) -> int:
-    """The least that ``fill`` needs for pictures whose sides are multiples of 8."""
-    pixels = batch * height * width
-    band = batch * attention_bytes(height // STRIDE, width // STRIDE, 1)
+    """The least that ``fill`` can do with, beside weights and program; sides rounded up to 8s."""
+    rows, columns = -(-height // STRIDE), -(-width // STRIDE)
+    pixels = batch * rows * columns * STRIDE**2
+    band = batch * attention_bytes(rows, columns, 1)
     return max(LAYER_BYTES * pixels, KEPT_BYTES * pixels + band)
 
 

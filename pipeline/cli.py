@@ -76,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole; file or folder")
     sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
     sub.add_argument("--out", type=Path, required=True, help="file or folder to write")
+    sub.add_argument(
+        "--memory-gib", type=float, help="most to fill with; else most of what is free"
+    )
     sub.set_defaults(command=_inpaint)
 
     _add_weights(commands.add_parser("weights", help="weights of other codes in, ONNX out"))
@@ -217,8 +220,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def _inpaint(arguments: argparse.Namespace) -> int:
     from pipeline.inpaint import inpaint
 
+    memory = arguments.memory_gib
     for path in inpaint(
-        arguments.weights, arguments.image, arguments.mask, arguments.out, sketch=arguments.sketch
+        arguments.weights,
+        arguments.image,
+        arguments.mask,
+        arguments.out,
+        sketch=arguments.sketch,
+        max_memory_bytes=None if memory is None else int(memory * 2**30),
     ):
         print(path)
     return DONE

@@ -1,5 +1,6 @@
 """Fill the holes of one picture, or of a folder of them."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from data_prep.masks import Mask
 from data_prep.pictures import PictureError, Pixels, decode
 from models import Generator
-from models.inference import fill
+from models.inference import fill, memory_bytes
 from models.masking import guide
 from pipeline.networks import load_generator
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 HOLE_ABOVE = 127.5  # spec section 5.3: white is the hole
@@ -21,14 +24,21 @@ MOSTLY_HOLE = 0.9
 
 
 def inpaint(
-    weights: str, image: Path, mask: Path, out: Path, *, sketch: Path | None = None
+    weights: str,
+    image: Path,
+    mask: Path,
+    out: Path,
+    *,
+    sketch: Path | None = None,
+    max_memory_bytes: int | None = None,
 ) -> Iterator[Path]:
     """Fill ``image`` where ``mask`` is white; yields each file written.
 
     With a folder of images, ``mask`` and ``sketch`` are folders with files of the same stem, or one
     file for all, and ``out`` is a folder. ``sketch`` is white strokes on black; only those inside
     the hole count. Outputs are PNG unless ``out`` has another suffix; known pixels are unchanged.
-    Every picture is checked before the first one is filled.
+    ``max_memory_bytes`` as in ``models.inference.fill``. Every picture is looked for before the
+    first one is filled.
     """
     jobs = list(_jobs(image, mask, sketch, out))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +47,7 @@ def inpaint(
         raise ValueError(f"{weights} takes no sketch: leave out --sketch, or use guided weights")
     for picture, hole, strokes, target in jobs:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fill_file(generator, device, picture, hole, strokes, target)
+        _fill_file(generator, device, picture, hole, strokes, target, max_memory_bytes)
         yield target
 
 
@@ -87,6 +97,7 @@ def _fill_file(
     hole: Path,
     strokes: Path | None,
     target: Path,
+    max_memory_bytes: int | None,
 ) -> None:
     original = read_picture(picture)
     mask = binary_picture(hole, original.shape[:2], picture)
@@ -104,7 +115,12 @@ def _fill_file(
             np.zeros_like(mask) if strokes is None else binary_picture(strokes, mask.shape, picture)
         )
         sketch_tensor = guide(plane(drawn, device), mask_tensor)
-    completed = fill(generator, image_tensor, mask_tensor, sketch_tensor)
+    height, width = mask.shape
+    needed = memory_bytes(1, height, width) / 2**30
+    log.info("filling picture=%s size=%dx%d needs_gib=%.2f", picture, width, height, needed)
+    completed = fill(
+        generator, image_tensor, mask_tensor, sketch_tensor, max_memory_bytes=max_memory_bytes
+    )
     filled = ((completed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
     # From the bytes, not from the network: known pixels stay exactly as they were.
     result = np.where(mask[..., None] > 0, filled.to("cpu", torch.uint8).numpy(), original)

@@ -64,6 +64,25 @@ def test_strokes_inside_the_hole_change_the_fill_of_a_guided_generator(tmp_path)
     assert plain.read_bytes() != led.read_bytes()
 
 
+def test_a_picture_that_takes_more_memory_than_allowed_is_refused(weights, tmp_path, capsys):
+    draw(tmp_path)
+    image, mask, out = (str(tmp_path / f"{name}.png") for name in ("image", "mask", "filled"))
+    command = ["inpaint", weights, image, mask, "--out", out]
+    assert cli.main([*command, "--memory-gib", "0.001"]) == cli.MISTAKE
+    assert "37×50 pixels takes 0.00 GiB, but 0.00 GiB are allowed" in capsys.readouterr().err
+    assert not (tmp_path / "filled.png").exists()
+    assert cli.main([*command, "--memory-gib", "0.5"]) == cli.DONE
+    assert (tmp_path / "filled.png").exists()
+
+
+def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, caplog):
+    draw(tmp_path, height=120, width=100)
+    paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
+    with caplog.at_level("INFO"):
+        list(inpaint(weights, *paths))
+    assert "size=100x120 needs_gib=0.01" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
