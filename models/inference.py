@@ -43,8 +43,8 @@ def fill(
     if needed > max_memory_bytes:
         raise ValueError(
             f"filling {len(image)} × {height}×{width} pixels takes {needed / 2**30:.2f} GiB, but "
-            f"{max_memory_bytes / 2**30:.2f} GiB are allowed: fill fewer or smaller ones at a time, "
-            "or allow more"
+            f"{max_memory_bytes / 2**30:.2f} GiB are allowed: fill fewer or smaller ones at a "
+            "time, or allow more"
         )
 
     def pad(picture: Features) -> NewFeatures:
