@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.goals import table, write_table
 from benchmarks.timing import SKIPPED
 
-ON_CPU = ("masks", "loader", "metrics", "prep", "attention", "inference", "step")
+ON_CPU = ("masks", "loader", "metrics", "prep", "plan", "attention", "inference", "step")
 ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"]}
 
 

@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from data_prep.shards import (
     shard_from_index,
 )
 from data_prep.sheet import contact_sheet
+
+READERS = 16  # threads, for storage that answers slowly
 
 WORDS = pa.dictionary(pa.int8(), pa.string())
 # Lists of open length: pyarrow cannot read back null entries in lists of fixed size.
@@ -163,9 +166,22 @@ def read_part(store: Store, shard: str) -> Part:
         raise ValueError(f"{record_key(shard)} is a record of another version: {error}") from error
 
 
-def read_rows(store: Store, shard: str) -> pa.Table:
-    """The rows of the manifest that one shard has."""
-    return pq.read_table(pa.BufferReader(store.get(rows_key(shard))), schema=SCHEMA)
+def read_rows(
+    store: Store, shards: Sequence[str], columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of the manifest that each shard has, some or all of their columns.
+
+    A few are read at a time: quickly also from storage that answers slowly, and no more than a few
+    are in memory.
+    """
+
+    def read(shard: str) -> pa.Table:
+        data = pa.BufferReader(store.get(rows_key(shard)))
+        return pq.read_table(data, columns=columns, schema=SCHEMA)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(shards), READERS):
+            yield from pool.map(read, shards[first : first + READERS])
 
 
 def record_key(shard: str) -> str:
@@ -246,8 +262,7 @@ def _write_manifest(store: Store, shards: Sequence[Shard], digest: str) -> dict[
     with scratch_folder() as folder:
         path = folder / "manifest.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for shard in shards:
-                rows = read_rows(store, shard.name)
+            for rows in read_rows(store, [shard.name for shard in shards]):
                 writer.write_table(rows.replace_schema_metadata(schema.metadata))
         store.upload(path, "manifest.parquet")
         with path.open("rb") as file:

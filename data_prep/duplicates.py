@@ -10,6 +10,15 @@ import pyarrow.compute as pc
 
 NEAR_BITS = 3  # of 64: the same picture scaled or compressed anew differs by less, others by more
 BANDS = 4  # one of them agrees in full where no more than 3 bits differ
+_PLAIN = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("source_sha256", pa.string()),
+        ("phash", pa.int64()),
+    ]
+)
+COLUMNS = _PLAIN.names  # of the manifest, that are looked at
 
 
 def find_duplicates(tables: Iterable[pa.Table]) -> dict[str, str]:
@@ -17,11 +26,14 @@ def find_duplicates(tables: Iterable[pa.Table]) -> dict[str, str]:
 
     ``tables`` are rows of manifests; pictures without a perceptual hash play no part.
     """
-    columns = ["key", "split", "source_sha256", "phash"]
-    rows = pa.concat_tables([table.select(columns).cast(_PLAIN) for table in tables])
-    rows = rows.filter(pc.is_valid(rows["phash"]))
-    train = rows.filter(pc.equal(rows["split"], "train"))
-    val = rows.filter(pc.equal(rows["split"], "val"))
+    # Split table by table, so that there is never a second copy of the strings of millions.
+    found_in: dict[str, list[pa.Table]] = {"train": [], "val": []}
+    for table in tables:
+        rows = table.select(COLUMNS).cast(_PLAIN)
+        rows = rows.filter(pc.is_valid(rows["phash"]))
+        for split, parts in found_in.items():
+            parts.append(rows.filter(pc.equal(rows["split"], split)))
+    train, val = (pa.concat_tables([_PLAIN.empty_table(), *parts]) for parts in found_in.values())
     val_keys = val["key"].to_pylist()
     found: dict[str, str] = {}
     for train_row, val_row, bits in _near_pairs(_hashes(train), _hashes(val)):
@@ -34,16 +46,6 @@ def find_duplicates(tables: Iterable[pa.Table]) -> dict[str, str]:
         other = by_bytes[train["source_sha256"][train_row].as_py()]
         found[train["key"][train_row].as_py()] = f"the same file as {other}"
     return found
-
-
-_PLAIN = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("source_sha256", pa.string()),
-        ("phash", pa.int64()),
-    ]
-)
 
 
 def _hashes(rows: pa.Table) -> np.ndarray:

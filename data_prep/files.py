@@ -174,7 +174,7 @@ def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:
 
 
 def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
+    return path.startswith(".") or "/." in path
 
 
 def walk_files(root: str) -> Iterator[str]:

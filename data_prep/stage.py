@@ -35,7 +35,7 @@ from data_prep.catalogue import (
     rows_key,
     write_part,
 )
-from data_prep.duplicates import find_duplicates
+from data_prep.duplicates import COLUMNS, find_duplicates
 from data_prep.files import Picture, Subject
 from data_prep.maker import Batch, Known, Recipe, Row, make_samples
 from data_prep.pictures import MAX_PIXELS
@@ -278,8 +278,7 @@ def _finished_parts(store: Store, jobs: Sequence[Job], retry_failed: bool) -> di
 
 def _without_duplicates(store: Store, jobs: Sequence[Job]) -> list[Job]:
     """The jobs, told which of their pictures are held out as well."""
-    with ThreadPoolExecutor(16) as pool:
-        found = find_duplicates(pool.map(lambda job: read_rows(store, job.name), jobs))
+    found = find_duplicates(read_rows(store, [job.name for job in jobs], COLUMNS))
     if found:
         log.info("duplicates of held-out pictures dropped from train count=%d", len(found))
     excluded = [
@@ -467,7 +466,7 @@ def _known(store: Store, name: str, path: Path) -> tuple[dict[str, Known], dict[
     try:
         part = read_part(store, name)
         store.download(name, path)
-        table = read_rows(store, name)
+        (table,) = read_rows(store, [name])
     except (MissingKeyError, ValueError):
         return {}, None
     with path.open("rb") as file:

