@@ -79,7 +79,8 @@ def fetch(
     is cut or silent for ``timeout_s``; after ``tries`` failures in a row, with ``back_off_s``
     seconds and then twice as many each time between them, the part is kept and FetchError raised.
     Raises ValueError without ``accept_licence``, for an unknown archive and a bad ``base_url``;
-    FetchError where server, disk or content are not as they should be.
+    FetchError where server, disk or content are not as they should be; StorageError where what is
+    there already cannot be read.
     """
     if archive not in FILES:
         raise ValueError(f"{archive} is no archive known here; there are {', '.join(FILES)}")
