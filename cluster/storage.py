@@ -525,9 +525,13 @@ _REMEDIES = {
     ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"): (
         "the credentials have expired: renew AWS_SESSION_TOKEN and its keys"
     ),
-    ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"): (
+    ("AccessDenied", "Forbidden", "AllAccessDisabled"): (
         "{server} denied access: these credentials need "
         "s3:GetObject, PutObject, DeleteObject and ListBucket there"
+    ),
+    ("403",): (  # all that a server says to HEAD
+        "{server} denied access: AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID, "
+        "or these credentials lack s3:GetObject and ListBucket there"
     ),
     ("RequestTimeTooSkewed",): "the clock of this machine differs from the server's: set it right",
     ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"): (
@@ -685,7 +689,11 @@ def _create(path: Path) -> BinaryIO:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """A new folder, locked; False where it was cleared away before that."""
-    opened = os.open(folder, os.O_RDONLY)
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
     try:
         yield _lock(folder, opened)
     finally:

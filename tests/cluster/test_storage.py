@@ -276,6 +276,21 @@ with scratch_folder() as folder:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_many_scratch_folders_do_not_clear_one_another_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def use(number: int) -> None:
+        with scratch_folder() as mine:
+            (mine / "shard.tar").write_bytes(b"x")
+            assert (mine / "shard.tar").read_bytes() == b"x"
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(400)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_scratch_folder_on_a_full_disk_says_how_to_use_another() -> None:
     full = r"No space left on device: .* set TMPDIR"
     with pytest.raises(StorageError, match=full), scratch_folder():
