@@ -59,6 +59,7 @@ Progress = Callable[[int, int, int], None]
 """Called with the pictures done, those there are in all, and those that failed."""
 
 RETRIES = 5  # of a shard whose worker or node was lost; its own errors are not tried again
+CANCEL_S = 10  # until workers that were told to end have ended
 AHEAD = 2  # shards queued beyond those that run, so that no processor waits for the driver
 
 
@@ -373,6 +374,11 @@ def _make(
         for reference in running:
             with contextlib.suppress(RayError):
                 ray.cancel(reference, force=True)
+        if running:
+            ended, _ = ray.wait(list(running), num_returns=len(running), timeout=CANCEL_S)
+            for reference in ended:  # errors that nobody asks for, Ray prints with their tracebacks
+                with contextlib.suppress(RayError):
+                    ray.get(reference)
         for detector in detectors:
             ray.kill(detector)
 
