@@ -107,6 +107,8 @@ class Part:
     density_sum: float
     errors: list[str]
     """The first few pictures that failed, with the reason."""
+    peak_bytes: int = 0
+    """The most memory that one of the processes which made it has held until then."""
 
     @property
     def pictures(self) -> int:
@@ -124,6 +126,7 @@ def part_of(
     plan: str,
     recipe: dict[str, Any],
     excluded: dict[str, str],
+    peak_bytes: int = 0,
 ) -> Part:
     used = [row for row in rows if row["status"] == "ok"]
     failed = [row for row in rows if row["status"] == "failed"]
@@ -140,6 +143,7 @@ def part_of(
             f"{row['source_path']}: {row['error_type']}: {row['error_message']}"
             for row in failed[:10]
         ],
+        peak_bytes=peak_bytes,
     )
 
 

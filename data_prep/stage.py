@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import re
+import resource
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,15 @@ import ray
 from jaxtyping import UInt8
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
-from cluster.storage import MissingKeyError, Store, join, one_line, open_store, scratch_folder
+from cluster.storage import (
+    MIB,
+    MissingKeyError,
+    Store,
+    join,
+    one_line,
+    open_store,
+    scratch_folder,
+)
 from data_prep.catalogue import (
     Part,
     part_of,
@@ -188,7 +197,10 @@ def build_dataset(
     }
     publish(store, ordered, name=name, source=source, requested=requested, shaping=shaping)
     dataset = Dataset.open(url)
-    log.info("data set finished url=%s digest=%s", url, dataset.digest)
+    peak = max(part.peak_bytes for part in ordered)
+    log.info(
+        "data set finished url=%s digest=%s peak_worker_mib=%d", url, dataset.digest, peak / MIB
+    )
     return dataset
 
 
@@ -437,6 +449,9 @@ class EdgeActor:
     def strokes(self, pictures: Batch) -> UInt8[np.ndarray, "batch height width"]:
         return (self._detect(pictures) > self._threshold).astype(np.uint8)
 
+    def peak_bytes(self) -> int:
+        return _peak_bytes()
+
 
 def make_shard(job: Job, detector: Any = None) -> Part:
     """Make one shard: the tar, then its rows, then the record that says it is finished."""
@@ -462,9 +477,22 @@ def make_shard(job: Job, detector: Any = None) -> Part:
         shard = write_shard(path, _recorded(samples, job, rows), split=job.split, name=job.name)
         store.delete(record_key(job.name))  # of another plan, perhaps: it would lie from here on
         store.upload(path, job.name)
-    part = part_of(shard, rows, plan=job.plan, recipe=job.recipe.record(), excluded=job.excluded)
+    peaks = [_peak_bytes()] + ([ray.get(detector.peak_bytes.remote())] if detector else [])
+    part = part_of(
+        shard,
+        rows,
+        plan=job.plan,
+        recipe=job.recipe.record(),
+        excluded=job.excluded,
+        peak_bytes=max(peaks),
+    )
     write_part(store, part, rows)
     return part
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _known(store: Store, name: str, path: Path) -> tuple[dict[str, Known], dict[str, Any] | None]:

@@ -20,7 +20,7 @@ from PIL import Image
 from cluster.services import S3Server
 from cluster.session import LOOPBACK
 from cluster.storage import StorageError, open_store
-from data_prep.catalogue import describe
+from data_prep.catalogue import describe, read_part
 from data_prep.pictures import decode, encode_jpeg, fit
 from data_prep.shards import Dataset, ShardError, verify
 from data_prep.sources import list_pictures, read_picture
@@ -154,6 +154,12 @@ def test_index_sizes_and_card_agree_with_the_shards(undisturbed: Path) -> None:
     with Image.open(undisturbed / "contact_sheet.png") as sheet:
         assert sheet.width == 4 * 2 * 128
     assert describe(Dataset.open(str(undisturbed)))["pictures"] == "24 ok, 1 skipped, 3 failed"
+
+
+def test_the_record_of_a_shard_tells_the_peak_memory_of_its_worker(undisturbed: Path) -> None:
+    store = open_store(str(undisturbed))
+    for shard in Dataset.open(str(undisturbed)).index:
+        assert 2**26 < read_part(store, shard.name).peak_bytes < 2**33
 
 
 def test_a_finished_data_set_comes_back_at_once(
