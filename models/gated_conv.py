@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,23 +55,35 @@ class Convolution(nn.Module):
         super().__init__()
         self.kernel, self.stride, self.dilation = kernel, stride, dilation
         self.upsample, self.padding, self.activation = upsample, padding, activation
+        self.in_phases = upsample and kernel == 3 and padding != "reflect"
         raw = self.raw_channels * outputs
         self.weight = nn.Parameter(torch.empty(raw, inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(raw))
         nn.init.xavier_uniform_(self.weight)  # for a gated one: over features and gates together
 
-    def convolve(self, features: Features, weight: Tensor, bias: Tensor | None) -> NewFeatures:
-        """The bare convolution with this layer's geometry."""
-        if self.upsample and self.kernel == 3 and self.padding != "reflect":
-            return _upsampled_conv3(features, weight, bias)
+    def convolve(
+        self, features: Features, weight: Tensor, bias: Tensor | None, halves: int = 1
+    ) -> Tensor:
+        """The bare convolution with this layer's geometry; ``placed`` makes a picture of it.
+
+        What is done to every pixel alike may be done in between, to each of ``halves`` equal groups
+        of channels in its own way.
+        """
+        if self.in_phases:
+            return _upsampled_conv3(features, weight, bias, halves)
         if self.upsample:
             features = F.interpolate(features, scale_factor=2.0, mode="nearest")
         features, padding = self._pad(features)
         return F.conv2d(features, weight, bias, self.stride, padding, self.dilation)
 
+    def placed(self, outputs: Tensor) -> NewFeatures:
+        """What was convolved with its pixels in place."""
+        return _Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call,no-any-return]
+
     def count_known(self, known: Mask) -> NewMask:
         """How many pixels of each window are known; ``known`` is 1 there, unlike other masks."""
-        return self.convolve(known, known.new_ones(1, 1, self.kernel, self.kernel), None)
+        ones = known.new_ones(1, 1, self.kernel, self.kernel)
+        return self.placed(self.convolve(known, ones, None))
 
     def _pad(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``features``, padded where the convolution itself cannot; what is left for it to pad."""
@@ -98,7 +110,7 @@ class Conv(Convolution):
     """A convolution with bias, and an activation if asked."""
 
     def forward(self, features: Features) -> NewFeatures:
-        raw = self.convolve(features, self.weight, self.bias)
+        raw = self.placed(self.convolve(features, self.weight, self.bias))
         return raw if self.activation is None else ACTIVATIONS[self.activation](raw)
 
 
@@ -109,11 +121,16 @@ class GatedConv(Convolution):
     fused = False
 
     def forward(self, features: Features) -> NewFeatures:
-        raw = self.convolve(features, self.weight, self.bias)
         if self.fused and not torch.compiler.is_compiling():
-            fused: Tensor = _fused_gate()(raw, self.activation)
-            return fused
-        return gated(raw, self.activation)
+            raw = self.convolve(features, self.weight, None, halves=2)
+            return self.placed(_fused(raw, self.bias, self.activation))
+        raw = self.convolve(features, self.weight, self.bias, halves=2)
+        return self.placed(gated(raw, self.activation))
+
+    def gates(self, features: Features) -> NewFeatures:
+        """σ(gate): how much of each feature passes, in [0, 1]."""
+        raw = self.convolve(features, self.weight, self.bias, halves=2)
+        return self.placed(torch.sigmoid(raw.chunk(2, dim=1)[1]))
 
 
 class PartialConv(Convolution):
@@ -126,7 +143,7 @@ class PartialConv(Convolution):
 
     def forward(self, features: Features, known: Mask) -> tuple[NewFeatures, NewMask]:
         """New features, and where they are known."""
-        raw = self.convolve(features * known, self.weight, None)
+        raw = self.placed(self.convolve(features * known, self.weight, None))
         counts = self.count_known(known).float()
         any_known = (counts > 0.5).to(known.dtype)
         scale = any_known * self.kernel**2 / counts.clamp_min(1)
@@ -136,7 +153,7 @@ class PartialConv(Convolution):
         return outputs, any_known
 
 
-def gated(raw: Features, activation: Activation | None) -> NewFeatures:
+def gated(raw: Tensor, activation: Activation | None) -> Tensor:
     """φ of the first half of the channels, times σ of the second."""
     feature, gate = raw.chunk(2, dim=1)
     if activation is not None:
@@ -151,26 +168,88 @@ def fuse_gates(module: nn.Module) -> None:
     convolution's output. The kernels are compiled when first used, which takes some seconds and, on
     a processor, a C++ compiler. Not needed where the whole network is compiled.
     """
+    # A kernel for every number of channels, activation and precision: dynamo allows 8 unasked.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for layer in module.modules():
         if isinstance(layer, GatedConv):
             layer.fused = True
 
 
+def _fused(raw: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    """``gated(raw + bias)`` in one kernel for each number of channels, at any size of picture.
+
+    Pixels become rows. With the channels known when it is compiled, the last, incomplete vector of
+    a row costs no more than the others; else it takes most of the time. The bias is added here
+    since its gradient, too, is faster than the convolution's own.
+    """
+    batch, channels, height, width = raw.shape
+    rows = raw.permute(0, 2, 3, 1).flatten(0, 2)  # no copy of what lies channels-last
+    torch._dynamo.mark_dynamic(rows, 0)
+    torch._dynamo.mark_static(rows, 1)
+    outputs: Tensor = _compiled_gate()(rows, bias, activation)
+    return outputs.view(batch, height, width, channels // 2).permute(0, 3, 1, 2)
+
+
+def _gated_rows(rows: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+    phases = rows.shape[1] // bias.shape[0]
+    biases = bias.view(2, 1, -1).expand(2, phases, -1).flatten()
+    return gated(rows + biases.to(rows.dtype), activation)
+
+
 @cache
-def _fused_gate() -> Callable[[Tensor, Activation | None], Tensor]:
-    return torch.compile(gated, dynamic=True)
+def _compiled_gate() -> Callable[[Tensor, Tensor, Activation | None], Tensor]:
+    return torch.compile(_gated_rows)
 
 
-def _upsampled_conv3(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A zero-padded 3×3 convolution of ``features`` after nearest ×2, as one transposed one.
+def _upsampled_conv3(
+    features: Tensor, weight: Tensor, bias: Tensor | None, halves: int
+) -> Float[Tensor, "batch phases next_height next_width"]:
+    """A zero-padded 3×3 convolution of ``features`` after nearest ×2, in phases.
 
     An output pixel sees only 2×2 different inputs, so with the weights added up for each of its
-    four positions 4 products do instead of 9.
+    four positions 4 products do instead of 9. The four are channels here, each half of the
+    channels for itself; ``_Interleave`` makes them neighbours.
     """
     spread = F.pad(weight, [1, 1, 1, 1])
     spread = spread[:, :, 1:] + spread[:, :, :-1]
     spread = spread[:, :, :, 1:] + spread[:, :, :, :-1]  # (outputs, inputs, 4, 4)
-    spread = spread.flip(2, 3).transpose(0, 1)
-    raw = F.conv_transpose2d(features, spread, stride=2, padding=1)
-    # Added here: the gradient of a transposed convolution's own bias is slow on a processor.
-    return raw if bias is None else raw + bias[:, None, None].to(raw.dtype)
+    # (halves, channels, inputs, input row, position, input column, position)
+    spread = spread.unflatten(3, (2, 2)).unflatten(2, (2, 2)).unflatten(0, (halves, -1))
+    spread = spread.permute(0, 4, 6, 1, 2, 3, 5).flatten(0, 3)
+    if bias is not None:
+        bias = bias.view(halves, 1, -1).expand(-1, 4, -1).flatten()
+    return F.conv2d(features, spread, bias, padding=1)
+
+
+class _Interleave(torch.autograd.Function):
+    """Four phases, as channels of windows that overlap, to a picture of twice the size."""
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        batch, channels, height, width = phases.shape
+        picture = phases.new_empty(batch, 2 * (height - 1), 2 * (width - 1), channels // 4)
+        picture = picture.permute(0, 3, 1, 2)  # channels-last
+        for part, pixels in zip(_parts(phases), _every_second(picture), strict=True):
+            pixels.copy_(part)
+        return picture
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        batch, channels, height, width = gradient.shape
+        phases = gradient.new_zeros(batch, height // 2 + 1, width // 2 + 1, 4 * channels)
+        phases = phases.permute(0, 3, 1, 2)
+        for part, pixels in zip(_parts(phases), _every_second(gradient), strict=True):
+            part.copy_(pixels)
+        return phases
+
+
+def _parts(phases: Tensor) -> list[Tensor]:
+    """Top left, top right, bottom left and bottom right pixel of every four."""
+    height, width = phases.shape[2] - 1, phases.shape[3] - 1
+    parts = phases.chunk(4, dim=1)
+    return [parts[2 * y + x][:, :, y:, x:][:, :, :height, :width] for y in (0, 1) for x in (0, 1)]
+
+
+def _every_second(picture: Tensor) -> list[Tensor]:
+    return [picture[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]

@@ -19,8 +19,7 @@ def gate_activations(
 
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         assert isinstance(layer, GatedConv)
-        raw = layer.convolve(inputs[0], layer.weight, layer.bias)
-        gates[names[layer]] = torch.sigmoid(raw.chunk(2, dim=1)[1])
+        gates[names[layer]] = layer.gates(inputs[0])
 
     hooks = [layer.register_forward_hook(keep) for layer in names if isinstance(layer, GatedConv)]
     try:
