@@ -276,24 +276,30 @@ class FileStore:
         path = self._path(key)
         with self._explained(key):
             path.unlink(missing_ok=True)
-        for folder in path.parents:
-            if folder == self._root:
-                break
-            try:  # S3 has no empty folders, so we leave none either
-                folder.rmdir()
-            except OSError:
-                break
+        self._remove_empty_folders(path)
 
     def clear_unfinished(self, *, abandoned_s: float = ABANDONED_S) -> int:
         """See ``Store``; here the writer's lock tells whether it lives, see ``_replacing``."""
         cleared = 0
         for folder, _, names in os.walk(self._root):
             for name in names:
-                if name.startswith(TEMPORARY):
-                    cleared += _remove_abandoned(Path(folder, name), abandoned_s)
+                path = Path(folder, name)
+                if name.startswith(TEMPORARY) and _remove_abandoned(path, abandoned_s):
+                    self._remove_empty_folders(path)
+                    cleared += 1
         if cleared:
             log.info("unfinished files removed count=%d url=%s", cleared, self.url)
         return cleared
+
+    def _remove_empty_folders(self, above: Path) -> None:
+        """S3 has no empty folders, so we leave none either."""
+        for folder in above.parents:
+            if folder == self._root:
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break
 
     def _path(self, key: str) -> Path:
         return self._root / _checked(key)
@@ -398,7 +404,8 @@ class S3Store:
                     )
                     cleared += 1
         except S3_FAULTS as error:
-            log.info("unfinished uploads not looked for url=%s: %s", self.url, type(error).__name__)
+            reason = _without_secrets(str(error))
+            log.info("unfinished uploads left as they are url=%s: %s", self.url, reason)
         if cleared:
             log.info("unfinished uploads removed count=%d url=%s", cleared, self.url)
         return cleared

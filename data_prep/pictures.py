@@ -275,6 +275,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             raise PictureError("unknown_format", "no picture format that we know") from error
         except Exception as error:
             raise PictureError("damaged", _told(error)) from error
+    if image.format == "EPS":
+        raise PictureError("unknown_format", "PostScript: a program for Ghostscript, not pixels")
     _refuse_bomb(*image.size, max_pixels)
     return image
 

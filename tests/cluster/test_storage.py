@@ -209,6 +209,13 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_one_goes_on(tmp_path:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["key"]
 
 
+def test_nothing_but_what_a_killed_writer_left_means_an_empty_folder(tmp_path: Path) -> None:
+    with writer(tmp_path) as killed:
+        killed.kill()
+    assert open_store(str(tmp_path)).clear_unfinished() == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_another_machine_left_stays_until_it_is_old(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     theirs = tmp_path / ".unfinished-0badcafe-0123456789abcdef"

@@ -118,6 +118,7 @@ def test_transparency_lies_on_white(photo: np.ndarray) -> None:
         (b"not a picture", "unknown_format"),
         (b"\xff\xd8\xff\xe0 no picture either", "damaged"),
         (b"\x89PNG\r\n\x1a\n", "unknown_format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "unknown_format"),
     ],
 )
 def test_what_is_no_picture_says_so(data: bytes, reason: str) -> None:
