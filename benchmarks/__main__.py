@@ -15,7 +15,18 @@ from pathlib import Path
 from benchmarks.goals import table, write_table
 from benchmarks.timing import SKIPPED
 
-ON_CPU = ("masks", "loader", "metrics", "prep", "plan", "attention", "inference", "step")
+ON_CPU = (
+    "masks",
+    "loader",
+    "metrics",
+    "prep",
+    "img2dataset",
+    "workers",
+    "plan",
+    "attention",
+    "inference",
+    "step",
+)
 ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"]}
 
 

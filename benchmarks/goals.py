@@ -91,6 +91,9 @@ GOALS = (
         unit="",
     ),
     Goal("pictures prepared, against Pillow", "prep/prep_ratio", 5.0, 4.0),
+    Goal("least PSNR of a picture scaled down", "prep/least_psnr_db_of_scaled", 38, 38, unit=" dB"),
+    Goal("pictures prepared, against img2dataset", "img2dataset/times_faster", 3.0, 2.4),
+    Goal("two workers against one", "workers/times_faster_at_least", 1.9, 1.8),
     Goal("shards written", "prep/write_ratio", 7.0, 4.0),
     Goal("shards read", "prep/read_ratio", 6.0, 3.0),
     Goal(
