@@ -54,7 +54,7 @@ class Discriminator(nn.Module):
         for name, conv in self.named_children():
             features = conv(features)
             if name != "conv6" or self.head == "leaky":
-                features = F.leaky_relu(features, 0.2)
+                features = F.leaky_relu(features, 0.2, inplace=True)
         return features.permute(0, 2, 3, 1).flatten(1)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.types import Features, Mask
 
@@ -78,7 +79,7 @@ class Convolution(nn.Module):
 
     def placed(self, outputs: Tensor) -> NewFeatures:
         """What was convolved with its pixels in place."""
-        return _Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call,no-any-return]
+        return _Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call]
 
     def count_known(self, known: Mask) -> NewMask:
         """How many pixels of each window are known; ``known`` is 1 there, unlike other masks."""
@@ -123,7 +124,8 @@ class GatedConv(Convolution):
     def forward(self, features: Features) -> NewFeatures:
         if self.fused and not torch.compiler.is_compiling():
             raw = self.convolve(features, self.weight, None, halves=2)
-            return self.placed(_fused(raw, self.bias, self.activation))
+            bias = _for_phases(self.bias, 2) if self.in_phases else self.bias
+            return self.placed(_fused(raw, bias, self.activation))
         raw = self.convolve(features, self.weight, self.bias, halves=2)
         return self.placed(gated(raw, self.activation))
 
@@ -191,15 +193,15 @@ def _fused(raw: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
     return outputs.view(batch, height, width, channels // 2).permute(0, 3, 1, 2)
 
 
-def _gated_rows(rows: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
-    phases = rows.shape[1] // bias.shape[0]
-    biases = bias.view(2, 1, -1).expand(2, phases, -1).flatten()
-    return gated(rows + biases.to(rows.dtype), activation)
-
-
 @cache
 def _compiled_gate() -> Callable[[Tensor, Tensor, Activation | None], Tensor]:
-    return torch.compile(_gated_rows)
+    def gate(rows: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
+        return gated(rows + bias.to(rows.dtype), activation)
+
+    def remember_rows_alone(*inputs: Any) -> Any:
+        return checkpoint(gate, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return torch.compile(remember_rows_alone)
 
 
 def _upsampled_conv3(
@@ -215,11 +217,15 @@ def _upsampled_conv3(
     spread = spread[:, :, 1:] + spread[:, :, :-1]
     spread = spread[:, :, :, 1:] + spread[:, :, :, :-1]  # (outputs, inputs, 4, 4)
     # (halves, channels, inputs, input row, position, input column, position)
-    spread = spread.unflatten(3, (2, 2)).unflatten(2, (2, 2)).unflatten(0, (halves, -1))
+    spread = spread.reshape(halves, -1, weight.shape[1], 2, 2, 2, 2)
     spread = spread.permute(0, 4, 6, 1, 2, 3, 5).flatten(0, 3)
-    if bias is not None:
-        bias = bias.view(halves, 1, -1).expand(-1, 4, -1).flatten()
+    bias = bias if bias is None else _for_phases(bias, halves)
     return F.conv2d(features, spread, bias, padding=1)
+
+
+def _for_phases(bias: Tensor, halves: int) -> Tensor:
+    """``bias`` repeated for the four phases of every half."""
+    return bias.view(halves, 1, -1).expand(-1, 4, -1).flatten()
 
 
 class _Interleave(torch.autograd.Function):
