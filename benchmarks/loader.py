@@ -112,12 +112,12 @@ def anchor(folder: str, *, workers: int) -> Iterator[Any]:
 
 def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
     """Real photographs at the stored size, each several times, as a finished data set."""
-    from data_prep.hed import EdgeDetector, read_weights
+    from data_prep.hed import EdgeDetector, load_network, read_weights
     from data_prep.pictures import encode_jpeg, encode_sketch
     from data_prep.shards import FORMAT, RawSample, index_entry, write_shard
     from data_prep.sketch import edge_strokes
 
-    detector, encoded = EdgeDetector(read_weights(None), precision="fp32"), []
+    detector, encoded = EdgeDetector(load_network(read_weights(None))), []
     for pixels in islice(photographs(source), DISTINCT):
         strokes = edge_strokes(detector(pixels[None])[0])
         encoded.append((encode_jpeg(pixels), encode_sketch(strokes), b"{}"))

@@ -430,7 +430,7 @@ class EdgeActor:
     def __init__(self, recipe: Recipe, hed_weights: str | None) -> None:
         import torch  # a second or two, and only these actors need it
 
-        from data_prep.hed import EdgeDetector
+        from data_prep.hed import EdgeDetector, load_network
 
         weights = _weights(hed_weights)
         if (found := hashlib.sha256(weights).hexdigest()) != recipe.hed_sha256:
@@ -443,7 +443,8 @@ class EdgeActor:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         precision: Literal["fp32", "bf16"] = "bf16" if recipe.hed_precision == "bf16" else "fp32"
-        self._detect = EdgeDetector(weights, precision=precision, device=recipe.hed_device)
+        network = load_network(weights)
+        self._detect = EdgeDetector(network, precision=precision, device=recipe.hed_device)
         self._threshold = recipe.threshold
 
     def strokes(self, pictures: Batch) -> UInt8[np.ndarray, "batch height width"]:

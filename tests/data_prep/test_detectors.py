@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from data_prep.files import Picture
-from data_prep.hed import EdgeDetector, Hed, packaged_weights, read_weights
+from data_prep.hed import EdgeDetector, Hed, Precision, load_network, packaged_weights, read_weights
 from data_prep.landmarks import FaceDetector, rescaled
 from data_prep.pictures import decode, fit
+from data_prep.sketch import edge_strokes
 from data_prep.sources import read_picture
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def bundled(path: str) -> np.ndarray:
@@ -26,6 +29,10 @@ def bundled(path: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def weights() -> bytes:
     return read_weights(None)
+
+
+def edge_detector(weights: bytes, precision: Precision = "fp32") -> EdgeDetector:
+    return EdgeDetector(load_network(weights), precision=precision)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +50,7 @@ def cup() -> np.ndarray:
 
 
 def test_edges_lie_on_edges(weights: bytes, cup: np.ndarray) -> None:
-    edges = EdgeDetector(weights)(cup[None])[0]
+    edges = edge_detector(weights)(cup[None])[0]
     assert edges.shape == cup.shape[:2]
     assert 0 <= edges.min() <= edges.max() <= 1
     gray = cv2.GaussianBlur(cv2.cvtColor(cup, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), 1.5)
@@ -58,13 +65,13 @@ def test_a_step_is_found_where_it_is(weights: bytes) -> None:
     for size, column in ((128, 64), (131, 70)):
         step = np.full((1, size, size, 3), 60, np.uint8)
         step[:, :, column:] = 190
-        profile = EdgeDetector(weights)(step)[0, 20:-20].mean(axis=0)
+        profile = edge_detector(weights)(step)[0, 20:-20].mean(axis=0)
         strong = np.flatnonzero(profile > 0.6)
         assert abs(strong.mean() - (column - 0.5)) <= 1.0
 
 
 def test_a_picture_has_the_same_edges_in_any_batch(weights: bytes, cup: np.ndarray) -> None:
-    detector = EdgeDetector(weights)
+    detector = edge_detector(weights)
     alone = detector(cup[None])
     together = detector(np.stack([cup[::-1], cup, cup[:, ::-1]]))
     assert np.array_equal(alone[0], together[1])
@@ -72,8 +79,19 @@ def test_a_picture_has_the_same_edges_in_any_batch(weights: bytes, cup: np.ndarr
 
 
 def test_bf16_strokes_are_nearly_those_of_fp32(weights: bytes, cup: np.ndarray) -> None:
-    full, half = (EdgeDetector(weights, precision=p)(cup[None]) for p in ("fp32", "bf16"))
+    full, half = (edge_detector(weights, precision)(cup[None]) for precision in PRECISIONS)
     assert ((full > 0.6) == (half > 0.6)).mean() > 0.998
+
+
+def test_bf16_leaves_999_of_1000_sketch_pixels_of_scenes(weights: bytes, photographs: Path) -> None:
+    paths = sorted((photographs / "scenes").glob("Places365_val_*"))[::2]
+    assert len(paths) >= 5
+    full, half = (edge_detector(weights, precision) for precision in PRECISIONS)
+    same = []
+    for path in paths:
+        picture = fit(decode(path.read_bytes(), enough_px=256), 256)[None]
+        same.append((edge_strokes(full(picture)[0]) == edge_strokes(half(picture)[0])).mean())
+    assert np.mean(same) >= 0.999
 
 
 def test_weights_are_found_without_tensorflow_and_checked() -> None:
@@ -93,7 +111,7 @@ def test_weights_are_found_without_tensorflow_and_checked() -> None:
 def test_a_file_of_other_things_is_no_weights_file(tmp_path: Path) -> None:
     (tmp_path / "w.h5").write_bytes(b"something else")
     with pytest.raises(ValueError, match="no HED weights file"):
-        EdgeDetector(read_weights(str(tmp_path / "w.h5")))
+        load_network(read_weights(str(tmp_path / "w.h5")))
 
 
 def test_the_network_has_the_published_layout() -> None:
