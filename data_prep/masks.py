@@ -114,7 +114,7 @@ def brush_mask(height: int, width: int, rng: random.Random, brush: Brush = DEFAU
         right = 1 if rng.random() < 0.5 else -1
         down = 1 if rng.random() < 0.5 else -1
         x, y = float(_below(width, rng)), float(_below(height, rng))
-        vertices = [(int(x), int(y))]
+        vertices = [int(x), int(y)]
         for i in range(_below(brush.max_vertex, rng) + 1):
             angle = brush.max_angle * rng.random()
             if i % 2 == 0:
@@ -122,7 +122,7 @@ def brush_mask(height: int, width: int, rng: random.Random, brush: Brush = DEFAU
             length = brush.max_length * scale * rng.random()
             x = min(max(x + right * length * math.sin(angle), 0.0), width - 1.0)
             y = min(max(y + down * length * math.cos(angle), 0.0), height - 1.0)
-            vertices.append((int(x), int(y)))
+            vertices += int(x), int(y)
         _draw_stroke(mask, vertices, brush.max_brush_width * scale * rng.random())
     return mask
 
@@ -261,12 +261,12 @@ def _draw_zigzags(
     """
     lengths = _segment_lengths(math.hypot(*mask.shape) / 8)
     uniform, bits, cos, sin = rng.random, rng.getrandbits, math.cos, math.sin  # looked up once
-    for _ in range(_below(3, rng) + 1):
-        segments = 4 + _below(8, rng)
+    for _ in range(1 + int(3 * uniform())):
+        segments = 4 + int(8 * uniform())
         low = math.radians(72 - 24 * uniform())
         spread = math.radians(72 + 24 * uniform()) - low
-        x, y = _below(limit_x, rng), _below(limit_y, rng)
-        vertices = [(x, y)]
+        x, y = int(limit_x * uniform()), int(limit_y * uniform())
+        vertices = [x, y]
         vertical = -down  # the first segment of a stroke goes up
         for _ in range(segments):
             angle = low + spread * uniform()
@@ -275,7 +275,7 @@ def _draw_zigzags(
             y = int(y + vertical * length * sin(angle))
             x = 0 if x < 0 else limit_x if x > limit_x else x
             y = 0 if y < 0 else limit_y if y > limit_y else y
-            vertices.append((x, y))
+            vertices += x, y
             vertical = -vertical
         _draw_stroke(mask, vertices, (12 + 28 * uniform()) * scale)
 
@@ -291,10 +291,14 @@ def _segment_lengths(radius: float) -> list[float]:
     return [min(max(radius + radius // 2 * z, 0.0), 2 * radius) for z in quantiles]
 
 
-def _draw_stroke(mask: Mask, vertices: list[tuple[int, int]], brush_width: float) -> None:
-    # OpenCV rounds the joints and ends: the authors' line plus a disc at every vertex, in one call.
-    points = np.array(vertices, np.int32)
-    cv2.polylines(mask, [points], isClosed=False, color=1, thickness=max(1, int(brush_width)))
+def _draw_stroke(mask: Mask, vertices: list[int], brush_width: float) -> None:
+    """Draw a line of round ends and joints through ``vertices``, which are x, y, x, y ...
+
+    The authors draw a line and a disc at every vertex; OpenCV does it in one call. A flat list and
+    arguments by position halve what Python adds to the drawing.
+    """
+    points = np.array(vertices, np.int32).reshape(-1, 1, 2)
+    cv2.polylines(mask, [points], False, 1, max(1, int(brush_width)))
 
 
 def _draw_rectangle(mask: Mask, rng: random.Random) -> None:
