@@ -99,7 +99,7 @@ def test_the_rectangle_has_sides_of_96_to_128_and_stays_inside(
 
 def test_joints_and_ends_of_a_stroke_are_as_wide_as_the_stroke() -> None:
     mask = np.zeros((100, 100), np.uint8)
-    masks._draw_stroke(mask, [(20, 50), (80, 50)], 20.0)
+    masks._draw_stroke(mask, [20, 50, 80, 50], 20.0)
     assert mask[50, 20 - 9] == 1
     assert mask[50, 80 + 9] == 1
     assert mask[50 - 9 : 50 + 10, 50].all()
