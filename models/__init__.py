@@ -1,4 +1,18 @@
-"""The networks of DeepFill v2: torch, and nothing of ours."""
+"""The networks of DeepFill v2: torch, and nothing of ours.
+
+"The paper" is arXiv 1806.03589. Where its formulas are:
+
+- eq. 1, vanilla convolution: ``gated_conv.Conv``
+- eq. 2, partial convolution: ``gated_conv.PartialConv``
+- eq. 3, gated convolution: ``gated_conv.GatedConv``
+- eq. 4 and section 3.2, SN-PatchGAN: ``losses`` and ``discriminator``
+- section 3.3, both stages: ``generator``; contextual attention (DeepFill v1): ``attention``
+- section 3.4, Algorithm 1, free-form masks: ``data_prep/masks.py``
+- section 3.5, the sketch: ``masking.guide`` and ``guided`` of both networks
+
+To be read in this order: types, masking, sampling, gated_conv, attention, generator, discriminator,
+losses; then what uses them: inference, inspection, weights.
+"""
 
 from models.attention import contextual_attention
 from models.discriminator import Discriminator

@@ -1,4 +1,8 @@
-"""Contextual attention: fill the hole with patches of its surroundings (DeepFill v1, section 3).
+"""Contextual attention: fill the hole with patches of its surroundings.
+
+The paper takes it from DeepFill v1 (arXiv 1801.07892, section 4.1): "match and attend" is
+``_similarity`` and the softmax, "attention propagation" is what ``_scores`` calls to fuse, and
+``_Paint`` puts the patches that were attended to in their places.
 
 A query is a pixel of the feature map at half size; a key is one too, but only where no hole is
 near. Each query takes a mixture of the full-size 4×4 patches of the keys, by the similarity of the
@@ -11,7 +15,7 @@ matrix is made in bands of query rows, so its memory can be bounded.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,11 +115,10 @@ def _attend(
         else:
             lowest = torch.finfo(scores.dtype).min
             scores = (SOFTMAX_SCALE * scores).masked_fill(~valid[:, None], lowest)
-        attention = scores.softmax(dim=2) * keep
         above, below = min(first, 1), min(height - last, 1)  # patches reach into these rows
-        attention = attention.to(features.dtype).view(batch, last - first, width, height, width)
-        attention = F.pad(attention, [0, 1, 0, 0, 0, 1, above, below]).flatten(3).flatten(1, 2)
-        painted[..., first - above : last + below, :] += _paint(attention, phases, width)
+        grid = Grid(last - first, height, width, above, below)
+        mixed: Tensor = _Paint.apply(scores.softmax(dim=2), keep, phases, grid)  # type: ignore[no-untyped-call]
+        painted[..., first - above : last + below, :] += mixed.view(*mixed.shape[:4], -1, width + 1)
     painted = painted[..., :width].permute(0, 3, 4, 1, 5, 2)  # (N, C, h, 2, w, 2)
     return painted.reshape(batch, channels, 2 * height, 2 * width)
 
@@ -163,6 +166,7 @@ def _fused_along_rows(pixels: Features, inverse_norms: Tensor, first: int, last:
 def _similarity(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> Pairs:
     """⟨P_q, P_k⟩ / max(‖P_k‖, 1e-4) for the queries of some rows, and every key.
 
+    DeepFill v1 states the cosine; its code, and so this, divides by the norm of the key alone.
     The product of two 3×3 patches is the sum of nine products of pixels, each pair moved by the
     same step: products of single pixels, summed along diagonals across and then down.
     """
@@ -176,21 +180,72 @@ def _similarity(pixels: Features, inverse_norms: Tensor, first: int, last: int) 
     return inside.flatten(3).flatten(1, 2) * inverse_norms
 
 
-def _paint(attention: Pairs, phases: Tensor, width: int) -> Tensor:
-    """Patches added up where they overlap, (N, 2, 2, C, rows, width + 1).
+class Grid(NamedTuple):
+    """What the queries of a band and the keys are counted over."""
+
+    rows: int  # of queries
+    height: int  # of keys
+    width: int
+    above: int  # rows beyond those of the queries that their patches reach into
+    below: int
+
+
+class _Paint(torch.autograd.Function):
+    """Patches added up where they overlap, (N, 2, 2, C, queries).
 
     Pixels of even rows lie in the patches of their own query and of the one above, of odd rows in
     their own and the one below; columns alike. So one product for each of the four kinds of pixel
-    does, instead of one for each of the sixteen pixels of a patch.
+    does, instead of one for each of the sixteen pixels of a patch: that with the attention and
+    itself moved. The backward pass moves it once more, which takes less time than to fetch four
+    matrices for each sample from memory.
     """
-    painted: list[list[Tensor]] = [[], []]
+
+    @staticmethod
+    def forward(ctx: Any, attention: Tensor, keep: Tensor, phases: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(attention, keep, phases)
+        ctx.grid = grid
+        painted: list[list[Tensor]] = [[], []]
+        for y, x, moved in _moved(_bordered(attention, keep, phases.dtype, grid), grid.width):
+            painted[y].append(torch.bmm(phases[:, y, x], moved.transpose(1, 2)))
+        return torch.stack([torch.stack(row, dim=1) for row in painted], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        attention, keep, phases = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        of_phases = torch.empty_like(phases)
+        of_moved: list[list[Tensor]] = [[], []]
+        for y, x, moved in _moved(_bordered(attention, keep, phases.dtype, grid), grid.width):
+            of_phases[:, y, x] = torch.bmm(gradient[:, y, x], moved)
+            of_moved[x].append(torch.bmm(gradient[:, y, x].transpose(1, 2), phases[:, y, x]))
+        left, right = (_moved_back(even, odd, grid.width + 1) for even, odd in of_moved)
+        shape = grid.above + grid.rows + grid.below, grid.width + 1, grid.height, grid.width + 1
+        bordered = _moved_back(left, right, 1).view(-1, *shape)
+        inner = bordered[:, grid.above : grid.above + grid.rows, :-1, :, :-1]
+        return inner.flatten(3).flatten(1, 2) * keep, None, of_phases, None
+
+
+def _bordered(attention: Tensor, keep: Tensor, dtype: torch.dtype, grid: Grid) -> Tensor:
+    """Attention to the keys that may be copied from, with zeros around the queries and keys."""
+    kept = (attention * keep).to(dtype).view(-1, grid.rows, grid.width, grid.height, grid.width)
+    kept = F.pad(kept, [0, 1, 0, 0, 0, 1, grid.above, grid.below])
+    return kept.flatten(3).flatten(1, 2)
+
+
+def _moved(matrix: Tensor, width: int) -> Iterator[tuple[int, int, Tensor]]:
+    """For pixels of even and odd rows y and columns x: ``matrix`` and itself moved, added up."""
     for x, step in enumerate((1, -1)):
-        across = _with_moved(attention, step)
+        across = _plus_moved(matrix, (step,))
         for y, line in enumerate((width + 1, -width - 1)):
-            both = _with_moved(across, line)
-            painted[y].append(torch.bmm(phases[:, y, x], both.transpose(1, 2)))
-    mixed = torch.stack([torch.stack(row, dim=1) for row in painted], dim=1)
-    return mixed.view(*mixed.shape[:4], -1, width + 1)
+            yield y, x, _plus_moved(across, (line,))
+
+
+def _moved_back(even: Tensor, odd: Tensor, step: int) -> Tensor:
+    """The transpose of moving one matrix by ``step`` and by −``step``: both, moved back."""
+    total = even + odd
+    total[:, :-step, :-step] += even[:, step:, step:]
+    total[:, step:, step:] += odd[:, :-step, :-step]
+    return total
 
 
 def _overlaps(mixed: Tensor, preset: Preset) -> Tensor:

@@ -1,4 +1,4 @@
-"""SN-PatchGAN (paper, section 3.3): spectrally normalised convolutions that score patches."""
+"""SN-PatchGAN (paper, section 3.2): spectrally normalised convolutions that score patches."""
 
 from typing import Literal
 

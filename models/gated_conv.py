@@ -108,7 +108,7 @@ class Convolution(nn.Module):
 
 
 class Conv(Convolution):
-    """A convolution with bias, and an activation if asked."""
+    """A convolution with bias (paper, eq. 1), and an activation if asked."""
 
     def forward(self, features: Features) -> NewFeatures:
         raw = self.placed(self.convolve(features, self.weight, self.bias))

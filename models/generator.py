@@ -1,4 +1,4 @@
-"""The two-stage generator: a coarse fill, then a refinement with contextual attention."""
+"""The two-stage generator (paper, section 3.3): a coarse fill, then contextual attention."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -204,7 +204,7 @@ class Refine(nn.Module):
         self.attn = AttentionBranch(inputs, width, style)
         self.merge = merge(width, colours, style)
 
-    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Image:
+    def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Tensor:
         inputs = torch.cat([image, torch.ones_like(mask), mask], dim=1) if self.sees_mask else image
         branches = [self.hallu(inputs), self.attn(inputs, mask, max_bytes)]
         merged: Tensor = self.merge(torch.cat(branches, dim=1))
@@ -214,15 +214,15 @@ class Refine(nn.Module):
 class Generator(nn.Module):
     """The generator of the paper's figure 3: 4,052,478 parameters, guided 4,053,678.
 
-    ``guided`` adds a sketch to the inputs of stage one. ``width`` is the number of features after
-    the first layer, 24 in the release: three quarters of the 32 of DeepFill v1 ("slim by 25 %").
-    ``image_channels`` is 1 for grey pictures (4,044,842 parameters). ``refine_mask`` shows stage
-    two the mask, as DeepFill v1 did (4,057,278); released weights are without. ``convolution``:
-    "partial" and "vanilla" have no gates, and with the same width of features half the parameters
-    (2,026,566; guided 2,027,166). The refinement knows every pixel of what it is given, so there
-    partial convolution renormalises the border alone. ``padding`` and ``attention`` as in ``Conv``
-    and ``contextual_attention``. ``recompute`` keeps the activations of every sixth layer alone and
-    computes the others a second time: training in less memory.
+    ``guided`` adds a sketch to the inputs of stage one (section 3.5). ``width`` is the number of
+    features after the first layer, 24 in the release: three quarters of the 32 of DeepFill v1
+    ("slim by 25 %"). ``image_channels`` is 1 for grey pictures (4,044,842 parameters).
+    ``refine_mask`` shows stage two the mask, as DeepFill v1 did (4,057,278); released weights are
+    without. ``convolution``: "partial" and "vanilla" have no gates, and with the same width of
+    features half the parameters (2,026,566; guided 2,027,166). The refinement knows every pixel of
+    what it is given, so there partial convolution renormalises the border alone. ``padding`` and
+    ``attention`` as in ``Conv`` and ``contextual_attention``. ``recompute`` keeps the activations
+    of every sixth layer alone and computes the others a second time: training in less memory.
     """
 
     def __init__(

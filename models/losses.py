@@ -1,4 +1,8 @@
-"""The hinge losses of SN-PatchGAN (paper, eq. 4), in float32 whatever the networks run in."""
+"""The hinge losses of SN-PatchGAN (paper, section 3.2, eq. 4), always in float32.
+
+The paper's other term is the plain ℓ1 distance of both stages to the whole picture, without the
+spatial discount of DeepFill v1: ``torch.nn.functional.l1_loss``. Both terms weigh the same.
+"""
 
 import torch.nn.functional as F
 
@@ -6,7 +10,7 @@ from models.types import Scalar, Scores
 
 
 def hinge_discriminator(real_score: Scores, fake_score: Scores) -> Scalar:
-    """½·mean max(0, 1 − real) + ½·mean max(0, 1 + fake): 1 when all scores are 0.
+    """L_D (eq. 4): ½·mean max(0, 1 − real) + ½·mean max(0, 1 + fake), 1 when all scores are 0.
 
     The ½ is the authors' code's, not the paper's.
     """
@@ -16,5 +20,5 @@ def hinge_discriminator(real_score: Scores, fake_score: Scores) -> Scalar:
 
 
 def hinge_generator(fake_score: Scores) -> Scalar:
-    """−mean fake: no margin, so it may fall below zero."""
+    """L_G (eq. 4): −mean fake; it has no margin, so it may fall below zero."""
     return -fake_score.float().mean()

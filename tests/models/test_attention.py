@@ -151,6 +151,21 @@ def test_its_gradient_equals_the_slow_references() -> None:
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
+def test_the_backward_pass_keeps_two_matrices_of_pairs_for_each_sample() -> None:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    features, mask = torch.randn(2, 4, 32, 32, requires_grad=True), torch.zeros(2, 1, 32, 32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mixed = contextual_attention(features, mask)
+    assert mixed.requires_grad
+    matrix = 4 * (16 * 16) ** 2
+    assert 2 <= sum(kept.values()) / (2 * matrix) < 2.5
+
+
 def test_bands_hold_as_many_rows_as_the_memory_allows() -> None:
     for allowed in range(attention_bytes(20, 30, 1), attention_bytes(20, 30, 20) + 1, 500_000):
         rows = band_rows(20, 30, allowed)
