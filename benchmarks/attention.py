@@ -56,6 +56,10 @@ def main() -> None:
         {
             "features": [CHANNELS, SIZE, SIZE],
             "milliseconds_per_image_by_batch": milliseconds,
+            "slowest_over_fastest_batch": {
+                name: max(times.values()) / min(times.values())
+                for name, times in milliseconds.items()
+            },
             "times_faster_at_batch_4": {
                 "fp32": four["reference fp32"] / four["fp32"],
                 "bf16": four["reference fp32"] / four["bf16"],
