@@ -7,7 +7,6 @@ package is skipped and says so. The table in ``benchmarks/README.md`` is brought
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,17 +25,19 @@ ON_CPU = (
     "attention",
     "inference",
     "step",
+    "hed",
+    "hed_bsds",
 )
-ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"]}
+ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"], "hed": []}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ON_CPU)}, hed_bsds")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ON_CPU))
     names = parser.parse_args().names
-    unknown = sorted({*names} - {*ON_CPU, "hed_bsds"})
+    unknown = sorted({*names} - set(ON_CPU))
     if unknown:
-        parser.error(f"no such benchmark: {unknown[0]}; there are {', '.join(ON_CPU)}, hed_bsds")
+        parser.error(f"no such benchmark: {unknown[0]}; there are {', '.join(ON_CPU)}")
     if not _has_amx():
         print("note: a processor without AMX; the goals for bf16 are for one that has it")
     failed = [command for command in commands(names) if not _succeeds(command)]
@@ -50,10 +51,6 @@ def commands(names: list[str]) -> list[list[str]]:
     """Module and arguments of each run that ``names`` ask for; of every one, without names."""
     wanted = [[name] for name in ON_CPU]
     wanted += [[name, "--device", "cuda", *options] for name, options in ON_GPU.items()]
-    if data := os.environ.get("DEEPFILL_DATA"):
-        wanted.append(["hed_bsds", str(Path(data, "bsds"))])
-    elif not names or "hed_bsds" in names:
-        print("hed_bsds: skipped, DEEPFILL_DATA does not name a folder with bsds/ in it")
     return [command for command in wanted if not names or command[0] in names]
 
 

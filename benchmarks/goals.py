@@ -61,6 +61,18 @@ GOALS = (
         9.0,
         6.0,
     ),
+    *(
+        Goal(
+            f"bf16 after 200 steps, {loss} loss: distance from fp32 in distances between seeds, "
+            "at most",
+            f"precision_cpu/losses/{loss}/ratio",
+            1.0,
+            None,
+            at_most=True,
+            unit="",
+        )
+        for loss in ("l1", "adversarial", "discriminator")
+    ),
     Goal("inference at 256², fp32", "inference_cpu/times_faster/256x256/fp32", 2.0, 1.8),
     Goal("inference at 512², fp32", "inference_cpu/times_faster/512x512/fp32", 2.8, 2.2),
     Goal(
@@ -107,6 +119,20 @@ GOALS = (
     Goal("peak memory of that, at most", "plan/peak_gb", 2.0, None, at_most=True, unit=" GB"),
     Goal("SSIM, against scikit-image", "metrics/times_faster_than/scikit-image", 3.0, None),
     Goal("SSIM, against torchmetrics", "metrics/times_faster_than/torchmetrics", 8.0, None),
+    Goal("HED, bf16 against eager fp32", "hed_cpu/times_faster_than_eager_fp32/bf16", 5.0, 4.0),
+    Goal(
+        "HED on a GPU, bf16 against eager fp32",
+        "hed_cuda/times_faster_than_eager_fp32/bf16",
+        5.0,
+        4.0,
+    ),
+    Goal(
+        "sketch pixels that bf16 leaves as they are",
+        "hed_bsds/percent_of_sketch_pixels_that_bf16_leaves",
+        99.9,
+        99.9,
+        unit=" %",
+    ),
     Goal("HED on BSDS500, best F", "hed_bsds/f", 0.77, 0.77, unit=""),
 )
 

@@ -21,9 +21,6 @@ Precision = Literal["fp32", "bf16"]
 PACKAGED_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
 MEAN_BGR = (104.00699, 116.66877, 122.67892)
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# From 32 MiB on, glibc maps a block anew each time and every page of it faults: on a processor,
-# eight pictures of 256² at once are a tenth slower than three.
-LARGEST_BLOCK_BYTES = 2**25 - 1
 
 
 class Hed(nn.Module):
@@ -82,11 +79,9 @@ class EdgeDetector:
         self, pictures: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch height width"]:
         """Edge strength in [0, 1] of RGB pictures of one size."""
-        at_once = len(pictures)
-        if self._device.type == "cpu":
-            height, width = pictures.shape[1:3]
-            largest = height * width * STAGES[0][-1] * self._dtype.itemsize
-            at_once = max(1, LARGEST_BLOCK_BYTES // largest)
+        # A processor is busy with one; with more, blocks grow to where glibc maps them anew each
+        # time (32 MiB) and every page of them faults: eight of 256² take a tenth longer apiece.
+        at_once = 1 if self._device.type == "cpu" else len(pictures)
         # (N, H, W, 3): what permute makes of it is channels-last already.
         rgb = torch.from_numpy(np.require(pictures, requirements="W")).to(self._device)
         edges = []
