@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.timing import RESULTS
 
 README = Path(__file__).parent / "README.md"
+FRONT = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- table: written by python -m benchmarks -->\n", "<!-- end of the table -->\n"
 
 
@@ -24,27 +25,38 @@ class Goal:
     at_most: bool = False
     """Small is good."""
     unit: str = "x"
+    front: bool = False
+    """Quoted in the README of the repository too."""
 
 
 GOALS = (
-    Goal("training step, fp32", "step_cpu/times_faster_than_reference_fp32/fp32", 1.8, 1.6),
+    Goal(
+        "training step, fp32",
+        "step_cpu/times_faster_than_reference_fp32/fp32",
+        1.8,
+        1.6,
+        front=True,
+    ),
     Goal(
         "training step, bf16 against fp32",
         "step_cpu/times_faster_than_reference_fp32/bf16",
         6.0,
         4.8,
+        front=True,
     ),
     Goal(
         "peak memory of the step, bf16: times less",
         "step_cpu/times_less_memory_than_reference_fp32/bf16",
         3.0,
         2.6,
+        front=True,
     ),
     Goal(
         "the same with activations recomputed",
         "step_cpu/times_less_memory_than_reference_fp32/bf16 recompute",
         5.0,
         3.4,
+        front=True,
     ),
     Goal(
         "time that recomputing takes, at most",
@@ -54,7 +66,13 @@ GOALS = (
         at_most=True,
     ),
     Goal("optimiser and moving average", "step_cpu/optimiser_and_average_times_faster", 2.4, 2.0),
-    Goal("attention, both ways, fp32", "attention_cpu/times_faster_at_batch_4/fp32", 5.0, 3.8),
+    Goal(
+        "attention, both ways, fp32",
+        "attention_cpu/times_faster_at_batch_4/fp32",
+        5.0,
+        3.8,
+        front=True,
+    ),
     Goal(
         "attention, both ways, bf16 against fp32",
         "attention_cpu/times_faster_at_batch_4/bf16",
@@ -74,7 +92,9 @@ GOALS = (
         for loss in ("l1", "adversarial", "discriminator")
     ),
     Goal("inference at 256², fp32", "inference_cpu/times_faster/256x256/fp32", 2.0, 1.8),
-    Goal("inference at 512², fp32", "inference_cpu/times_faster/512x512/fp32", 2.8, 2.2),
+    Goal(
+        "inference at 512², fp32", "inference_cpu/times_faster/512x512/fp32", 2.8, 2.2, front=True
+    ),
     Goal(
         "inference at 256², bf16 against fp32", "inference_cpu/times_faster/256x256/bf16", 8.0, 6.0
     ),
@@ -91,8 +111,8 @@ GOALS = (
         None,
         unit="",
     ),
-    Goal("masks", "masks/times_faster_than/reference/official", 12.0, 10.0),
-    Goal("training loader, 2 workers, wall time", "loader/times_faster/wall", 4.5, 3.0),
+    Goal("masks", "masks/times_faster_than/reference/official", 12.0, 10.0, front=True),
+    Goal("training loader, 2 workers, wall time", "loader/times_faster/wall", 4.5, 3.0, front=True),
     Goal("training loader, CPU time", "loader/times_faster/cpu", 4.5, 3.0),
     Goal(
         "cores for 1,000 pictures/s, at most",
@@ -102,12 +122,14 @@ GOALS = (
         at_most=True,
         unit="",
     ),
-    Goal("pictures prepared, against Pillow", "prep/prep_ratio", 5.0, 4.0),
+    Goal("pictures prepared, against Pillow", "prep/prep_ratio", 5.0, 4.0, front=True),
     Goal("least PSNR of a picture scaled down", "prep/least_psnr_db_of_scaled", 38, 38, unit=" dB"),
-    Goal("pictures prepared, against img2dataset", "img2dataset/times_faster", 3.0, 2.4),
+    Goal(
+        "pictures prepared, against img2dataset", "img2dataset/times_faster", 3.0, 2.4, front=True
+    ),
     Goal("two workers against one", "workers/times_faster_at_least", 1.9, 1.8),
-    Goal("shards written", "prep/write_ratio", 7.0, 4.0),
-    Goal("shards read", "prep/read_ratio", 6.0, 3.0),
+    Goal("shards written", "prep/write_ratio", 7.0, 4.0, front=True),
+    Goal("shards read", "prep/read_ratio", 6.0, 3.0, front=True),
     Goal(
         "plan, index and manifest of 2 million pictures, at most",
         "plan/seconds",
@@ -141,27 +163,43 @@ def table() -> str:
     """The results in ``results/`` against the goals, in Markdown."""
     lines = ["| what | measured | goal | floor | reached | on |", "|---|---:|---:|---:|---|---|"]
     for goal in GOALS:
-        result, _, keys = goal.figure.partition("/")
-        path = RESULTS / f"{result}.json"
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        value = _figure(record, keys)
+        value, device = _measured(goal)
         cells = [
             goal.what,
             _shown(value, goal.unit),
             _shown(goal.goal, goal.unit),
             _shown(goal.floor, goal.unit),
             reached(value, goal),
-            record.get("gpu", record.get("device", "")),
+            device,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def write_table() -> None:
-    """Put the table in its place in the README."""
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + table() + END + after)
+def front_table() -> str:
+    """The results that the README of the repository quotes, in Markdown."""
+    lines = ["| what | measured | on |", "|---|---:|---|"]
+    for goal in GOALS:
+        if goal.front:
+            value, device = _measured(goal)
+            lines.append(f"| {goal.what} | {_shown(value, goal.unit)} | {device} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables() -> None:
+    """Put the tables in their places in both READMEs."""
+    for readme, made in ((README, table()), (FRONT, front_table())):
+        before, _, rest = readme.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        readme.write_text(before + BEGIN + made + END + after)
+
+
+def _measured(goal: Goal) -> tuple[float | None, str]:
+    """The figure and the machine that it is of; None and nothing where there is no result."""
+    result, _, keys = goal.figure.partition("/")
+    path = RESULTS / f"{result}.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return _figure(record, keys), record.get("gpu", record.get("device", ""))
 
 
 def _figure(record: dict[str, Any], keys: str) -> float | None:
@@ -188,4 +226,4 @@ def reached(value: float | None, goal: Goal) -> str:
 
 
 if __name__ == "__main__":
-    write_table()
+    write_tables()
