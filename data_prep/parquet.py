@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.storage import MissingKeyError, StorageError, join, pyarrow_filesystem
+from cluster.storage import MissingKeyError, StorageError, join, open_version
 
 _reading = threading.Lock()
 
@@ -25,6 +25,8 @@ class Row:
     group: int
     """Number of the row group, from 0; the row counts from 0 within it."""
     row: int
+    version: str
+    """Of the file, when it was listed."""
 
 
 def list_rows(root: str, parquet: str) -> Iterator[tuple[str | None, Row]]:
@@ -35,7 +37,8 @@ def list_rows(root: str, parquet: str) -> Iterator[tuple[str | None, Row]]:
     """
     url = join(root, parquet)
     try:
-        with _open(url) as file:
+        opened, version = open_version(url)
+        with pq.ParquetFile(opened, pre_buffer=True) as file:
             column = _picture_column(file.schema_arrow, url)
             pictures = iter(file.read([f"{column}.path"])[column].to_pylist())
             groups = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
@@ -46,7 +49,7 @@ def list_rows(root: str, parquet: str) -> Iterator[tuple[str | None, Row]]:
     for group, rows in enumerate(groups):
         for row in range(rows):
             picture = next(pictures)
-            yield picture["path"] if picture else None, Row(parquet, column, group, row)
+            yield picture["path"] if picture else None, Row(parquet, column, group, row, version)
 
 
 def _picture_column(schema: pa.Schema, url: str) -> str:
@@ -75,7 +78,9 @@ def read_row(root: str, row: Row) -> bytes:
     url = join(root, row.parquet)
     try:
         with _reading:  # threads that want the same group wait for the first of them
-            picture = _row_group(url, row.column, row.group)[row.row]
+            picture = _row_group(url, row.version, row.column, row.group)[row.row]
+    except StorageError:
+        raise
     except FileNotFoundError as error:
         raise MissingKeyError(f"{url}: the Parquet file is gone") from error
     except (OSError, pa.ArrowException, IndexError) as error:
@@ -87,15 +92,10 @@ def read_row(root: str, row: Row) -> bytes:
 
 
 @functools.lru_cache(maxsize=3)
-def _row_group(url: str, column: str, group: int) -> pa.ChunkedArray:
-    return _opened(url).read_row_group(group, [f"{column}.bytes"])[column]
+def _row_group(url: str, version: str, column: str, group: int) -> pa.ChunkedArray:
+    return _opened(url, version).read_row_group(group, [f"{column}.bytes"])[column]
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(url: str) -> pq.ParquetFile:
-    return _open(url)
-
-
-def _open(url: str) -> pq.ParquetFile:
-    filesystem, path = pyarrow_filesystem(url)
-    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+def _opened(url: str, version: str) -> pq.ParquetFile:
+    return pq.ParquetFile(open_version(url, version)[0], pre_buffer=True)

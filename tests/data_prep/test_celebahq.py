@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import MissingKeyError, open_store
+from cluster.storage import MissingKeyError, StorageError, open_store
 from data_prep import celebahq
 from data_prep.files import Files, Picture, list_files
 from data_prep.sources import list_pictures, read_picture
@@ -268,6 +268,14 @@ def test_no_more_of_a_file_is_read_than_names_and_a_row_group(tmp_path: Path) ->
     for picture in pictures[4:]:
         assert read_picture(picture, str(tmp_path)) == held[picture.path]
     with pytest.raises(OSError, match=r"00001\.parquet: row group 0 cannot be read"):
+        read_picture(pictures[0], str(tmp_path))
+
+
+def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -> None:
+    mirror(tmp_path, {"train": [None] * 9})
+    pictures = listed(tmp_path, "val_fraction")
+    mirror(tmp_path, {"train": [None] * 5})
+    with pytest.raises(StorageError, match=r"train\.parquet was replaced since it was listed"):
         read_picture(pictures[0], str(tmp_path))
 
 
