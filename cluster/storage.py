@@ -731,7 +731,10 @@ def _remove_abandoned(path: Path, abandoned_s: float) -> bool:
         return False
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        idle_s = time.time() - os.fstat(opened).st_mtime
+        status = os.fstat(opened)
+        if not os.path.samestat(path.stat(), status):
+            return False  # another was faster, and the writer has made a new one of that name
+        idle_s = time.time() - status.st_mtime
         if f"-{_machine()}-" not in path.name and idle_s < abandoned_s:
             return False
         if folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pickle
@@ -236,6 +237,23 @@ def test_many_writers_and_cleaners_lose_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(200)))
     assert len(list(tmp_path.iterdir())) == 200
+
+
+def test_a_file_made_anew_under_the_name_of_an_abandoned_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".unfinished-0badcafe-0123456789abcdef"
+    path.write_bytes(b"left by a writer that was killed")
+    lock = fcntl.flock
+
+    def too_late(opened: int, operation: int) -> None:
+        path.unlink()  # another cleaner was faster, and a writer took the name
+        path.write_bytes(b"of a writer that lives")
+        lock(opened, operation)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    assert open_store(str(tmp_path)).clear_unfinished(abandoned_s=0) == 0
+    assert path.read_bytes() == b"of a writer that lives"
 
 
 def test_an_upload_that_was_killed_is_aborted_once_it_is_old(s3_url: str) -> None:
