@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference.attention import contextual_attention as reference
-from benchmarks.timing import interleaved, skip, write_result
+from benchmarks.timing import interleaved, parse_on_device, write_result
 from models.attention import contextual_attention
 
 SIZE, CHANNELS = 64, 96
@@ -26,13 +26,8 @@ Attention = Callable[[Tensor, Tensor], Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        skip("no CUDA device")
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    options = parse_on_device(parser)
     device = torch.device(options.device)
     variants = {
         f"{name}, batch {batch}": both_ways(attention, precision, batch, device)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.timing import RESULTS, interleaved, skip, write_result
+from benchmarks.timing import RESULTS, interleaved, parse_on_device, write_result
 from data_prep.hed import MEAN_BGR, EdgeDetector, Hed, Precision
 
 SIZE = 256
@@ -34,13 +34,8 @@ Pictures = np.ndarray
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        skip("no CUDA device")
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    options = parse_on_device(parser)
     found = variants(options.device)
     seconds = interleaved(
         {name: run for name, (run, _) in found.items()},

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.reference.networks import Generator as Reference
-from benchmarks.timing import interleaved, skip, write_result
+from benchmarks.timing import interleaved, parse_on_device, write_result
 from models import Generator
 from models.gated_conv import fuse_gates
 from models.inference import fill
@@ -24,13 +24,8 @@ SIZES = (256, 512)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        skip("no CUDA device")
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    options = parse_on_device(parser)
     device = torch.device(options.device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times = {

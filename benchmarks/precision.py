@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.reference.masks import random_mask
-from benchmarks.timing import skip, write_result
+from benchmarks.timing import parse_on_device, skip, write_result
 from models import Discriminator, Generator
 from models.gated_conv import fuse_gates
 from pipeline.batch import Batch
@@ -53,22 +53,17 @@ Curves = np.ndarray  # (seeds, steps, losses)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="pictures; $DEEPFILL_DATA/scenes")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+    options = parse_on_device(parser)
     if options.folder is None:
         if "DEEPFILL_DATA" not in os.environ:
             skip("no pictures: give a folder, or set DEEPFILL_DATA")
         options.folder = Path(os.environ["DEEPFILL_DATA"], "scenes")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        skip("no CUDA device")
     if options.seeds < 2 or options.steps < 4 * POINT_STEPS:
         parser.error(f"at least 2 seeds and {4 * POINT_STEPS} steps are needed for a comparison")
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
 
     pictures = read_pictures(options.folder, options.size)
     curves: dict[str, Curves] = {}

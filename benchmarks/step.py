@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.reference import networks as reference
 from benchmarks.reference.masks import random_mask
 from benchmarks.reference.step import train_step as reference_step
-from benchmarks.timing import interleaved, skip, write_result
+from benchmarks.timing import interleaved, parse_on_device, write_result
 from models import Discriminator, Generator
 from models.gated_conv import fuse_gates
 from pipeline.batch import Batch, DeviceBatch
@@ -45,14 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=VARIANTS, help="print peak bytes, time nothing")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        skip("no CUDA device")
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    options = parse_on_device(parser)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = torch.device(options.device)
     batch = pictures(options.batch, options.size).to(device)

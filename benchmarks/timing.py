@@ -1,5 +1,6 @@
 """How benchmarks measure and what they write: interleaved variants, CPU time, ratios of one run."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -28,6 +29,22 @@ def needs(*modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         skip(f"needs {', '.join(missing)}, which this Python does not have: `make test` installs")
+
+
+def parse_on_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options with ``--device``, and torch as it is measured: one thread, denormals flushed.
+
+    Leaves with one line where there is no such device.
+    """
+    import torch
+
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        skip("no CUDA device")
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    return options
 
 
 def interleaved(

@@ -3,8 +3,9 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.progress import (
     BarColumn,
@@ -18,8 +19,11 @@ log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 
-Advance = Callable[[int, int, int], None]
-"""Called with what is done, how much there is in all, and how much of it failed."""
+
+class Advance(Protocol):
+    """Called with what is done, how much there is in all, and how much of it failed."""
+
+    def __call__(self, done: int, total: int, failed: int = 0) -> None: ...
 
 
 @contextmanager
@@ -43,7 +47,7 @@ def _bar(what: str, unit: str) -> Iterator[Advance]:
         task = bar.add_task(what, total=None, rate="–", failed=0)
         clock = _Rate()
 
-        def advance(done: int, total: int, failed: int) -> None:
+        def advance(done: int, total: int, failed: int = 0) -> None:
             rate = f"{clock.rate(done):.1f}"
             bar.update(task, completed=done, total=total, rate=rate, failed=failed)
 
@@ -54,7 +58,7 @@ def _bar(what: str, unit: str) -> Iterator[Advance]:
 def _lines(what: str, unit: str) -> Iterator[Advance]:
     clock, told_at = _Rate(), time.monotonic()
 
-    def advance(done: int, total: int, failed: int) -> None:
+    def advance(done: int, total: int, failed: int = 0) -> None:
         nonlocal told_at
         now, rate = time.monotonic(), clock.rate(done)
         if done < total and now - told_at < LINE_EVERY_S:

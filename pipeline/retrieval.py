@@ -91,7 +91,7 @@ def _dataset_show(arguments: argparse.Namespace) -> bool:
 def _dataset_verify(arguments: argparse.Namespace) -> bool:
     dataset = Dataset.open(arguments.url)
     with progress("verify", "bytes") as advance:
-        faults = verify_dataset(dataset, progress=lambda done, total: advance(done, total, 0))
+        faults = verify_dataset(dataset, progress=advance)
     for fault in faults:
         print(fault)
     print("every byte is as written" if not faults else f"{len(faults)} faults")
@@ -105,7 +105,7 @@ def _dataset_fetch(arguments: argparse.Namespace) -> bool:
             arguments.out,
             accept_licence=arguments.accept_licence,
             base_url=arguments.base_url or OFFICIAL,
-            progress=lambda done, total: advance(done, total, 0),
+            progress=advance,
         )
     print(path)
     return True
@@ -114,9 +114,7 @@ def _dataset_fetch(arguments: argparse.Namespace) -> bool:
 def _dataset_check_archives(arguments: argparse.Namespace) -> bool:
     right = True
     with progress("check", "bytes") as advance:
-        checked = check_archives(
-            arguments.root, progress=lambda done, total: advance(done, total, 0)
-        )
+        checked = check_archives(arguments.root, progress=advance)
         for name, fault in checked:
             print(f"wrong {name} {fault}" if fault else f"ok {name}", flush=True)
             right = right and not fault
