@@ -27,6 +27,7 @@ ON_CPU = (
     "step",
     "hed",
     "hed_bsds",
+    "landmarks",
 )
 ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"], "hed": []}
 

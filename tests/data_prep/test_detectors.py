@@ -152,6 +152,41 @@ def test_a_picture_without_a_face_has_none(faces: FaceDetector) -> None:
     assert faces(np.zeros((64, 64, 3), np.uint8)) is None
 
 
+def face_of_astronaut(px: int) -> np.ndarray:
+    """Her face and some space around it, in all ``px`` pixels square."""
+    face = bundled("skimage/data/astronaut.png")[20:220, 125:325]
+    return cv2.resize(face, (px, px), interpolation=cv2.INTER_LINEAR)
+
+
+def on_gray(*faces: tuple[np.ndarray, int, int]) -> np.ndarray:
+    """Faces at (left, top) on a gray picture of 512 x 512 pixels that may cut them."""
+    picture = np.full((512, 512, 3), 120, np.uint8)
+    for face, left, top in faces:
+        cut = face[:, max(-left, 0) :]
+        picture[top : top + len(cut), max(left, 0) : max(left, 0) + cut.shape[1]] = cut
+    return picture
+
+
+def test_a_face_that_is_small_in_its_picture_is_found(faces: FaceDetector) -> None:
+    small = on_gray((face_of_astronaut(90), 300, 60))
+    face = faces(small)
+    assert face is not None
+    assert np.linalg.norm(face.points.mean(axis=0) - (345, 105)) < 12
+
+
+def test_a_face_that_the_border_cuts_yields_to_a_whole_one(faces: FaceDetector) -> None:
+    cut = face_of_astronaut(300), -95, 150
+    alone = faces(on_gray(cut))
+    assert alone is not None
+    assert alone.box[0] < 0
+    beside = faces(on_gray(cut, (face_of_astronaut(240), 260, 200)))
+    assert beside is not None
+    assert 260 < beside.box[0] < beside.box[2] < 500
+    far_smaller = faces(on_gray(cut, (face_of_astronaut(160), 300, 40)))
+    assert far_smaller is not None
+    assert far_smaller.box == alone.box
+
+
 def test_faces_of_celebrities_are_found(faces: FaceDetector, photographs: Path) -> None:
     paths = sorted((photographs / "faces").glob("*.*"))[:12]
     assert len(paths) == 12

