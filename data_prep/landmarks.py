@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 DETECTION_PX = 512
-# A HOG score below dlib's own threshold of 0. With it and doubling, 98 of 99 annotated pictures have
-# a face instead of 87, and 9 of 150 pictures of scenes instead of 4.
+# A HOG score below dlib's own threshold of 0. With it and doubling, 98 of 99 annotated pictures
+# have a face instead of 87, and 9 of 150 pictures of scenes instead of 4.
 DOUBTFUL = -0.25
 SEARCH = "HOG at 512 px, then doubled; whole faces first"  # part of a data set's digest
 # The file inside the package face_recognition_models 0.3.0.
