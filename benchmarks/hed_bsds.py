@@ -151,8 +151,10 @@ def count_lines(lines: np.ndarray, boundaries: list[np.ndarray]) -> Counts:
     return np.array([by_any.sum(), by_any.size, found, sum(int(b.sum()) for b in boundaries)])
 
 
-def of_picture(picture: Path) -> tuple[Counts, Counts, int, int]:
-    """Counts of the network and of the people; sketch pixels, and those that bf16 leaves."""
+def of_picture(picture: Path) -> tuple[Counts, Counts, Counts, int, int]:
+    """Counts of the network as published, of its averaged outputs, and of the people; sketch
+    pixels, and those that bf16 leaves.
+    """
     import torch
     from PIL import Image
     from scipy.io import loadmat
@@ -164,6 +166,7 @@ def of_picture(picture: Path) -> tuple[Counts, Counts, int, int]:
     with Image.open(picture) as opened:
         pixels = np.array(opened.convert("RGB"))
     edges = EdgeDetector(load_network(weights))(pixels[None])[0]
+    averaged = EdgeDetector(load_network(weights), output="averaged")(pixels[None])[0]
     rougher = EdgeDetector(load_network(weights), precision="bf16")(pixels[None])[0]
     equal = (edges > SKETCH_THRESHOLD) == (rougher > SKETCH_THRESHOLD)
     truths = loadmat(str(picture.with_suffix(".mat")))["groundTruth"].ravel()
@@ -172,7 +175,8 @@ def of_picture(picture: Path) -> tuple[Counts, Counts, int, int]:
         count_lines(boundary, [other for other in boundaries if other is not boundary])
         for boundary in boundaries
     ]
-    return count_edges(edges, boundaries), np.sum(people, axis=0), equal.size, int(equal.sum())
+    counts = (count_edges(found, boundaries) for found in (edges, averaged))
+    return *counts, np.sum(people, axis=0), equal.size, int(equal.sum())
 
 
 def f_measure(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -214,12 +218,14 @@ def main() -> None:
     if not pictures:
         skip(f"{folder} holds no .jpg of BSDS500")
     with ProcessPoolExecutor(arguments.workers) as pool:
-        ours, people, pixels, equal = zip(*pool.map(of_picture, pictures), strict=True)
+        found = zip(*pool.map(of_picture, pictures), strict=True)
+        fused, averaged, people, pixels, equal = found
     write_result(
         "hed_bsds",
         {
             "pictures": len(pictures),
-            **best_f(np.array(ours)),
+            "fused": best_f(np.array(fused)),
+            "averaged": best_f(np.array(averaged)),
             "f_of_people": round(float(f_measure(np.sum(people, axis=0))[0]), 4),
             "percent_of_sketch_pixels_that_bf16_leaves": round(100 * sum(equal) / sum(pixels), 3),
         },

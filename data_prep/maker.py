@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -62,7 +62,8 @@ class Recipe:
     threshold: float
     line_width: int
     hed_sha256: str | None
-    hed_precision: str
+    hed_precision: Literal["fp32", "bf16"]
+    hed_output: Literal["fused", "averaged"]
     hed_device: str
 
     def record(self) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _await_edges(work: _Work, recipe: Recipe) -> None:
     work.row |= {
         "sketch_kind": "hed",
         "sketch_status": "ok",
-        "detector": f"hed {recipe.hed_precision} {recipe.hed_device}",
+        "detector": f"hed {recipe.hed_output} {recipe.hed_precision} {recipe.hed_device}",
         "detector_weights_sha256": recipe.hed_sha256,
         "threshold": recipe.threshold,
     }

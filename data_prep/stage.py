@@ -90,6 +90,7 @@ def build_dataset(
     max_failed_fraction: float = 0.05,
     hed_weights: str | None = None,
     hed_precision: Literal["fp32", "bf16"] = "fp32",
+    hed_output: Literal["fused", "averaged"] = "fused",
     hed_device: Device = "auto",
     jpeg_quality: int = 95,
     max_pixels: int = MAX_PIXELS,
@@ -131,6 +132,7 @@ def build_dataset(
         "seed": seed,
         "hed_weights": hed_weights,
         "hed_precision": hed_precision,
+        "hed_output": hed_output,
         "hed_device": hed_device,
         "jpeg_quality": jpeg_quality,
         "max_pixels": max_pixels,
@@ -164,6 +166,7 @@ def build_dataset(
         line_width=line_width,
         hed_sha256=hashlib.sha256(weights).hexdigest() if weights else None,
         hed_precision=hed_precision,
+        hed_output=hed_output,
         hed_device=device,
     )
     store.clear_unfinished()
@@ -442,9 +445,12 @@ class EdgeActor:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
-        precision: Literal["fp32", "bf16"] = "bf16" if recipe.hed_precision == "bf16" else "fp32"
-        network = load_network(weights)
-        self._detect = EdgeDetector(network, precision=precision, device=recipe.hed_device)
+        self._detect = EdgeDetector(
+            load_network(weights),
+            precision=recipe.hed_precision,
+            device=recipe.hed_device,
+            output=recipe.hed_output,
+        )
         self._threshold = recipe.threshold
 
     def strokes(self, pictures: Batch) -> UInt8[np.ndarray, "batch height width"]:

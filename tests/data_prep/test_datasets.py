@@ -19,7 +19,17 @@ from data_prep.pictures import decode, decode_sketch
 from data_prep.shards import Dataset, RawSample, plan, shard_name, write_shard
 from data_prep.sources import list_pictures
 
-RECIPE = Recipe(64, 95, 10**8, 0.6, 1, hed_sha256="0" * 64, hed_precision="fp32", hed_device="cpu")
+RECIPE = Recipe(
+    stored_px=64,
+    jpeg_quality=95,
+    max_pixels=10**8,
+    threshold=0.6,
+    line_width=1,
+    hed_sha256="0" * 64,
+    hed_precision="fp32",
+    hed_output="fused",
+    hed_device="cpu",
+)
 CALLED = {"train": "train", "validation": "val"}
 
 

@@ -13,13 +13,22 @@ import pytest
 import torch
 
 from data_prep.files import Picture
-from data_prep.hed import EdgeDetector, Hed, Precision, load_network, packaged_weights, read_weights
+from data_prep.hed import (
+    EdgeDetector,
+    Hed,
+    Output,
+    Precision,
+    load_network,
+    packaged_weights,
+    read_weights,
+)
 from data_prep.landmarks import FaceDetector, rescaled
 from data_prep.pictures import decode, fit
 from data_prep.sketch import edge_strokes
 from data_prep.sources import read_picture
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+OUTPUTS: tuple[Output, ...] = ("fused", "averaged")
 
 
 def bundled(path: str) -> np.ndarray:
@@ -31,8 +40,10 @@ def weights() -> bytes:
     return read_weights(None)
 
 
-def edge_detector(weights: bytes, precision: Precision = "fp32") -> EdgeDetector:
-    return EdgeDetector(load_network(weights), precision=precision)
+def edge_detector(
+    weights: bytes, precision: Precision = "fp32", output: Output = "fused"
+) -> EdgeDetector:
+    return EdgeDetector(load_network(weights), precision=precision, output=output)
 
 
 @pytest.fixture(autouse=True)
@@ -60,22 +71,35 @@ def test_edges_lie_on_edges(weights: bytes, cup: np.ndarray) -> None:
     assert on.mean() > 5 * off.mean()
 
 
-def test_a_step_is_found_where_it_is(weights: bytes) -> None:
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_step_is_found_where_it_is(weights: bytes, output: Output) -> None:
     """To the pixel, at sizes that the pools divide and that they do not."""
     for size, column in ((128, 64), (131, 70)):
         step = np.full((1, size, size, 3), 60, np.uint8)
         step[:, :, column:] = 190
-        profile = edge_detector(weights)(step)[0, 20:-20].mean(axis=0)
+        profile = edge_detector(weights, output=output)(step)[0, 20:-20].mean(axis=0)
         strong = np.flatnonzero(profile > 0.6)
         assert abs(strong.mean() - (column - 0.5)) <= 1.0
 
 
-def test_a_picture_has_the_same_edges_in_any_batch(weights: bytes, cup: np.ndarray) -> None:
-    detector = edge_detector(weights)
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_picture_has_the_same_edges_in_any_batch(
+    weights: bytes, cup: np.ndarray, output: Output
+) -> None:
+    detector = edge_detector(weights, output=output)
     alone = detector(cup[None])
     together = detector(np.stack([cup[::-1], cup, cup[:, ::-1]]))
     assert np.array_equal(alone[0], together[1])
     assert np.array_equal(detector(cup[None]), alone)
+
+
+def test_averaged_edges_of_a_mirror_image_are_mirrored(weights: bytes, cup: np.ndarray) -> None:
+    fused, averaged = (edge_detector(weights, output=output) for output in OUTPUTS)
+    picture = cup[None, :130, :131]  # sizes that the scales do not divide
+    mirrored = picture[:, :, ::-1]
+    assert np.allclose(averaged(mirrored), averaged(picture)[:, :, ::-1], atol=1e-5)
+    assert not np.allclose(fused(mirrored), fused(picture)[:, :, ::-1], atol=1e-2)
+    assert np.corrcoef(averaged(picture).ravel(), fused(picture).ravel())[0, 1] > 0.9
 
 
 def test_bf16_strokes_are_nearly_those_of_fp32(weights: bytes, cup: np.ndarray) -> None:

@@ -35,6 +35,7 @@ def test_memory_holds_a_few_chunks_of_pictures_however_large_the_shard(
         line_width=1,
         hed_sha256=None,
         hed_precision="fp32",
+        hed_output="fused",
         hed_device="cpu",
     )
     pictures = [
