@@ -134,7 +134,8 @@ def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
 def _inverse_norms(small: Features) -> Float[Tensor, "batch 1 keys"]:
     """1 / max(‖P‖, 1e-4) of the 3×3 patches P around every pixel."""
     squares = small.square().sum(dim=1, keepdim=True)
-    squares = F.avg_pool2d(squares, 3, stride=1, padding=1, divisor_override=1)
+    # Not divisor_override=1, which the export to ONNX loses without a word.
+    squares = 9 * F.avg_pool2d(squares, 3, stride=1, padding=1)
     return squares.clamp_min(SMALLEST_NORM**2).rsqrt().flatten(2)
 
 
