@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -154,6 +155,8 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
+        # Else its forward pass switches our autocast off on a GPU: it knows its own alone.
+        deepspeed.runtime.engine.autocast_if_enabled = lambda engine: nullcontext()
         # It flattens parameters in plain order, and refuses to broadcast them in another.
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._engine, *_ = deepspeed.initialize(

@@ -146,6 +146,30 @@ def test_bf16_trains_close_to_fp32_with_float32_state(undisturbed, kind):
     assert {value.dtype for value in state.generator.weights.values()} == {torch.float32}
 
 
+def precision_inside(kind: Kind) -> torch.dtype:
+    """What stage one computes in during a step in bf16, as a GPU's autocast has it."""
+    torch.set_num_threads(1)
+    generator, discriminator, ranks = engines(kind, 1, None)
+    seen: list[torch.dtype] = []
+    stage = generator.module.get_submodule("coarse")
+    stage.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    # DeepSpeed asks for CUDA's autocast whatever the device; the step sets the processor's here.
+    torch.set_autocast_enabled("cuda", True)
+    train_step(
+        batch(0, ranks.rank, ranks.world_size).to(torch.device("cpu")),
+        generator,
+        discriminator,
+        guided=True,
+        precision=torch.bfloat16,
+    )
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
+def test_no_engine_switches_the_autocast_of_the_step_off(kind):
+    assert on_ranks(1, precision_inside, kind) == [torch.bfloat16]
+
+
 def test_the_state_has_the_moments_of_every_parameter(undisturbed):
     state: EngineState = TrainingState.read(undisturbed.files).generator
     parameters = [name for name, _ in Generator(guided=True, width=4).named_parameters()]
