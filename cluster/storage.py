@@ -251,7 +251,7 @@ class FileStore:
 
     def open(self, key: str) -> BinaryIO:
         with self._explained(key):
-            return self._path(key).open("rb", buffering=MIB)
+            return io.BufferedReader(_FileReader(self._path(key)), MIB)
 
     def list_keys(self, prefix: str = "") -> list[str]:
         start = self._root / prefix.rpartition("/")[0]
@@ -313,6 +313,25 @@ class FileStore:
         except OSError as error:
             kind = MissingKeyError if isinstance(error, FileNotFoundError) else StorageError
             raise kind(f"{join(self.url, key)}: {error.strerror or error}") from error
+
+
+class _FileReader(io.FileIO):
+    """A file to read; an error of the disk names it."""
+
+    def readinto(self, buffer: Any) -> int:
+        with self._explained():
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with self._explained():
+            return super().readall()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.name}: {error.strerror or error}") from error
 
 
 _making_client = threading.Lock()

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-from cluster.storage import MIB, MissingKeyError, StorageError, Store, join, open_store
+from cluster.storage import MIB, MissingKeyError, StorageError, Store, join, one_line, open_store
 
 FORMAT = 1
 FIELDS = ("jpg", "sketch.png", "json")
@@ -28,6 +28,9 @@ Split = Literal["train", "val"]
 
 class ShardError(ValueError):
     """A shard or data set that is missing, damaged or not ours; one line, naming it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # names in damaged headers may have newlines
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,10 @@ def _member(stream: Readable, name: str) -> tuple[str, bytes] | None:
         if header[257:262] != b"ustar" or header[156:157] != b"0":
             raise ShardError(f"{name} is no shard of ours: a plain USTAR file was expected")
         try:
-            size = int(header[124:135], 8)
+            size = int(b"0" + header[124:135], 8)  # with a digit before it, no sign is taken
         except ValueError:
             raise ShardError(f"{name} is damaged: a member's size is unreadable") from None
-        member = header[: header.index(0, 0, 101)].decode("ascii", "replace")
+        member = header[:100].partition(b"\0")[0].decode("ascii", "replace")
         data = stream.read(size + -size % BLOCK)
         if len(data) == size + -size % BLOCK:
             return member, data[:size]
@@ -221,14 +224,12 @@ class Dataset:
         try:
             record = json.loads(data)
             found = record["format"]
+            if found == FORMAT:
+                fields = [field for field in cls.__dataclass_fields__ if field != "url"]
+                return cls(url=url, **{field: record[field] for field in fields})
         except (ValueError, KeyError, TypeError):
             raise ShardError(f"{join(url, 'dataset.json')} is not a data set of ours") from None
-        if found != FORMAT:
-            raise ShardError(f"{url} has data set format {found}; this program reads {FORMAT}")
-        return cls(
-            url=url,
-            **{field: record[field] for field in cls.__dataclass_fields__ if field != "url"},
-        )
+        raise ShardError(f"{url} has data set format {found}; this program reads {FORMAT}")
 
     @cached_property
     def store(self) -> Store:
@@ -237,8 +238,11 @@ class Dataset:
     @cached_property
     def index(self) -> list[Shard]:
         """Every shard of every split, in the order of the names."""
-        entries = json.loads(self.store.get("index.json"))["shardlist"]
-        return [shard_from_index(entry) for entry in entries]
+        data = self.store.get("index.json")
+        try:
+            return [shard_from_index(entry) for entry in json.loads(data)["shardlist"]]
+        except (ValueError, KeyError, TypeError):
+            raise ShardError(f"{join(self.url, 'index.json')} is no index of ours") from None
 
     def shards(self, split: Split) -> list[Shard]:
         return [shard for shard in self.index if shard.split == split]
@@ -299,15 +303,17 @@ def verify(
 
     ``progress(bytes_done, bytes_in_all)`` is called after each file, from one thread.
     """
-    checks: list[tuple[int, Callable[[], list[str]]]] = [
-        (entry["bytes"], _file_check(dataset, name, entry)) for name, entry in dataset.files.items()
-    ]
+    files = dict(dataset.files)
+    index, faults = [], []
     try:
         index = dataset.index
-    except (StorageError, KeyError, TypeError, ValueError) as error:
-        return [f"index.json cannot be read: {error}"]
+    except (StorageError, ShardError) as error:
+        faults.append(str(error))
+        files.pop("index.json", None)  # one line is enough
+    checks: list[tuple[int, Callable[[], list[str]]]] = [
+        (entry["bytes"], _file_check(dataset, name, entry)) for name, entry in files.items()
+    ]
     checks += [(shard.bytes, _shard_check(dataset, shard)) for shard in index]
-    faults = []
     total, done = sum(size for size, _ in checks), 0
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(lambda check: check[1](), checks)
@@ -341,7 +347,7 @@ def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
     def check() -> list[str]:
         try:
             with contextlib.closing(dataset.store.open(shard.name)) as file:
-                hashing = _Hashing(file)
+                hashing = _Hashing(file, at_most=shard.bytes)
                 keys = [sample.key for sample in read_samples(hashing, name=shard.name)]
                 while hashing.read(1 << 20):
                     pass
@@ -359,14 +365,17 @@ def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
 
 
 class _Hashing:
-    """A stream that remembers the hash and the number of bytes that went through it."""
+    """A stream that remembers the hash and the number of bytes that went through it.
 
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
+    It gives ``at_most`` so many at once, for a damaged header may ask for more than the memory has.
+    """
+
+    def __init__(self, source: BinaryIO, *, at_most: int) -> None:
+        self._source, self._at_most = source, at_most
         self.sha256, self.count = hashlib.sha256(), 0
 
     def read(self, size: int, /) -> bytes:
-        data = self._source.read(size)
+        data = self._source.read(min(size, self._at_most))
         self.sha256.update(data)
         self.count += len(data)
         return data

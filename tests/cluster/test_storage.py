@@ -83,6 +83,14 @@ def test_a_missing_key_is_a_file_not_found_in_one_line(store: Store, tmp_path: P
     assert not store.exists("not/there")
 
 
+def test_a_disk_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "key").symlink_to("/proc/self/mem")  # reading it from the front is an error
+    for size in (10, -1):
+        with open_store(str(tmp_path)).open("key") as file, pytest.raises(StorageError) as caught:
+            file.read(size)
+        assert str(caught.value) == f"{tmp_path}/key: Input/output error"
+
+
 def test_deleting_leaves_nothing_and_may_be_repeated(store: Store) -> None:
     store.put("a/b/c", b"")
     store.delete("a/b/c")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 import random
+import resource
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.shards import (
+    FORMAT,
     Dataset,
     RawSample,
     ShardError,
+    digest_of,
+    index_entry,
     plan,
     read_samples,
     shard_name,
+    verify,
     write_shard,
 )
 
@@ -108,6 +116,12 @@ def test_a_foreign_tar_is_refused(tmp_path: Path) -> None:
         list(read_samples(random.Random(0).randbytes(2048)))
 
 
+def test_the_longest_key_is_read_back(tmp_path: Path) -> None:
+    sample = RawSample("k" * 89, b"jpg", b"png", b"{}")
+    write_shard(tmp_path / "a.tar", [sample], split="train", name="a.tar")
+    assert list(read_samples(tmp_path / "a.tar")) == [sample]
+
+
 @pytest.mark.parametrize("key", ["a.b", "", "a b", "ä", "k" * 90])
 def test_a_key_that_cannot_name_a_member_is_refused(tmp_path: Path, key: str) -> None:
     sample = RawSample(key, b"", b"", b"")
@@ -154,3 +168,103 @@ def test_two_pictures_of_one_key_are_refused() -> None:
 def test_a_folder_without_dataset_json_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"dataset\.json is missing"):
         Dataset.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b"no JSON \xff", b'{"format":1}', b'{"format":1,"name":"small"}']
+)
+def test_a_dataset_json_that_lacks_something_is_told_in_one_line(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(ShardError, match=r"/dataset\.json is not a data set of ours$"):
+        Dataset.open(str(tmp_path))
+
+
+def finished(root: Path) -> Dataset:
+    """Two shards with what makes them a data set."""
+    names = [shard_name("small", "train", number) for number in range(2)]
+    shards = [write_shard(root / name, samples(), split="train", name=name) for name in names]
+    index = {"shardlist": [index_entry(shard) for shard in shards]}
+    beside = {"index.json": json.dumps(index).encode(), "sizes.json": b"{}"}
+    for name, data in beside.items():
+        (root / name).write_bytes(data)
+    record = {
+        "format": FORMAT,
+        "name": "small",
+        "digest": digest_of({}, shards),
+        "settings": {"shaping": {}},
+        "counts": {},
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in beside.items()
+        },
+    }
+    (root / "dataset.json").write_text(json.dumps(record))
+    return Dataset.open(str(root))
+
+
+def test_a_shard_that_the_disk_cannot_read_is_one_fault_beside_the_others(tmp_path: Path) -> None:
+    dataset = finished(tmp_path)
+    assert verify(dataset) == []
+    first, second = (tmp_path / shard.name for shard in dataset.index)
+    first.unlink()
+    first.symlink_to("/proc/self/mem")  # reading it from the front is an input/output error
+    second.unlink()
+    assert verify(dataset) == [
+        f"{first}: Input/output error",
+        f"{second}: No such file or directory",
+    ]
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Room for 2 GiB more than there is in use."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "written"),
+    [
+        (0, b"\xff" * 120),  # no end of the name
+        (0, b"\n\x1b[2J"),
+        (124, b"77777777777"),  # 8 GiB
+        (124, b"-0000000600"),
+        (124, b"no number"),
+        (156, b"5"),
+    ],
+)
+def test_a_damaged_header_is_one_fault_that_names_its_shard(
+    tmp_path: Path, place: int, written: bytes
+) -> None:
+    dataset = finished(tmp_path)
+    path = tmp_path / dataset.index[1].name
+    data = bytearray(path.read_bytes())
+    data[place : place + len(written)] = written
+    path.write_bytes(data)
+    with little_memory():
+        (fault,) = verify(dataset)
+    assert path.name in fault
+    assert fault.isprintable()
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b'{"shardlist": [{}]}', b"no JSON", None])
+def test_an_index_that_cannot_be_read_is_one_fault_beside_the_others(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    dataset = finished(tmp_path)
+    (tmp_path / "index.json").unlink()
+    if content is not None:
+        (tmp_path / "index.json").write_bytes(content)
+    (tmp_path / "sizes.json").write_bytes(b"{ }")
+    fault = ": No such file or directory" if content is None else " is no index of ours"
+    assert verify(dataset) == [
+        f"{tmp_path / 'index.json'}{fault}",
+        "sizes.json has 3 bytes instead of 2",
+    ]
