@@ -1,9 +1,19 @@
 import math
+from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
 
-from models.gated_conv import Conv, GatedConv, Padding, PartialConv, same_padding
+from models.gated_conv import (
+    Activation,
+    Conv,
+    Convolution,
+    GatedConv,
+    Padding,
+    PartialConv,
+    same_padding,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,18 @@ def test_every_padding_gives_half_the_pixels_rounded_up(padding: Padding, size: 
     assert conv(torch.rand(1, 2, size, size)).shape == (1, 3, (size + 1) // 2, (size + 1) // 2)
 
 
+@pytest.mark.parametrize(("padding", "mode"), [("symmetric", "constant"), ("reflect", "reflect")])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(8, 10), (9, 7)])
+def test_other_paddings_put_as_many_pixels_before_a_strided_layer_as_behind(
+    padding: Padding, mode: str, kernel: int, size: tuple[int, int]
+) -> None:
+    conv, picture = Conv(2, 3, kernel=kernel, stride=2, padding=padding), torch.randn(2, 2, *size)
+    padded = torch.nn.functional.pad(picture, [kernel // 2] * 4, mode=mode)
+    expected = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, stride=2)
+    torch.testing.assert_close(conv(picture), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_reflected_padding_keeps_a_flat_picture_flat() -> None:
     flat = torch.ones(1, 1, 8, 8)
     mirrored = Conv(1, 1, padding="reflect")(flat)
@@ -60,18 +82,61 @@ def test_reflected_padding_keeps_a_flat_picture_flat() -> None:
     assert Conv(1, 1, padding="same")(flat).std() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("activation", "function"), [("elu", torch.nn.functional.elu), ("relu", torch.relu)]
-)
-def test_the_first_half_of_the_channels_is_the_feature_and_the_second_its_gate(
-    activation: str, function: object
+ELU = ("elu", lambda value: value if value > 0 else math.exp(value) - 1)
+RELU = ("relu", lambda value: max(value, 0.0))
+PLAIN = (None, lambda value: value)
+
+
+def looped(layer: Convolution, picture: torch.Tensor) -> torch.Tensor:
+    """W · window + b for every pixel, (raw channels, H', W'); nothing beyond the border."""
+    if layer.upsample:
+        picture = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    inputs, height, width = picture.shape
+    befores = [
+        same_padding(side, layer.kernel, layer.stride, layer.dilation)[0]
+        for side in picture.shape[1:]
+    ]
+    weight, bias = layer.weight.tolist(), layer.bias.tolist()
+    pixels = picture.tolist()
+    raw = torch.zeros(len(bias), math.ceil(height / layer.stride), math.ceil(width / layer.stride))
+    for channel, y, x in product(*map(range, raw.shape)):
+        total = bias[channel]
+        for c, i, j in product(range(inputs), range(layer.kernel), range(layer.kernel)):
+            row = y * layer.stride - befores[0] + i * layer.dilation
+            column = x * layer.stride - befores[1] + j * layer.dilation
+            if 0 <= row < height and 0 <= column < width:
+                total += weight[channel][c][i][j] * pixels[c][row][column]
+        raw[channel, y, x] = total
+    return raw
+
+
+GEOMETRIES = [{}, {"kernel": 5}, {"stride": 2}, {"dilation": 2}, {"upsample": True}]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("activation", "function"), [ELU, RELU])
+def test_gated_convolution_is_a_loop_over_features_and_gates(
+    geometry: dict[str, int], activation: Activation, function: Callable[[float], float]
 ) -> None:
-    gated = GatedConv(4, 6, activation=activation)  # type: ignore[arg-type]
-    torch.nn.init.normal_(gated.bias)
-    picture = torch.randn(2, 4, 8, 8)
-    raw = torch.nn.functional.conv2d(picture, gated.weight, gated.bias, padding=1)
-    expected = function(raw[:, :6]) * torch.sigmoid(raw[:, 6:])  # type: ignore[operator]
-    torch.testing.assert_close(gated(picture), expected)
+    layer = GatedConv(2, 3, activation=activation, **geometry)  # type: ignore[arg-type]
+    torch.nn.init.normal_(layer.bias)
+    picture = torch.randn(2, 5, 6)
+    features, gates = looped(layer, picture).split(3)
+    gates.apply_(lambda value: 1 / (1 + math.exp(-value)))
+    expected = features.apply_(function) * gates
+    torch.testing.assert_close(layer(picture[None])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("activation", "function"), [ELU, RELU, PLAIN])
+def test_vanilla_convolution_is_a_loop_and_an_activation(
+    geometry: dict[str, int], activation: Activation | None, function: Callable[[float], float]
+) -> None:
+    layer = Conv(2, 3, activation=activation, **geometry)  # type: ignore[arg-type]
+    torch.nn.init.normal_(layer.bias)
+    picture = torch.randn(2, 5, 6)
+    expected = looped(layer, picture).apply_(function)
+    torch.testing.assert_close(layer(picture[None])[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["same", "symmetric", "reflect"])
@@ -125,9 +190,3 @@ def test_partial_convolution_is_a_loop_over_known_pixels(geometry: dict[str, int
             assert next_known[0, 0, y, x] == (count > 0)
             seen[int(count > 0)] = True
     assert seen.all()
-
-
-def test_vanilla_convolution_is_activation_of_a_convolution() -> None:
-    layer, picture = Conv(2, 3, activation="elu"), torch.randn(1, 2, 5, 5)
-    raw = torch.nn.functional.conv2d(picture, layer.weight, layer.bias, padding=1)
-    torch.testing.assert_close(layer(picture), torch.nn.functional.elu(raw))
