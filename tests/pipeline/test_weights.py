@@ -122,7 +122,7 @@ def test_a_package_that_is_missing_is_named(
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As strong as trained ones: fresh weights shrink what goes through them, and errors with it."""
+    """As strong as trained ones: fresh ones shrink what goes through them, and so any error."""
     generator = Generator(guided=True)
     fill_generator(generator)
     path = tmp_path_factory.mktemp("weights") / "guided.safetensors"
