@@ -28,7 +28,7 @@ Subject = Literal["scene", "face"]
 SUFFIXES = frozenset(
     [
         *(".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
-        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".npy"),
+        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".npy"),
     ]
 )
 LONGEST_KEY = 80

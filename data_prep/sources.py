@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from cluster.storage import open_store
+from cluster.storage import one_line, open_store
 from data_prep import celebahq, places2
 from data_prep.files import (
     SUFFIXES,
@@ -56,7 +57,7 @@ def list_pictures(
             files, root, split=split, val_fraction=val_fraction, partial=partial
         )
         return _sorted(faces)
-    splits = _folder_splits([path for path in files if _is_picture(path)], root, val_fraction)
+    splits = _folder_splits(_chosen(files, root), root, val_fraction)
     return _sorted(
         Picture(key_of(path), split_, subject, path, source, member=files[path])
         for path, split_ in splits.items()
@@ -76,8 +77,23 @@ def _sorted(pictures: Iterable[Picture]) -> list[Picture]:
     return sorted(pictures, key=lambda picture: picture.key)
 
 
-def _is_picture(path: str) -> bool:
-    return Path(path).suffix.lower() in SUFFIXES
+def _chosen(paths: Iterable[str], root: str) -> list[str]:
+    """Those whose suffix is that of a picture; of the others it is told what they are."""
+    chosen, others = [], Counter[str]()
+    for path in paths:
+        suffix = Path(path).suffix.lower()
+        if suffix in SUFFIXES:
+            chosen.append(path)
+        else:
+            others[suffix or "no suffix"] += 1
+    if others:
+        log.warning(
+            "files that are no pictures left out count=%d (%s) root=%s",
+            others.total(),
+            one_line(", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))),
+            root,
+        )
+    return chosen
 
 
 # Photographs inside the wheels of scikit-image and scikit-learn. The pictures of the two splits

@@ -6,9 +6,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from cluster.storage import StorageError, open_store
 from data_prep.files import Picture, key_of
@@ -53,6 +55,32 @@ def test_a_folder_is_listed_recursively_and_read(tmp_path: Path) -> None:
     assert [(p.key, p.path) for p in pictures] == [("a", "a.jpg"), ("b/c=PNG", "b/c.PNG")]
     assert read_picture(pictures[1], str(root)) == b"b/c.PNG"
     assert [p.key for p in listed(f"file://{root}")] == ["a", "b/c=PNG"]
+
+
+def test_what_is_left_out_of_a_folder_is_told_by_its_suffix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed(folder(tmp_path, "a.jpg"))
+    assert not caplog.messages
+    names = ["iphone.HEIC", "b/c.heic", "d.heic", "noext", "x/noext", "n.txt", "a.jpg.b\nc"]
+    assert [p.path for p in listed(folder(tmp_path, *names))] == ["a.jpg"]
+    assert caplog.messages == [
+        "files that are no pictures left out count=7 "
+        rf"(.heic 3, no suffix 2, .b\nc 1, .txt 1) root={tmp_path}"
+    ]
+
+
+def test_an_avif_is_listed_and_comes_out_upright(tmp_path: Path) -> None:
+    coffee = Picture("coffee", "train", "scene", "skimage/data/coffee.png", "bundled")
+    pixels = decode(read_picture(coffee, None)).pixels
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned to the right
+    turned = Image.fromarray(np.rot90(pixels))
+    turned.save(tmp_path / "a.avif", quality=95, exif=exif)
+    (found,) = listed(tmp_path)
+    read = decode(read_picture(found, str(tmp_path)))
+    assert (read.width, read.height) == (600, 400)
+    assert np.abs(read.pixels.astype(int) - pixels).mean() < 3
 
 
 def test_a_prefix_on_s3_is_listed_and_read(s3_url: str) -> None:
