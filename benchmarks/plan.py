@@ -176,7 +176,14 @@ def make_rows(job: "Job", detector: Any = None) -> "Part":
     sample = RawSample(job.pictures[0].key, encode_jpeg(gray), sketch, b"{}")
     shard = write_shard(Path(job.url, job.name), [sample], split=job.split, name=job.name)
     shard = dataclasses.replace(shard, samples=len(rows), last_key=job.pictures[-1].key)
-    part = part_of(shard, rows, plan=job.plan, recipe=job.recipe.record(), excluded=job.excluded)
+    part = part_of(
+        shard,
+        rows,
+        plan=job.plan,
+        root=job.root,
+        recipe=job.recipe.record(),
+        excluded=job.excluded,
+    )
     write_part(open_store(job.url), part, rows)
     return part
 

@@ -95,8 +95,10 @@ class Part:
 
     plan: str
     """Hash of the settings and pictures that the shard was made from."""
+    root: str | None
+    """Of the source: below another one, equal names are other pictures."""
     recipe: dict[str, Any]
-    """The settings among them."""
+    """The settings that it was made with."""
     excluded: dict[str, str]
     """Pictures left out as duplicates, with the reason."""
     shard: Shard
@@ -124,6 +126,7 @@ def part_of(
     rows: Sequence[dict[str, Any]],
     *,
     plan: str,
+    root: str | None,
     recipe: dict[str, Any],
     excluded: dict[str, str],
     peak_bytes: int = 0,
@@ -132,6 +135,7 @@ def part_of(
     failed = [row for row in rows if row["status"] == "failed"]
     return Part(
         plan=plan,
+        root=root,
         recipe=recipe,
         excluded=excluded,
         shard=shard,

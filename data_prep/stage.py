@@ -112,15 +112,18 @@ def build_dataset(
     ``replace`` allows to build over a finished data set of other settings; ``update`` looks at the
     source again, for pictures that came or went; ``retry_failed`` reads those again that failed.
     All three keep what would come out the same: shards, or else samples, or else (where only
-    ``threshold``, ``line_width`` or an ``hed_`` setting changed) the stored pictures.
+    ``threshold``, ``line_width`` or an ``hed_`` setting changed) the stored pictures. Pictures
+    are known by root and name: one that was replaced in place is not noticed.
 
     Raises ShardError for a finished data set of other settings, and where more than
     ``max_failed_fraction`` of the pictures fail; StorageError; ValueError for bad arguments.
     """
+    if root is not None:
+        root = open_store(root).url
     requested = {
         "name": name,
         "source": source,
-        "root": None if root is None else open_store(root).url,
+        "root": root,
         "subject": subject,
         "stored_px": stored_px,
         "threshold": threshold,
@@ -224,9 +227,11 @@ class Job:
     def plan(self) -> str:
         """What the shard's bytes follow from, apart from the content of the pictures' files."""
         pictures = [
-            [picture.key, picture.path, picture.crop, picture.subject] for picture in self.pictures
+            [picture.key, picture.source, picture.path, picture.crop, picture.subject]
+            for picture in self.pictures
         ]
-        return hashlib.sha256(canonical_json([self.recipe.record(), pictures])).hexdigest()
+        plan = [self.recipe.record(), self.root, pictures]
+        return hashlib.sha256(canonical_json(plan)).hexdigest()
 
 
 def _jobs(
@@ -470,7 +475,7 @@ def make_shard(job: Job, detector: Any = None) -> Part:
     store = open_store(job.url)
     rows: list[Row] = []
     with scratch_folder() as folder:
-        known, known_recipe = _known(store, job.name, folder / "before.tar")
+        known, known_recipe = _known(store, job, folder / "before.tar")
         samples = make_samples(
             job.pictures,
             job.recipe,
@@ -489,6 +494,7 @@ def make_shard(job: Job, detector: Any = None) -> Part:
         shard,
         rows,
         plan=job.plan,
+        root=job.root,
         recipe=job.recipe.record(),
         excluded=job.excluded,
         peak_bytes=max(peaks),
@@ -502,12 +508,17 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _known(store: Store, name: str, path: Path) -> tuple[dict[str, Known], dict[str, Any] | None]:
-    """The samples of the shard that lies there under this name, if it is whole, and its recipe."""
+def _known(store: Store, job: Job, path: Path) -> tuple[dict[str, Known], dict[str, Any] | None]:
+    """The samples of the shard that lies there under this name, and its recipe.
+
+    Nothing where it is not whole, or holds pictures of another root.
+    """
     try:
-        part = read_part(store, name)
-        store.download(name, path)
-        (table,) = read_rows(store, [name])
+        part = read_part(store, job.name)
+        if part.root != job.root:
+            return {}, None
+        store.download(job.name, path)
+        (table,) = read_rows(store, [job.name])
     except (MissingKeyError, ValueError):
         return {}, None
     with path.open("rb") as file:

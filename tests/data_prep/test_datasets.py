@@ -68,7 +68,7 @@ def made(url: Path, subjects: set[str]) -> Dataset:
             ]
             samples = [sample for _, sample in made_of if sample is not None]
             shard = write_shard(url / name, samples, split=split, name=name)
-            part = part_of(shard, rows, plan="", recipe=RECIPE.record(), excluded={})
+            part = part_of(shard, rows, plan="", root=None, recipe=RECIPE.record(), excluded={})
             write_part(store, part, rows)
             parts.append(part)
     publish(

@@ -267,15 +267,39 @@ def test_another_picture_makes_one_shard_anew(
     assert updated.digest == build(tmp_path / "fresh", root).digest
 
 
+def test_pictures_of_another_root_are_never_taken_for_those_of_the_same_name(
+    undisturbed: Path, album: Path, tmp_path: Path
+) -> None:
+    root, finished, cut_short = (tmp_path / name for name in ("other", "finished", "cut short"))
+    shutil.copytree(album, root, symlinks=True)
+    paths = sorted(root.glob("*/*.jpg"))
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)
+    fresh = build(tmp_path / "fresh", root)
+    assert fresh.digest != Dataset.open(str(undisturbed)).digest
+    shutil.copytree(undisturbed, finished)
+    assert build(finished, root, replace=True).digest == fresh.digest
+    shutil.copytree(undisturbed, cut_short)
+    (cut_short / "dataset.json").unlink()
+    (cut_short / "parts" / "small-train-000001.tar.json").unlink()
+    assert build(cut_short, root).digest == fresh.digest
+
+
 def test_another_threshold_needs_no_source_and_gives_the_bytes_of_a_fresh_build(
     scenes: Path, album: Path, tmp_path: Path
 ) -> None:
-    url, root = tmp_path / "set", tmp_path / "album"
+    url, away = tmp_path / "set", tmp_path / "away"
     shutil.copytree(scenes, url)
-    shutil.copytree(album, root, symlinks=True)
-    for path in root.glob("*/*.jpg"):
-        path.write_bytes(b"no picture any more")
-    again = build(url, root, subject="scene", threshold=0.3, replace=True)
+    album.rename(away)
+    try:
+        shutil.copytree(away, album, symlinks=True)
+        for path in album.glob("*/*.jpg"):
+            path.write_bytes(b"no picture any more")
+        again = build(url, album, subject="scene", threshold=0.3, replace=True)
+    finally:
+        shutil.rmtree(album)
+        away.rename(album)
     fresh = build(tmp_path / "fresh", album, subject="scene", threshold=0.3)
     assert again.digest == fresh.digest != Dataset.open(str(scenes)).digest
     assert again.counts == fresh.counts
