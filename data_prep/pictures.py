@@ -7,7 +7,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -21,7 +21,6 @@ Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 MAX_PIXELS = 100_000_000
 APP1 = 0xE1FF  # the JPEG marker FF E1, as a word of little-endian bytes
 ORIENTATION = 0x0112  # the EXIF tag
-WHITE = (255, 255, 255, 255)
 GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlace
 
 
@@ -64,11 +63,13 @@ def decode(
     *,
     enough_px: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    background: Literal["white", "black"] = "white",
 ) -> Decoded:
     """Decode a picture of any format, upright and as 8-bit RGB.
 
     EXIF orientation is applied, CMYK and palettes are converted, 16 bits are scaled to 8,
-    transparency lies on white, of several frames the first counts; colour profiles are ignored.
+    transparency lies on ``background``, of several frames the first counts; colour profiles are
+    ignored.
     ``enough_px``: whoever gives this will scale the short side down to half of it at most, so a
     JPEG may come back smaller, as long as neither side falls under it. ``max_pixels`` cannot lift
     Pillow's own limit of 178,956,970.
@@ -87,7 +88,7 @@ def decode(
             # Anything simplejpeg dislikes, Pillow judges: it repairs more and explains better.
     if data[:6] == b"\x93NUMPY":
         return _decode_npy(data, max_pixels)
-    return _decode_any(data, max_pixels)
+    return _decode_any(data, max_pixels, background)
 
 
 def fit(picture: Decoded, short_px: int) -> Pixels:
@@ -250,13 +251,13 @@ def _decode_npy(data: bytes, max_pixels: int) -> Decoded:
     return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0])
 
 
-def _decode_any(data: bytes, max_pixels: int) -> Decoded:
+def _decode_any(data: bytes, max_pixels: int, background: str) -> Decoded:
     image = _open(data, max_pixels)
     with warnings.catch_warnings(action="ignore"):
         try:
             image.load()
             # After load: a TIFF has then been turned already.
-            pixels = _upright(_to_rgb(image), _orientation(image))
+            pixels = _upright(_to_rgb(image, background), _orientation(image))
         except PictureError:
             raise
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ...
@@ -308,7 +309,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: Image.Image, background: str) -> Pixels:
     if image.mode.startswith("I"):  # I;16, I;16B: 16 bits; I: Pillow's 32 bits, here for 16 too
         deep = np.asarray(image).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
@@ -316,8 +317,8 @@ def _to_rgb(image: Image.Image) -> Pixels:
         gray = ((deep * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, WHITE)
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        below = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(below, image.convert("RGBA"))
     elif image.mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
         raise PictureError("unsupported_mode", f"pixels of kind {image.mode} are not supported")
     return np.asarray(image.convert("RGB"))

@@ -75,7 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of them")
     sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole; file or folder")
     sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
-    sub.add_argument("--out", type=Path, required=True, help="file or folder to write")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="file or folder to write; known pixels stay as they are, but in JPEG",
+    )
     sub.add_argument(
         "--memory-gib", type=float, help="most to fill with; else most of what is free"
     )

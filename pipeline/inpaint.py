@@ -1,8 +1,9 @@
 """Fill the holes of one picture, or of a folder of them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 HOLE_ABOVE = 127.5  # spec section 5.3: white is the hole
-MOSTLY_HOLE = 0.9
+MOSTLY_WHITE = 0.9
+JPEG = {"quality": 95, "subsampling": 0}
+# By default Pillow writes JPEG at 75 with colours at half the resolution, and WebP with loss.
+SAVING: dict[str, dict[str, Any]] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": {"lossless": True}}
 
 
 def inpaint(
@@ -36,9 +40,10 @@ def inpaint(
 
     With a folder of images, ``mask`` and ``sketch`` are folders with files of the same stem, or one
     file for all, and ``out`` is a folder. ``sketch`` is white strokes on black; only those inside
-    the hole count. Outputs are PNG unless ``out`` has another suffix; known pixels are unchanged.
-    ``max_memory_bytes`` as in ``models.inference.fill``. Every picture is looked for before the
-    first one is filled.
+    the hole count. In both, what is transparent counts as black. Outputs are PNG unless ``out`` has
+    another suffix; known pixels stay as they are to the last bit, but in JPEG, which loses some
+    whatever its settings. ``max_memory_bytes`` as in ``models.inference.fill``. Every picture is
+    looked for before the first one is filled. ValueError for a mask without a hole.
     """
     jobs = list(_jobs(image, mask, sketch, out))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,16 +67,13 @@ def _jobs(
             )
         yield existing(image), existing(mask), sketch and existing(sketch), target
         return
-    pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in SUFFIXES)
+    pictures = _by_stem(image)
     if not pictures:
         raise ValueError(f"{image} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    for picture in pictures:
-        yield (
-            picture,
-            _partner(picture, mask),
-            sketch and _partner(picture, sketch),
-            out / f"{picture.stem}.png",
-        )
+    masks = _partners(pictures, mask)
+    sketches = _partners(pictures, sketch) if sketch else {}
+    for stem, picture in pictures.items():
+        yield picture, masks[stem], sketches.get(stem), out / f"{stem}.png"
 
 
 def existing(path: Path) -> Path:
@@ -80,14 +82,26 @@ def existing(path: Path) -> Path:
     return path
 
 
-def _partner(picture: Path, given: Path) -> Path:
-    """The file in the folder ``given`` that goes with ``picture``, or ``given`` itself."""
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The pictures in ``folder`` under their names without suffix, sorted."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and found.setdefault(path.stem, path) != path:
+            raise ValueError(
+                f"{found[path.stem]} and {path.name} go by one name, {path.stem}: rename one"
+            )
+    return found
+
+
+def _partners(pictures: Mapping[str, Path], given: Path) -> dict[str, Path]:
+    """For every picture its file in the folder ``given``, or ``given`` itself."""
     if not given.is_dir():
-        return existing(given)
-    for path in sorted(given.iterdir()):
-        if path.stem == picture.stem and path.suffix.lower() in SUFFIXES:
-            return path
-    raise FileNotFoundError(f"{given} has no file {picture.stem}.* to go with {picture}")
+        return dict.fromkeys(pictures, existing(given))
+    found = _by_stem(given)
+    for stem, picture in pictures.items():
+        if stem not in found:
+            raise FileNotFoundError(f"{given} has no file {stem}.* to go with {picture}")
+    return found
 
 
 def _fill_file(
@@ -101,11 +115,8 @@ def _fill_file(
 ) -> None:
     original = read_picture(picture)
     mask = binary_picture(hole, original.shape[:2], picture)
-    if mask.mean() > MOSTLY_HOLE:
-        raise ValueError(
-            f"{hole}: {mask.mean():.0%} is white, and white is the hole: invert it if it means the "
-            "opposite"
-        )
+    if not mask.any():
+        raise ValueError(f"{hole} has no hole: white pixels mark it, no black or transparent ones")
     image_tensor = torch.tensor(original, device=device).permute(2, 0, 1)[None] / 127.5 - 1
     mask_tensor = plane(mask, device)
     sketch_tensor = None
@@ -114,6 +125,8 @@ def _fill_file(
         drawn = (
             np.zeros_like(mask) if strokes is None else binary_picture(strokes, mask.shape, picture)
         )
+        if strokes is not None and not (drawn & mask).any():
+            log.warning("no stroke of %s is in the hole: strokes are white, on black", strokes)
         sketch_tensor = guide(plane(drawn, device), mask_tensor)
     height, width = mask.shape
     needed = memory_bytes(1, height, width) / 2**30
@@ -124,25 +137,34 @@ def _fill_file(
     filled = ((completed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
     # From the bytes, not from the network: known pixels stay exactly as they were.
     result = np.where(mask[..., None] > 0, filled.to("cpu", torch.uint8).numpy(), original)
-    Image.fromarray(result).save(target)
+    Image.fromarray(result).save(target, **SAVING.get(target.suffix.lower(), {}))
 
 
-def read_picture(path: Path) -> Pixels:
+def read_picture(path: Path, background: Literal["white", "black"] = "white") -> Pixels:
     try:
-        return decode(path.read_bytes()).pixels
+        return decode(path.read_bytes(), background=background).pixels
     except PictureError as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
 def binary_picture(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
-    """1 where the picture at ``path`` is brighter than half."""
-    values = read_picture(path).mean(axis=2)
+    """1 where the picture at ``path`` is brighter than half; what is transparent is black."""
+    values = read_picture(path, "black").mean(axis=2)
     if values.shape != shape[:2]:
         raise ValueError(
             f"{path} is {values.shape[1]}×{values.shape[0]}, but {picture} is "
             f"{shape[1]}×{shape[0]}: both should be of one size"
         )
     mask: Mask = (values > HOLE_ABOVE).astype(np.uint8)
+    if values.any() and not mask.any():
+        raise ValueError(
+            f"{path}: its brightest pixel is {values.max():.0f} of 255, and only above half counts "
+            "as white: write 0 and 255"
+        )
+    if mask.mean() > MOSTLY_WHITE:
+        log.warning(
+            "%s is white to %.0f %%: invert it if it means the opposite", path, 100 * mask.mean()
+        )
     return mask
 
 
