@@ -20,9 +20,8 @@ from jaxtyping import UInt8
 
 from cluster.storage import MissingKeyError, StorageError
 from data_prep.catalogue import PROVENANCE, SCHEMA
-from data_prep.files import Picture
-from data_prep.landmarks import PACKAGED_SHA256 as LANDMARKS_SHA256
-from data_prep.landmarks import SEARCH, FaceDetector, rescaled
+from data_prep.files import Picture, Subject
+from data_prep.landmarks import FaceDetector, rescaled
 from data_prep.pictures import (
     Decoded,
     PictureError,
@@ -54,7 +53,11 @@ StartEdges = Callable[[Batch], Callable[[], UInt8[np.ndarray, "batch height widt
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting that shapes the bytes of a sample; part of the digest."""
+    """Every setting that shapes the bytes of a sample; part of the digest.
+
+    How edges or faces are found is None where no picture is a scene, or none a face: a data set
+    must not depend on what it has no use for.
+    """
 
     stored_px: int
     jpeg_quality: int
@@ -62,16 +65,22 @@ class Recipe:
     threshold: float
     line_width: int
     hed_sha256: str | None
-    hed_precision: Literal["fp32", "bf16"]
-    hed_output: Literal["fused", "averaged"]
-    hed_device: str
+    hed_precision: Literal["fp32", "bf16"] | None
+    hed_output: Literal["fused", "averaged"] | None
+    hed_device: str | None
+    landmarks_sha256: str | None
+    face_search: str | None
 
     def record(self) -> dict[str, Any]:
-        return asdict(self) | {"landmarks_sha256": LANDMARKS_SHA256, "face_search": SEARCH}
+        return asdict(self)
 
 
 PICTURE_SETTINGS = ("stored_px", "jpeg_quality", "max_pixels")  # a stored JPEG follows from these
 LANDMARK_SETTINGS = ("landmarks_sha256", "face_search")
+SKETCH_SETTINGS: dict[Subject, tuple[str, ...]] = {
+    "scene": ("threshold", "hed_sha256", "hed_precision", "hed_output", "hed_device"),
+    "face": ("line_width", *LANDMARK_SETTINGS),
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,12 @@ class Known:
             self.row["source_path"] == _text(picture.path)
             and self.row["crop"] == crop
             and (self.row["sketch_kind"] == "hed") == (picture.subject == "scene")
-            and all(old.get(setting) == new[setting] for setting in settings)
+            and _equal(settings, old, new)
         )
+
+
+def _equal(settings: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return all(old.get(setting) == new[setting] for setting in settings)
 
 
 @dataclass
@@ -120,7 +133,7 @@ def make_samples(
     A picture that cannot be used becomes a row that says why, as do those in ``excluded``, which
     gives the reasons by key. While the edges of some pictures are found, the next are decoded;
     memory holds two chunks of pictures at most. Samples in ``known``, made under ``known_recipe``,
-    are taken over: whole where the recipe is the same, else with a new sketch.
+    are taken over: whole where the settings of their sketches are the same, else with a new one.
     Raises StorageError where the storage, not a picture, is at fault.
     """
     record = recipe.record()
@@ -138,7 +151,12 @@ def make_samples(
             works = [
                 _begin(picture, data, recipe)
                 if isinstance(data, Future)
-                else _take_over(picture, data, recipe, whole=known_recipe == record)
+                else _take_over(
+                    picture,
+                    data,
+                    recipe,
+                    whole=_equal(SKETCH_SETTINGS[picture.subject], known_recipe or {}, record),
+                )
                 for picture, data in chunk
             ]
             waiting.append((works, _start(works, start_edges)))
@@ -256,7 +274,7 @@ def _find_landmarks(work: _Work, decoded: Decoded, recipe: Recipe) -> None:
     # In the larger picture: at the stored size, faces may be too small to be found.
     row = work.row
     face = _face_detector()(decoded.pixels)
-    row |= {"detector": "dlib", "detector_weights_sha256": LANDMARKS_SHA256}
+    row |= {"detector": "dlib", "detector_weights_sha256": recipe.landmarks_sha256}
     searched, stored = decoded.pixels.shape[:2], (row["height"], row["width"])
     if face is None:
         work.strokes = np.zeros(stored, np.uint8)

@@ -46,6 +46,8 @@ from data_prep.catalogue import (
 )
 from data_prep.duplicates import COLUMNS, find_duplicates
 from data_prep.files import Picture, Subject
+from data_prep.landmarks import PACKAGED_SHA256 as LANDMARKS_SHA256
+from data_prep.landmarks import SEARCH
 from data_prep.maker import Batch, Known, Recipe, Row, make_samples
 from data_prep.pictures import MAX_PIXELS
 from data_prep.shards import (
@@ -106,8 +108,9 @@ def build_dataset(
     A finished one comes back at once. One that was interrupted goes on with the shards that are
     missing. Equal pictures and settings give equal bytes, whatever the workers and interruptions.
     Train pictures that are held out as well, exactly or nearly, are dropped unless ``duplicates``
-    is ``keep``. ``hed_device`` ``auto`` is ``cuda`` where the cluster has GPUs; what was chosen
-    shapes the bytes and is recorded. An interruption cancels the tasks.
+    is ``keep``. ``hed_device`` ``auto`` stays with what there are sketches of already; where there
+    are none, it is ``cuda`` if the cluster has GPUs. It shapes the bytes of sketches of scenes, and
+    is recorded. An interruption cancels the tasks.
 
     ``replace`` allows to build over a finished data set of other settings; ``update`` looks at the
     source again, for pictures that came or went; ``retry_failed`` reads those again that failed.
@@ -115,8 +118,9 @@ def build_dataset(
     ``threshold``, ``line_width`` or an ``hed_`` setting changed) the stored pictures. Pictures
     are known by root and name: one that was replaced in place is not noticed.
 
-    Raises ShardError for a finished data set of other settings, and where more than
-    ``max_failed_fraction`` of the pictures fail; StorageError; ValueError for bad arguments.
+    Raises ShardError for a finished data set of other settings, where more than
+    ``max_failed_fraction`` of the pictures fail, and where ``auto`` would need a GPU that is not
+    there; StorageError; ValueError for bad arguments.
     """
     if root is not None:
         root = open_store(root).url
@@ -158,8 +162,8 @@ def build_dataset(
     pictures = list_pictures(
         source, root=root, subject=subject, val_fraction=val_fraction, split=split, partial=partial
     )
-    scenes = any(picture.subject == "scene" for picture in pictures)
-    device = _device(hed_device)
+    subjects = {picture.subject for picture in pictures}
+    scenes, faces = "scene" in subjects, "face" in subjects
     weights = _weights(hed_weights) if scenes else None
     recipe = Recipe(
         stored_px=stored_px,
@@ -168,16 +172,18 @@ def build_dataset(
         threshold=threshold,
         line_width=line_width,
         hed_sha256=hashlib.sha256(weights).hexdigest() if weights else None,
-        hed_precision=hed_precision,
-        hed_output=hed_output,
-        hed_device=device,
+        hed_precision=hed_precision if scenes else None,
+        hed_output=hed_output if scenes else None,
+        hed_device=_device(store, hed_device) if scenes else None,
+        landmarks_sha256=LANDMARKS_SHA256 if faces else None,
+        face_search=SEARCH if faces else None,
     )
     store.clear_unfinished()
     jobs = _jobs(pictures, recipe, name=name, url=url, root=root, samples=shard_samples, seed=seed)
     parts = _finished_parts(store, jobs, retry_failed)
     log.info(
-        "prepare pictures=%d shards=%d finished=%d device=%s url=%s",
-        *(len(pictures), len(jobs), len(parts), device, url),
+        "prepare pictures=%d shards=%d finished=%d hed_device=%s url=%s",
+        *(len(pictures), len(jobs), len(parts), recipe.hed_device, url),
     )
     store.delete("dataset.json")  # from here on the old data set may change
     budget = _Budget(len(pictures), max_failed_fraction, progress)
@@ -264,11 +270,40 @@ def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
     ]
 
 
-def _device(wanted: Device) -> str:
+def _device(store: Store, wanted: Device) -> str:
+    """Where edges are looked for: on GPUs, sketches have other bits."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if wanted == "cuda" and not gpus:
         raise ValueError("hed_device is cuda, and this Ray cluster has no GPU: use cpu or auto")
-    return ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    device = _recorded_device(store)
+    if device is None:
+        device = "cuda" if gpus else "cpu"
+        log.info("hed_device chosen, from now on that of this data set: %s gpus=%d", device, gpus)
+    elif device == "cuda" and not gpus:
+        raise ShardError(
+            f"{store.url} has sketches that were made on a GPU, and this Ray cluster has none: "
+            "add one, or set sketch.hed_device=cpu, which makes all sketches again"
+        )
+    return device
+
+
+def _recorded_device(store: Store) -> str | None:
+    """Where the edges of a finished or interrupted build were found, if it has any."""
+    if store.exists("dataset.json"):
+        recipes = iter([Dataset.open(store.url).settings["shaping"]])
+    else:
+        recipes = _recipes(store)
+    return next((recipe["hed_device"] for recipe in recipes if recipe["hed_device"]), None)
+
+
+def _recipes(store: Store) -> Iterator[dict[str, Any]]:
+    """Of the shards that are finished."""
+    for key in store.list_keys("parts/"):
+        if key.endswith(".tar.json"):
+            with contextlib.suppress(ValueError):
+                yield read_part(store, key.removeprefix("parts/").removesuffix(".json")).recipe
 
 
 def _weights(source: str | None) -> bytes:
@@ -440,6 +475,9 @@ class EdgeActor:
 
         from data_prep.hed import EdgeDetector, load_network
 
+        assert recipe.hed_precision  # all three are set where there are scenes
+        assert recipe.hed_output
+        assert recipe.hed_device
         weights = _weights(hed_weights)
         if (found := hashlib.sha256(weights).hexdigest()) != recipe.hed_sha256:
             raise ValueError(

@@ -29,6 +29,8 @@ RECIPE = Recipe(
     hed_precision="fp32",
     hed_output="fused",
     hed_device="cpu",
+    landmarks_sha256="0" * 64,
+    face_search="somehow",
 )
 CALLED = {"train": "train", "validation": "val"}
 

@@ -1,16 +1,38 @@
-"""From pictures to samples: how far a worker reads ahead."""
+"""From pictures to samples: how far a worker reads ahead, and what it takes over."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep import maker
 from data_prep.files import Picture
-from data_prep.maker import CHUNK, Recipe, make_samples
+from data_prep.maker import CHUNK, Known, Recipe, make_samples
 from data_prep.pictures import encode_jpeg
+from data_prep.shards import RawSample
+
+RECIPE = Recipe(
+    stored_px=64,
+    jpeg_quality=95,
+    max_pixels=10**8,
+    threshold=0.6,
+    line_width=1,
+    hed_sha256="0" * 64,
+    hed_precision="fp32",
+    hed_output="fused",
+    hed_device="cpu",
+    landmarks_sha256="1" * 64,
+    face_search="as it was",
+)
+
+
+def start_edges(pictures: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: np.zeros(pictures.shape[:3], np.uint8)
 
 
 def test_memory_holds_a_few_chunks_of_pictures_however_large_the_shard(
@@ -23,26 +45,34 @@ def test_memory_holds_a_few_chunks_of_pictures_however_large_the_shard(
         read.append(picture.key)
         return data
 
-    def start_edges(pictures: np.ndarray) -> Callable[[], np.ndarray]:
-        return lambda: np.zeros(pictures.shape[:3], np.uint8)
-
     monkeypatch.setattr(maker, "read_picture", read_picture)
-    recipe = Recipe(
-        stored_px=64,
-        jpeg_quality=95,
-        max_pixels=10**6,
-        threshold=0.6,
-        line_width=1,
-        hed_sha256=None,
-        hed_precision="fp32",
-        hed_output="fused",
-        hed_device="cpu",
-    )
     pictures = [
         Picture(f"k{number:03d}", "train", "scene", f"{number}.jpg", "folder")
         for number in range(20 * CHUNK)
     ]
-    made = make_samples(pictures, recipe, root=None, start_edges=start_edges)
+    made = make_samples(pictures, RECIPE, root=None, start_edges=start_edges)
     ahead = [len(read) - number for number, _ in enumerate(made)]
     assert len(ahead) == len(pictures)
     assert max(ahead) <= 4 * CHUNK  # two to be decoded, two that wait for their edges
+
+
+def test_what_is_only_for_faces_leaves_sketches_of_scenes_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode_jpeg(np.zeros((64, 64, 3), np.uint8)))
+    scene = Picture("a", "train", "scene", "a.jpg", "folder")
+    [(row, sample)] = make_samples([scene], RECIPE, root=str(tmp_path), start_edges=start_edges)
+    assert sample is not None
+    (tmp_path / "a.jpg").unlink()
+
+    def again(**changed: Any) -> RawSample | None:
+        [(_, made)] = make_samples(
+            [scene],
+            dataclasses.replace(RECIPE, **changed),
+            root=str(tmp_path),
+            start_edges=lambda pictures: lambda: np.ones(pictures.shape[:3], np.uint8),
+            known={"a": Known(dict(row), sample)},
+            known_recipe=RECIPE.record(),
+        )
+        return made
+
+    assert again(face_search="otherwise", landmarks_sha256=None, line_width=2) == sample
+    assert again(threshold=0.5) != sample

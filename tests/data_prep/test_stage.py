@@ -305,6 +305,46 @@ def test_another_threshold_needs_no_source_and_gives_the_bytes_of_a_fresh_build(
     assert again.counts == fresh.counts
 
 
+def test_hardware_has_no_part_in_a_data_set_that_has_its_sketches(
+    scenes: Path,
+    undisturbed: Path,
+    album: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = tmp_path / "set"
+    shutil.copytree(scenes, url)
+    (url / "dataset.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+        assert Dataset.open(str(undisturbed)).settings["shaping"]["hed_device"] is None
+        faces = build(tmp_path / "faces", album)
+        assert faces.digest == Dataset.open(str(undisturbed)).digest
+        assert build(url, album, subject="scene").digest == Dataset.open(str(scenes)).digest
+        assert (
+            build(url, album, subject="scene", update=True).digest == Dataset.open(str(url)).digest
+        )
+
+    def made_on_a_gpu(path: Path, *names: str) -> None:
+        record = json.loads(path.read_text())
+        place = record
+        for name in names:
+            place = place[name]
+        place["hed_device"] = "cuda"
+        path.write_text(json.dumps(record))
+
+    def update() -> None:
+        with pytest.raises(ShardError, match=r"made on a GPU.* set sketch\.hed_device=cpu"):
+            build(url, album, subject="scene", update=True)
+
+    made_on_a_gpu(url / "dataset.json", "settings", "shaping")
+    update()
+    (url / "dataset.json").unlink()
+    for path in (url / "parts").glob("*.json"):
+        made_on_a_gpu(path, "recipe")
+    update()
+
+
 def test_other_lines_between_landmarks_need_no_detection(album: Path, tmp_path: Path) -> None:
     root = tmp_path / "faces"
     root.mkdir()
