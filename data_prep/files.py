@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -22,6 +23,8 @@ from cluster.storage import (
 )
 from data_prep.parquet import Row, read_row
 from data_prep.shards import Split
+
+log = logging.getLogger(__name__)
 
 Subject = Literal["scene", "face"]
 
@@ -74,7 +77,7 @@ def list_files(root: str) -> Files:
     beside its tar counts once. Raises ValueError for a root that is none of these.
     """
     if root.endswith(".tar"):
-        return dict(_tar_members(root, ""))
+        return _tar_members(root, "")
     found: Files = {}
     tars = []
     for path in walk_files(root):
@@ -83,9 +86,8 @@ def list_files(root: str) -> Files:
         else:
             found[path] = None
     for tar in tars:
-        folder = tar.rpartition("/")[0]
-        for path, member in _tar_members(root, tar):
-            found.setdefault(f"{folder}/{path}" if folder else path, member)
+        for path, member in _tar_members(root, tar).items():
+            found.setdefault(path, member)
     return found
 
 
@@ -154,10 +156,17 @@ def _place(name: str) -> float:
     return int.from_bytes(digest) / 2**48
 
 
-def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:
-    """Regular files of a tar on disk (seeking from header to header) or on S3 (read through)."""
+def _tar_members(root: str, tar: str) -> Files:
+    """Files of a tar on disk (seeking from header to header) or on S3 (read through).
+
+    As unpacking leaves them: of two members of one name the last counts (``tar -r`` adds those),
+    and a hard link is the file that it was made of. Symbolic links are left out, with a warning.
+    """
     url = join(root, tar) if tar else root
     folder, _, name = url.rpartition("/")
+    below = tar[: tar.rfind("/") + 1]
+    found: Files = {}
+    links = 0
     with open_store(folder or ".").open(name) as file:
         opened, version = open_version(url)
         opened.close()
@@ -166,11 +175,22 @@ def _tar_members(root: str, tar: str) -> Iterator[tuple[str, Member]]:
                 while (info := archive.next()) is not None:
                     # tarfile keeps every header it has seen: gigabytes, for millions of members.
                     archive.members.clear()  # type: ignore[attr-defined]
-                    path = info.name.removeprefix("./")
-                    if info.isreg() and not _hidden(path):
-                        yield path, Member(tar, info.offset_data, info.size, version)
+                    path = below + info.name.removeprefix("./")
+                    target = below + info.linkname.removeprefix("./")
+                    if info.isreg():
+                        found[path] = Member(tar, info.offset_data, info.size, version)
+                    elif info.islnk() and target in found:
+                        found[path] = found[target]
+                    elif info.islnk() or info.issym():
+                        found.pop(path, None)
+                        links += 1
         except tarfile.TarError as error:
             raise ValueError(one_line(f"{url} is no whole tar: {error}")) from error
+    if links:
+        log.warning("links in a tar left out count=%d url=%s", links, url)
+    for path in [path for path in found if _hidden(path)]:  # till now, links may be made of them
+        del found[path]
+    return found
 
 
 def _hidden(path: str) -> bool:

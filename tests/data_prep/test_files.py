@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +53,59 @@ def test_keys_do_not_depend_on_unpacking(tmp_path: Path) -> None:
     assert [read_picture(p, str(tar)) for p in of_tar] == [
         read_picture(p, str(unpacked)) for p in of_folder
     ]
+
+
+def with_links(path: Path) -> Path:
+    """A tar that was added to, with hard links, and two links that lead to no member before."""
+    link = {"type": tarfile.LNKTYPE}
+    symbolic = {"type": tarfile.SYMTYPE}
+    members: list[tuple[str, bytes, dict[str, Any]]] = [
+        ("./a/1.jpg", b"old", {}),
+        ("./a/linked.jpg", b"", link | {"linkname": "./a/1.jpg"}),
+        ("a/.hidden.jpg", b"hidden", {}),
+        ("a/shown.jpg", b"", link | {"linkname": "a/.hidden.jpg"}),
+        ("a/2.jpg", b"two", {}),
+        ("a/1.jpg", b"new", {}),
+        ("a/s.jpg", b"", symbolic | {"linkname": "1.jpg"}),
+        ("a/gone.jpg", b"was there", {}),
+        ("a/gone.jpg", b"", symbolic | {"linkname": "2.jpg"}),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data, fields in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_of_members_of_one_name_the_last_counts_and_hard_links_are_files(
+    tmp_path: Path, s3_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = with_links(tmp_path / "x" / "pictures.tar")
+    open_store(s3_url).upload(path, "x/pictures.tar")
+    of_tar = {"1": b"new", "2": b"two", "linked": b"old", "shown": b"hidden"}
+    for root in (str(tmp_path), s3_url):
+        tar = f"{root}/x/pictures.tar"
+        caplog.clear()
+        found = contents(tar, list_files(tar))
+        assert found == {f"a/{name}.jpg": data for name, data in of_tar.items()}
+        assert caplog.messages == [f"links in a tar left out count=2 url={tar}"]
+        found = contents(root, list_files(root))
+        assert found == {f"x/a/{name}.jpg": data for name, data in of_tar.items()}
+
+
+def test_what_gnu_tar_unpacks_is_what_is_listed(tmp_path: Path) -> None:
+    tar, unpacked = with_links(tmp_path / "pictures.tar"), tmp_path / "unpacked"
+    unpacked.mkdir()
+    subprocess.run(["tar", "-xf", tar, "-C", unpacked], check=True)
+    for link in ("s.jpg", "gone.jpg"):
+        (unpacked / "a" / link).unlink()
+    assert contents(str(tar), list_files(str(tar))) == contents(
+        str(unpacked), list_files(str(unpacked))
+    )
 
 
 def test_what_lies_beside_its_tar_counts_once(tmp_path: Path) -> None:
