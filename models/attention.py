@@ -14,6 +14,7 @@ same step. This gives the same numbers with a ninth of the multiplications. For 
 matrix is made in bands of query rows, so its memory can be bounded.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -71,23 +72,25 @@ def contextual_attention(
 
 def band_rows(height: int, width: int, max_bytes: int) -> int:
     """How many query rows of a ``height`` × ``width`` grid fit into ``max_bytes`` at a time."""
-    if attention_bytes(height, width, height) <= max_bytes:
-        return height
-    row = attention_bytes(height, width, 2) - attention_bytes(height, width, 1)
-    rows = (max_bytes - attention_bytes(height, width, 1)) // max(row, 1) + 1
-    if rows < 1:
+    rows = bisect_right(
+        range(1, height + 1), max_bytes, key=lambda rows: attention_bytes(height, width, rows)
+    )
+    if rows == 0:
         raise ValueError(
             f"attention over {8 * height}×{8 * width} pixels needs "
             f"{attention_bytes(height, width, 1) / 2**20:,.0f} MiB for a single row, but "
             f"{max_bytes / 2**20:,.0f} MiB are allowed: allow more or use a smaller picture"
         )
-    return int(min(rows, height))
+    return rows
 
 
 def attention_bytes(height: int, width: int, rows: int) -> int:
-    """What bands of ``rows`` query rows take for each sample: three matrices in float32."""
-    band = height if rows >= height else min(rows + 2 * HALO, height)
-    return 3 * 4 * band * (width + 1) * height * (width + 1)
+    """What bands of ``rows`` query rows take for each sample: at most two float32 matrices of the
+    band with what surrounds it, and two of the band alone.
+    """
+    rows = min(rows, height)
+    around = min(rows + 2 * HALO, height)
+    return 2 * 4 * (around + rows) * (width + 1) * height * (width + 1)
 
 
 def _attend(
@@ -110,17 +113,21 @@ def _attend(
     keep = valid[:, None].float()  # (N, 1, L)
     for first, last in _bands(height, rows):
         scores = _scores(pixels, inverse_norms, first, last, fuse)
-        if preset == "official":
-            scores = scores * (SOFTMAX_SCALE * keep)
-        else:
-            lowest = torch.finfo(scores.dtype).min
-            scores = (SOFTMAX_SCALE * scores).masked_fill(~valid[:, None], lowest)
+        scores = _masked(scores, valid, preset)
+        scores = scores.softmax(dim=2)  # one name, so that each matrix goes when the next is there
         above, below = min(first, 1), min(height - last, 1)  # patches reach into these rows
         grid = Grid(last - first, height, width, above, below)
-        mixed: Tensor = _Paint.apply(scores.softmax(dim=2), keep, phases, grid)  # type: ignore[no-untyped-call]
+        mixed: Tensor = _Paint.apply(scores, keep, phases, grid)  # type: ignore[no-untyped-call]
         painted[..., first - above : last + below, :] += mixed.view(*mixed.shape[:4], -1, width + 1)
     painted = painted[..., :width].permute(0, 3, 4, 1, 5, 2)  # (N, C, h, 2, w, 2)
     return painted.reshape(batch, channels, 2 * height, 2 * width)
+
+
+def _masked(scores: Pairs, valid: Bool[Tensor, "batch keys"], preset: Preset) -> Pairs:
+    if preset == "official":
+        return scores * (SOFTMAX_SCALE * valid[:, None].float())
+    lowest = torch.finfo(scores.dtype).min
+    return (SOFTMAX_SCALE * scores).masked_fill(~valid[:, None], lowest)
 
 
 def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -175,10 +182,11 @@ def _similarity(pixels: Features, inverse_norms: Tensor, first: int, last: int) 
     start, stop = max(first - 1, 0), min(last + 1, height)
     queries, keys = pixels[:, :, start:stop].flatten(2), pixels.flatten(2)  # (N, C, L)
     products = torch.bmm(queries.transpose(1, 2), keys)
-    products = _with_moved(_with_moved(products, 1, -1), padded, -padded)
+    products = _with_moved(products, 1, -1)
+    products = _with_moved(products, padded, -padded)
     products = products.view(batch, stop - start, padded, height, padded)
     inside = products[:, first - start : last - start, :-1, :, :-1]
-    return inside.flatten(3).flatten(1, 2) * inverse_norms
+    return (inside * inverse_norms.view(batch, 1, 1, height, -1)).flatten(3).flatten(1, 2)
 
 
 class Grid(NamedTuple):
@@ -208,6 +216,7 @@ class _Paint(torch.autograd.Function):
         painted: list[list[Tensor]] = [[], []]
         for y, x, moved in _moved(_bordered(attention, keep, phases.dtype, grid), grid.width):
             painted[y].append(torch.bmm(phases[:, y, x], moved.transpose(1, 2)))
+            del moved  # before the next is made
         return torch.stack([torch.stack(row, dim=1) for row in painted], dim=1)
 
     @staticmethod
@@ -219,6 +228,7 @@ class _Paint(torch.autograd.Function):
         for y, x, moved in _moved(_bordered(attention, keep, phases.dtype, grid), grid.width):
             of_phases[:, y, x] = torch.bmm(gradient[:, y, x], moved)
             of_moved[x].append(torch.bmm(gradient[:, y, x].transpose(1, 2), phases[:, y, x]))
+            del moved
         left, right = (_moved_back(even, odd, grid.width + 1) for even, odd in of_moved)
         shape = grid.above + grid.rows + grid.below, grid.width + 1, grid.height, grid.width + 1
         bordered = _moved_back(left, right, 1).view(-1, *shape)
@@ -239,6 +249,7 @@ def _moved(matrix: Tensor, width: int) -> Iterator[tuple[int, int, Tensor]]:
         across = _plus_moved(matrix, (step,))
         for y, line in enumerate((width + 1, -width - 1)):
             yield y, x, _plus_moved(across, (line,))
+        del across
 
 
 def _moved_back(even: Tensor, odd: Tensor, step: int) -> Tensor:

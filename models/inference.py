@@ -71,7 +71,9 @@ def memory_bytes(batch: int, height: int, width: int) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had on ``device`` without pushing anybody out."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch has freed and keeps for itself is free to us too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -24,6 +24,10 @@ def shrink(features: Features, factor: int) -> Float[Tensor, "batch channels new
     height, width = features.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"{height}×{width} pixels cannot shrink by {factor}: it must divide both")
-    rows = nearest_indices(height, height // factor).to(features.device)
-    columns = nearest_indices(width, width // factor).to(features.device)
+    # Counted on the processor, so that rounding is the same everywhere, and sent without
+    # waiting for what the GPU has to do before.
+    rows, columns = (
+        nearest_indices(side, side // factor).to(features.device, non_blocking=True)
+        for side in (height, width)
+    )
     return features.index_select(2, rows).index_select(3, columns)

@@ -8,6 +8,7 @@ from models.attention import attention_bytes, band_rows, contextual_attention
 from models.masking import valid_keys
 from models.sampling import shrink
 from tests.models.golden import wavy_features
+from tests.models.live import LiveBytes
 
 BORDER = [0.0625, 0.2816851, -0.0898945, -0.2933282]
 
@@ -174,6 +175,18 @@ def test_bands_hold_as_many_rows_as_the_memory_allows() -> None:
         rows = band_rows(20, 30, allowed)
         assert attention_bytes(20, 30, rows) <= allowed
         assert rows == 20 or attention_bytes(20, 30, rows + 1) > allowed
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 24])
+def test_bands_take_no_more_memory_than_was_told(rows: int) -> None:
+    height, width, channels = 24, 40, 2
+    features = torch.rand(1, channels, 2 * height, 2 * width)
+    mask = rectangle(1, 2 * height, 2 * width, slice(9, 30), slice(12, 60))
+    told = attention_bytes(height, width, rows)
+    with torch.no_grad(), LiveBytes() as live:
+        contextual_attention(features, mask, max_bytes=told)
+    # Beside the matrices, a few as large as the features, for which the caller accounts.
+    assert told * 0.75 < live.peak < told + 8 * features.nbytes
 
 
 def test_too_little_memory_is_refused_before_anything_is_computed() -> None:

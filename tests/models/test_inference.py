@@ -4,10 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import Generator
+from models.attention import attention_bytes
 from models.gated_conv import Padding
-from models.inference import fill, memory_bytes
+from models.inference import KEPT_BYTES, fill, memory_bytes
 from models.masking import erase
 from tests.models.golden import fill_generator
+from tests.models.live import LiveBytes
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,26 @@ def test_less_memory_gives_the_same_picture(generator: Generator) -> None:
     least = memory_bytes(1, 64, 200)
     tight = fill(generator, image, mask, max_memory_bytes=least)
     torch.testing.assert_close(tight, fill(generator, image, mask), atol=1e-5, rtol=0)
+
+
+def test_attention_keeps_to_what_the_features_leave(generator: Generator) -> None:
+    image, mask = torch.rand(1, 3, 64, 1024), torch.zeros(1, 1, 64, 1024)
+    mask[:, :, 20:40, 300:700] = 1
+    given: list[int] = []
+    hook = generator.register_forward_pre_hook(
+        lambda *call: given.append(call[2]["max_attention_bytes"]), with_kwargs=True
+    )
+    allowed = memory_bytes(1, 64, 1024) + 10**6
+    fill(generator, image, mask, max_memory_bytes=allowed)
+    hook.remove()
+    assert given == [allowed - KEPT_BYTES * 64 * 1024]
+    peaks = []
+    whole, least = (attention_bytes(8, 128, rows) for rows in (8, 1))
+    for max_bytes in (whole, least):
+        with torch.no_grad(), LiveBytes() as live:
+            generator(image, mask, max_attention_bytes=max_bytes)
+        peaks.append(live.peak)
+    assert peaks[0] - peaks[1] > 0.8 * (whole - least)
 
 
 def test_a_picture_that_does_not_fit_is_refused_in_one_line(generator: Generator) -> None:
