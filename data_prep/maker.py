@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from cluster.storage import MissingKeyError, StorageError
+from cluster.storage import MissingKeyError, StorageError, one_line
 from data_prep.catalogue import PROVENANCE, SCHEMA
 from data_prep.files import Picture, Subject
 from data_prep.landmarks import FaceDetector, rescaled
@@ -191,8 +191,13 @@ def _begin(picture: Picture, data: Future[bytes], recipe: Recipe) -> _Work:
     try:
         _decode_and_encode(work, _content(data), recipe)
     except PictureError as error:
-        status = "skipped" if error.reason == "too_small" else "failed"
+        status = "skipped" if error.reason in ("too_small", "too_long") else "failed"
         _refuse(work.row, status, error.reason, str(error))
+    except StorageError:
+        raise
+    except Exception as error:
+        what = f"{picture.path} (key {picture.key}): {type(error).__name__}: {error}"
+        raise RuntimeError(one_line(what)) from error
     return work
 
 

@@ -19,6 +19,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 
 MAX_PIXELS = 100_000_000
+MAX_ASPECT = 16  # panoramas have up to 10; a JPEG ends at 65,535 pixels, memory for edges before
 APP1 = 0xE1FF  # the JPEG marker FF E1, as a word of little-endian bytes
 ORIENTATION = 0x0112  # the EXIF tag
 GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlace
@@ -94,7 +95,8 @@ def decode(
 def fit(picture: Decoded, short_px: int) -> Pixels:
     """Scale by area so that the short side has ``short_px``; the aspect ratio stays.
 
-    Raises PictureError ``too_small`` rather than enlarge.
+    Raises PictureError ``too_small`` rather than enlarge, and ``too_long`` where the long side
+    would have more than ``MAX_ASPECT`` times ``short_px``.
     """
     pixels, width, height = picture.pixels, picture.width, picture.height
     short = min(width, height)
@@ -103,6 +105,10 @@ def fit(picture: Decoded, short_px: int) -> Pixels:
             "too_small", f"{width} x {height} pixels: the short side is under {short_px}"
         )
     size = tuple(_scaled(side, short_px, short) for side in (width, height))
+    if max(size) > MAX_ASPECT * short_px:
+        raise PictureError(
+            "too_long", f"{width} x {height} pixels: longer than {MAX_ASPECT} times the short side"
+        )
     if size == (pixels.shape[1], pixels.shape[0]):
         return np.ascontiguousarray(pixels)
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)

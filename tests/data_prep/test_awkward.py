@@ -234,6 +234,8 @@ def test_what_is_no_picture_is_recorded_and_holds_nobody_up(album: Path, tmp_pat
     (album / "dead.jpg").symlink_to("nowhere")
     (album / "circle.jpg").symlink_to("circle.jpg")
     (album / "around").symlink_to(".")
+    # An extreme strip: wider than a JPEG can be.
+    Image.new("L", (70_000, 64)).save(album / "strip.png")
     os.mkfifo(album / "pipe.jpg")  # nobody writes into it: whoever opens it waits forever
     build(tmp_path / "set", album)
     rows = recorded(tmp_path / "set")
@@ -243,10 +245,11 @@ def test_what_is_no_picture_is_recorded_and_holds_nobody_up(album: Path, tmp_pat
         "empty.jpg": ("failed", "empty"),
         "dead.jpg": ("failed", "missing"),
         "circle.jpg": ("failed", "unreadable"),
+        "strip.png": ("skipped", "too_long"),
     }
     assert rows["bomb.jpg"][2] == "20000 x 20000 pixels: more than the limit of 100000000"
     assert rows["circle.jpg"][2] == "Too many levels of symbolic links"
-    assert len(rows) == 12 + 5
+    assert len(rows) == 12 + 6
     dataset = Dataset.open(str(tmp_path / "set"))
     assert verify(dataset) == []
 

@@ -56,6 +56,20 @@ def test_memory_holds_a_few_chunks_of_pictures_however_large_the_shard(
     assert max(ahead) <= 4 * CHUNK  # two to be decoded, two that wait for their edges
 
 
+def test_a_picture_at_which_our_own_code_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pixels: np.ndarray, quality: int) -> bytes:
+        raise ValueError("not so")
+
+    (tmp_path / "a b.jpg").write_bytes(encode_jpeg(np.zeros((128, 128, 3), np.uint8)))
+    monkeypatch.setattr(maker, "encode_jpeg", fail)
+    picture = Picture("a+20b", "train", "scene", "a b.jpg", "folder")
+    made = make_samples([picture], RECIPE, root=str(tmp_path), start_edges=start_edges)
+    with pytest.raises(RuntimeError, match=r"^a b\.jpg \(key a\+20b\): ValueError: not so$"):
+        list(made)
+
+
 def test_what_is_only_for_faces_leaves_sketches_of_scenes_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encode_jpeg(np.zeros((64, 64, 3), np.uint8)))
     scene = Picture("a", "train", "scene", "a.jpg", "folder")

@@ -193,6 +193,10 @@ def test_the_short_side_is_fitted_and_the_aspect_ratio_kept(photo: np.ndarray) -
     assert np.array_equal(fit(picture, 400), photo)
     with pytest.raises(PictureError, match="600 x 400 pixels: the short side is under 401"):
         fit(picture, 401)
+    strip = np.zeros((10, 163, 3), np.uint8)
+    assert fit(Decoded(strip[:, :160], 160, 10), 8).shape == (8, 128, 3)
+    with pytest.raises(PictureError, match="163 x 10 pixels: longer than 16 times the short side"):
+        fit(Decoded(strip, 163, 10), 8)
     with pytest.raises(PictureError, match="crop"):
         picture.cropped((0, 0, 601, 10))
 
