@@ -85,7 +85,7 @@ class Sketch(Section):
     """``averaged``: edges that people agree with more (benchmarks/README.md), at seven times the
     work."""
     hed_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: GPUs where the cluster has some; what was chosen is recorded with the data set."""
+    """``auto``: that of the sketches there are; for the first, GPUs where the cluster has some."""
     line_width_px: PositiveInt = 1
     """Width of the lines that join facial landmarks."""
 
