@@ -126,6 +126,11 @@ def check_archives(root: str, *, progress: Progress | None = None) -> Iterator[t
     folder, _, name = root.rpartition("/")
     if name in known:
         root, names = folder or ".", [name]
+    elif name.endswith(".tar"):
+        raise ValueError(
+            f"{root}: the archives of Places2 are known by their published names: "
+            f"{', '.join(sorted(ARCHIVES))}"
+        )
     else:
         names = sorted(path for path in walk_files(root) if path.rpartition("/")[2] in known)
     if not names:

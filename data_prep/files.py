@@ -204,7 +204,7 @@ def walk_files(root: str) -> Iterator[str]:
         yield from (key for key in store.list_keys() if not _hidden(key))
         return
     if not Path(store.url).is_dir():
-        raise ValueError(f"{root} is not a folder: data.root names the folder of the pictures")
+        raise ValueError(f"there is no folder {root}: give one, a tar, or an s3:// prefix")
     yield from _walk(store.url, "", frozenset())
 
 

@@ -521,6 +521,21 @@ def test_official_lists_are_checked_with_the_archives(tmp_path: Path) -> None:
     assert [name for name, fault in check_archives(str(tmp_path)) if fault] == sorted(LISTS)
 
 
+def test_archives_that_are_not_there_or_unknown_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.tar").write_bytes(b"")
+    lines = {
+        "nowhere": f"ValueError: there is no folder {tmp_path}/nowhere: give one, a tar, or ",
+        "my.tar": f"ValueError: {tmp_path}/my.tar: the archives of Places2 are known by their ",
+        FILE: f"{tmp_path}/{FILE}: No such file or directory",
+    }
+    for name, line in lines.items():
+        assert cli.main(["dataset", "check-archives", str(tmp_path / name)]) == cli.MISTAKE
+        (told,) = capsys.readouterr().err.splitlines()
+        assert line in told
+
+
 def test_a_wrong_archive_fails_the_command_and_each_has_one_line(
     archives: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
