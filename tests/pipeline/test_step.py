@@ -6,10 +6,12 @@ import torch
 from benchmarks.reference import networks as reference
 from benchmarks.reference.step import train_step as reference_step
 from models import Discriminator, Generator
+from pipeline import ranks as distributed
 from pipeline.batch import Batch, DeviceBatch
 from pipeline.engine import Adam, TorchEngine
 from pipeline.ranks import Ranks
 from pipeline.step import train_step
+from tests.distributed import on_ranks
 from tests.models.golden import fill_discriminator, fill_generator
 
 
@@ -74,6 +76,33 @@ def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
         gradients.append(gradient.clone())
     both, adversarial, l1 = gradients
     torch.testing.assert_close(adversarial + l1, both, atol=1e-6, rtol=1e-3)
+
+
+class Watched(TorchEngine):
+    """Remembers what its network learned from."""
+
+    def update(self, loss: torch.Tensor) -> None:
+        super().update(loss)
+        self.gradients = [parameter.grad.clone() for parameter in self.module.parameters()]
+
+
+def critics_gradients() -> list[list[torch.Tensor]]:
+    """The discriminator's, after its own turn and after the generator's."""
+    torch.manual_seed(0)
+    ranks = distributed.current()
+    generator, discriminator = Generator(width=4), Discriminator()
+    fill_generator(generator)
+    fill_discriminator(discriminator)
+    critic = Watched(discriminator, Adam(), ranks, None)
+    train_step(batch(ranks.rank), TorchEngine(generator, Adam(), ranks, None), critic)
+    return [critic.gradients, [parameter.grad for parameter in discriminator.parameters()]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_generators_turn_leaves_the_discriminators_gradients(world_size: int) -> None:
+    for before, after in on_ranks(world_size, critics_gradients):
+        assert all(map(torch.equal, before, after))
+        assert all(gradient.any() for gradient in before)
 
 
 def test_a_sketch_is_for_guided_networks() -> None:
