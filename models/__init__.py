@@ -11,7 +11,8 @@
 - section 3.5, the sketch: ``masking.guide`` and ``guided`` of both networks
 
 To be read in this order: types, masking, sampling, gated_conv, attention, generator, discriminator,
-losses; then what uses them: inference, inspection, weights.
+losses; then what uses them: inference, inspection, weights. ``upsampling`` is gated_conv made fast.
+The same without anything made fast is in ``benchmarks/reference``; the tests compare the two.
 """
 
 from models.attention import contextual_attention

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.types import Features, Mask
+from models.upsampling import Interleave, for_phases, upsampled_conv3
 
 Padding = Literal["same", "symmetric", "reflect"]
 Activation = Literal["elu", "relu"]
@@ -71,7 +72,7 @@ class Convolution(nn.Module):
         of channels in its own way.
         """
         if self.in_phases:
-            return _upsampled_conv3(features, weight, bias, halves)
+            return upsampled_conv3(features, weight, bias, halves)
         if self.upsample:
             features = F.interpolate(features, scale_factor=2.0, mode="nearest")
         features, padding = self._pad(features)
@@ -79,7 +80,7 @@ class Convolution(nn.Module):
 
     def placed(self, outputs: Tensor) -> NewFeatures:
         """What was convolved with its pixels in place."""
-        return _Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call]
+        return Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call]
 
     def count_known(self, known: Mask) -> NewMask:
         """How many pixels of each window are known; ``known`` is 1 there, unlike other masks."""
@@ -124,7 +125,7 @@ class GatedConv(Convolution):
     def forward(self, features: Features) -> NewFeatures:
         if self.fused and not torch.compiler.is_compiling():
             raw = self.convolve(features, self.weight, None, halves=2)
-            bias = _for_phases(self.bias, 2) if self.in_phases else self.bias
+            bias = for_phases(self.bias, 2) if self.in_phases else self.bias
             return self.placed(_fused(raw, bias, self.activation))
         raw = self.convolve(features, self.weight, self.bias, halves=2)
         return self.placed(gated(raw, self.activation))
@@ -202,60 +203,3 @@ def _compiled_gate() -> Callable[[Tensor, Tensor, Activation | None], Tensor]:
         return checkpoint(gate, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     return torch.compile(remember_rows_alone)
-
-
-def _upsampled_conv3(
-    features: Tensor, weight: Tensor, bias: Tensor | None, halves: int
-) -> Float[Tensor, "batch phases next_height next_width"]:
-    """A zero-padded 3×3 convolution of ``features`` after nearest ×2, in phases.
-
-    An output pixel sees only 2×2 different inputs, so with the weights added up for each of its
-    four positions 4 products do instead of 9. The four are channels here, each half of the
-    channels for itself; ``_Interleave`` makes them neighbours.
-    """
-    spread = F.pad(weight, [1, 1, 1, 1])
-    spread = spread[:, :, 1:] + spread[:, :, :-1]
-    spread = spread[:, :, :, 1:] + spread[:, :, :, :-1]  # (outputs, inputs, 4, 4)
-    # (halves, channels, inputs, input row, position, input column, position)
-    spread = spread.reshape(halves, -1, weight.shape[1], 2, 2, 2, 2)
-    spread = spread.permute(0, 4, 6, 1, 2, 3, 5).flatten(0, 3)
-    bias = bias if bias is None else _for_phases(bias, halves)
-    return F.conv2d(features, spread, bias, padding=1)
-
-
-def _for_phases(bias: Tensor, halves: int) -> Tensor:
-    """``bias`` repeated for the four phases of every half."""
-    return bias.view(halves, 1, -1).expand(-1, 4, -1).flatten()
-
-
-class _Interleave(torch.autograd.Function):
-    """Four phases, as channels of windows that overlap, to a picture of twice the size."""
-
-    @staticmethod
-    def forward(ctx: Any, phases: Tensor) -> Tensor:
-        batch, channels, height, width = phases.shape
-        picture = phases.new_empty(batch, 2 * (height - 1), 2 * (width - 1), channels // 4)
-        picture = picture.permute(0, 3, 1, 2)  # channels-last
-        for part, pixels in zip(_parts(phases), _every_second(picture), strict=True):
-            pixels.copy_(part)
-        return picture
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        batch, channels, height, width = gradient.shape
-        phases = gradient.new_zeros(batch, height // 2 + 1, width // 2 + 1, 4 * channels)
-        phases = phases.permute(0, 3, 1, 2)
-        for part, pixels in zip(_parts(phases), _every_second(gradient), strict=True):
-            part.copy_(pixels)
-        return phases
-
-
-def _parts(phases: Tensor) -> list[Tensor]:
-    """Top left, top right, bottom left and bottom right pixel of every four."""
-    height, width = phases.shape[2] - 1, phases.shape[3] - 1
-    parts = phases.chunk(4, dim=1)
-    return [parts[2 * y + x][:, :, y:, x:][:, :, :height, :width] for y in (0, 1) for x in (0, 1)]
-
-
-def _every_second(picture: Tensor) -> list[Tensor]:
-    return [picture[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]

@@ -13,7 +13,7 @@ from models.types import Image, Mask, Sketch
 def gate_activations(
     generator: Generator, incomplete: Image, mask: Mask, sketch: Sketch | None = None
 ) -> dict[str, Tensor]:
-    """σ(gate) in [0, 1] of every gated layer by its name, in the order of their use (figure 3)."""
+    """σ(gate) in [0, 1] of every gated layer by its name, in the order of their use."""
     gates: dict[str, Tensor] = {}
     names = {layer: name for name, layer in generator.named_modules()}
 
