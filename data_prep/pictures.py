@@ -20,7 +20,8 @@ Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 16  # panoramas have up to 10; a JPEG ends at 65,535 pixels, memory for edges before
-APP1 = 0xE1FF  # the JPEG marker FF E1, as a word of little-endian bytes
+# JPEG markers of metadata, as words of little-endian bytes: FF E1 opens EXIF and XMP, FF ED IPTC.
+APP1, APP13 = 0xE1FF, 0xEDFF
 ORIENTATION = 0x0112  # the EXIF tag
 GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlace
 
@@ -183,7 +184,7 @@ def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded
     _refuse_bomb(width, height, max_pixels)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         raise ValueError(f"{colorspace} is for Pillow")
-    bare = not _has_app1(data)
+    bare = not _has_metadata(data)
     orientation = 1 if bare else _orientation(_open(data, max_pixels))
     shortcuts = _shortcuts(width, height, enough_px) if enough_px else {}
     pixels = _upright(simplejpeg.decode_jpeg(data, "RGB", **shortcuts), orientation)
@@ -192,15 +193,15 @@ def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded
     return Decoded(pixels, width, height, plain_jpeg=bare and colorspace == "YCbCr")
 
 
-def _has_app1(data: bytes) -> bool:
-    """Whether FF E1, which opens segments of EXIF and XMP, is anywhere; it cannot be by chance.
+def _has_metadata(data: bytes) -> bool:
+    """Whether a marker of EXIF, XMP or IPTC is anywhere; in coded pixels it cannot be by chance.
 
     Compared as words at even and at odd places: ``in`` takes five times as long, since a JPEG is
     full of FF.
     """
     even = np.frombuffer(data, "<u2", len(data) // 2)
     odd = np.frombuffer(data, "<u2", (len(data) - 1) // 2, offset=1)
-    return bool((even == APP1).any() or (odd == APP1).any())
+    return any((words == marker).any() for words in (even, odd) for marker in (APP1, APP13))
 
 
 def _shortcuts(width: int, height: int, enough_px: int) -> dict[str, Any]:

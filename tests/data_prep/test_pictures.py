@@ -67,6 +67,17 @@ def test_every_exif_orientation_comes_out_upright(photo: np.ndarray, orientation
     assert (jpeg.width, jpeg.height, jpeg.plain_jpeg) == (96, 64, False)
 
 
+def test_a_jpeg_with_iptc_is_not_plain(photo: np.ndarray) -> None:
+    jpeg = saved(Image.fromarray(photo), "JPEG", quality=95)
+    city = b"\x1c\x02\x5a\x00\x06Berlin"
+    iptc = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + len(city).to_bytes(4) + city
+    segment = b"\xff\xed" + (len(iptc) + 2).to_bytes(2) + iptc
+    told = [decode(data) for data in (jpeg, jpeg[:2] + segment + jpeg[2:])]
+    odd = decode(jpeg[:2] + b"\xff\xfe\0\3!" + segment + jpeg[2:])  # behind a comment of a byte
+    assert [decoded.plain_jpeg for decoded in (*told, odd)] == [True, False, False]
+    assert np.array_equal(told[0].pixels, told[1].pixels)
+
+
 def test_gray_palette_cmyk_and_16_bits_become_rgb(photo: np.ndarray) -> None:
     rgb = Image.fromarray(photo[:64, :64])
     gray = rgb.convert("L")
