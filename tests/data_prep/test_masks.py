@@ -1,8 +1,11 @@
 """Holes have the statistics of the authors' generator, without its faults where asked."""
 
+import math
 import pickle
 import random
+from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -119,6 +122,26 @@ def test_the_four_parameters_of_algorithm_1_bound_what_it_draws() -> None:
     assert draw(brush_mask, (64, 64), 200).mean() * 2 < np.mean(
         [brush_mask(64, 64, random.Random(seed), more).mean() for seed in range(200)]
     )
+
+
+def test_strokes_of_algorithm_1_turn_at_every_vertex_and_go_every_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strokes: list[np.ndarray] = []
+    monkeypatch.setattr(
+        masks, "_draw_stroke", lambda _, vertices, __: strokes.append(np.reshape(vertices, (-1, 2)))
+    )
+    brush = Brush(max_length=20.0, max_angle=math.pi / 2)  # never back, but for the reversal
+    rng = random.Random(0)
+    while len(strokes) < DRAWS:
+        brush_mask(256, 256, rng, brush)
+    ways: Counter[tuple[bool, bool]] = Counter()
+    for stroke in strokes:
+        across, down = np.diff(stroke, axis=0).T
+        assert (across[1:] * across[:-1] <= 0).all()  # to and fro
+        assert (down[1:] * down[:-1] >= 0).all()
+        ways[bool(across[0] > 0), bool(down.sum() > 0)] += 1
+    assert all(ways[way] > 0.2 * len(strokes) for way in product((False, True), repeat=2))
 
 
 @settings(max_examples=60, deadline=None)
