@@ -19,6 +19,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 
 MAX_PIXELS = 100_000_000
+BAND_PIXELS = 2**22
 MAX_ASPECT = 16  # panoramas have up to 10; a JPEG ends at 65,535 pixels, memory for edges before
 # JPEG markers of metadata, as words of little-endian bytes: FF E1 opens EXIF and XMP, FF ED IPTC.
 APP1, APP13 = 0xE1FF, 0xEDFF
@@ -317,8 +318,21 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image, background: str) -> Pixels:
+    """A band of rows at a time: on the way, a pixel takes up to 16 bytes."""
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    if rows >= height:
+        return _band_to_rgb(image, background)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = _band_to_rgb(band, background)
+    return pixels
+
+
+def _band_to_rgb(image: Image.Image, background: str) -> Pixels:
     if image.mode.startswith("I"):  # I;16, I;16B: 16 bits; I: Pillow's 32 bits, here for 16 too
-        deep = np.asarray(image).astype(np.int64)
+        deep = np.asarray(image).astype(np.int32)
         if deep.min() < 0 or deep.max() > 65535:
             raise PictureError("unsupported_mode", "one channel of 32 bits: its range is unknown")
         gray = ((deep * 255 + 32767) // 65535).astype(np.uint8)

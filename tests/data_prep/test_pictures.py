@@ -101,6 +101,19 @@ def test_16_bit_colours_keep_their_brightness(photo: np.ndarray) -> None:
     assert np.array_equal(decode(encoded.tobytes()).pixels, photo[:64, :64])
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_pictures_are_converted_band_by_band_as_they_would_be_whole(
+    photo: np.ndarray, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = np.asarray(Image.fromarray(photo).convert("L")).astype(np.uint16) * 257 + 9
+    image = Image.fromarray(deep if mode.startswith("I") else photo).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    whole = decode(data := saved(image, "TIFF" if mode in ("CMYK", "I") else "PNG"))
+    monkeypatch.setattr("data_prep.pictures.BAND_PIXELS", 600 * 7)
+    assert np.array_equal(decode(data).pixels, whole.pixels)
+
+
 def test_an_array_of_celeba_hq_is_a_picture(photo: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, photo[None].transpose(0, 3, 1, 2))
