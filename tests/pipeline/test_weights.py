@@ -15,7 +15,7 @@ from models import Discriminator, Generator
 from models.weights import LAYERS
 from pipeline.config import Model
 from pipeline.networks import load_generator, weights_header
-from pipeline.weights import export_weights, import_weights
+from pipeline.weights import _compare, export_weights, import_weights
 from tests.models.golden import fill_generator
 
 LICENCE = "CC BY-NC 4.0 (the authors' release: not for commercial use)"
@@ -144,6 +144,20 @@ def export(weights: Path, out: Path, format: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", [0.01, torch.nan])
+def test_an_export_that_differs_in_one_of_its_pictures_is_refused(fault: float) -> None:
+    generator = Generator(width=4)
+
+    def exported(*inputs: Tensor) -> list[Tensor]:
+        coarse, refined = generator(*inputs)
+        return [coarse, refined + fault]
+
+    with pytest.raises(ValueError, match="the exported network is not the same, at 1 of 24×32 px"):
+        _compare(generator, exported, 1, 24, 32)
+    assert "at most 0.0e+00" in _compare(generator, generator, 1, 24, 32)
 
 
 def pictures(batch: int, height: int, width: int) -> list[Tensor]:
