@@ -207,6 +207,8 @@ def build_dataset(
             *("shard_samples", "seed", "duplicates"),
         )
     }
+    if split not in ("official", "val_fraction"):
+        shaping["split"] = "list"  # wherever it lies; whom it holds out is seen in the shards
     publish(store, ordered, name=name, source=source, requested=requested, shaping=shaping)
     dataset = Dataset.open(url)
     peak = max(part.peak_bytes for part in ordered)

@@ -116,6 +116,20 @@ def test_a_data_set_is_complete_and_every_sample_has_every_field(scenes: Path, a
     assert not list(scenes.glob(".unfinished*"))
 
 
+def test_a_list_of_held_out_pictures_may_lie_anywhere(album: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    for number, path in enumerate(sorted(album.glob("*/*.jpg"))[:4]):
+        shutil.copy(path, tmp_path / "faces" / f"{number}.jpg")
+    made = []
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("3.jpg\n")
+        chosen = {"source": "celebahq", "split": str(tmp_path / name), "partial": True}
+        made.append(build(tmp_path / f"set of {name}", tmp_path / "faces", **chosen))
+    assert made[0].digest == made[1].digest
+    assert [shard.samples for shard in made[0].shards("val")] == [1]
+    assert made[0].settings["requested"]["split"] == str(tmp_path / "one.txt")
+
+
 def test_the_manifest_has_a_row_for_every_picture_with_the_reason(scenes: Path) -> None:
     table = pq.read_table(scenes / "manifest.parquet")
     rows = table.to_pylist()
