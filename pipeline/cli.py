@@ -104,7 +104,9 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     sub = actions.add_parser("import", help="read the authors' or nipponjo's weights")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--out", type=Path, required=True, help="the generator's .safetensors")
-    sub.add_argument("--discriminator", type=Path, help="a second .safetensors, for training on")
+    sub.add_argument(
+        "--discriminator", type=Path, help="a second one, for train.start_from_discriminator"
+    )
     sub.add_argument("--colours", choices=("rgb", "bgr"), help="order that its pictures had")
     sub.add_argument("--licence", help="in place of what is known of the release")
     sub.set_defaults(command=_import_weights)

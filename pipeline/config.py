@@ -157,6 +157,12 @@ class Model(Section):
 class Train(Section):
     steps: PositiveInt
     """Updates of both networks in all; a resumed run goes on to this number."""
+    start_from: str | None = None
+    """Trained generator that a run without a checkpoint starts from: a ``.safetensors`` file or a
+    checkpoint, as a path or URL that every rank can read. An unguided one also starts guided runs,
+    with zeros for the sketch."""
+    start_from_discriminator: str | None = None
+    """Its discriminator, likewise; else a fresh one."""
     size_px: PositiveInt = 256
     """Side of the square training crop, a multiple of 8."""
     global_batch: PositiveInt = 16

@@ -1,22 +1,25 @@
 """The networks as the configuration, or the header of a weights file, describes them."""
 
 import json
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.storage import MissingKeyError, join, open_store
 from models import Discriminator, Generator
 from pipeline.checkpoint import BEST, choose
-from pipeline.config import Model
+from pipeline.config import Config, ConfigError, Model
 
 M = TypeVar("M", bound=nn.Module)
 
 HEADER = "model"
-EMA = "ema.safetensors"
+EMA, DISCRIMINATOR = "ema.safetensors", "discriminator.safetensors"
+FIRST = "conv1.parametrizations.weight"  # of the discriminator
 
 
 def generator(cfg: Model, *, recompute: bool = False) -> Generator:
@@ -56,42 +59,109 @@ def load_generator(source: str) -> Generator:
     run's, whose best step is taken. A file without our header is taken for the official model,
     guided if its first layer has six inputs.
     """
-    if not source.endswith(".safetensors"):
-        checkpoints, step = choose(source, "best", BEST)
-        return read_generator(checkpoints.read(step, EMA), join(checkpoints.url, str(step), EMA))
-    folder, _, name = source.rpartition("/")
-    try:
-        return read_generator(open_store(folder or ".").get(name), source)
-    except MissingKeyError as error:
-        raise FileNotFoundError(f"{source} is not there: give a .safetensors file") from error
+    return read_generator(*_read(source, EMA))
 
 
 def read_generator(data: bytes, name: str) -> Generator:
     """The generator in the bytes of a safetensors file; ``name`` is for messages."""
-    try:
-        weights = load_tensors(data)
-    except SafetensorError as error:
-        raise ValueError(f"{name} is no safetensors file: {error}") from error
+    weights = _tensors(data, name)
     first = weights.get("coarse.conv01.weight")
     if first is None:
         raise ValueError(f"{name} holds no generator: no tensor is named coarse.conv01.weight")
-    header = _metadata(data)
-    if HEADER in header:
-        cfg = Model.model_validate_json(header[HEADER])
-    else:
-        cfg = Model(guided=first.shape[1] == 6)
-    network = generator(cfg)
+    network = generator(_described(data) or Model(guided=first.shape[1] == 6))
+    _fill(network, weights, name)
+    return network.eval()
+
+
+def starting_weights(cfg: Config) -> dict[str, dict[str, Tensor]]:
+    """State dicts for the ``generator`` and the ``discriminator``, where ``cfg`` names weights.
+
+    Where the run is guided and the weights are not, zeros stand for the sketch: both networks do as
+    they did, until training teaches them otherwise. ConfigError where weights are of other options
+    than the recipe's; FileNotFoundError and ValueError as ``load_generator``.
+    """
+    weights = {}
+    if source := cfg.train.start_from:
+        weights["generator"] = _starting_generator(cfg.model, source)
+    if source := cfg.train.start_from_discriminator:
+        weights["discriminator"] = _starting_discriminator(cfg.model, source)
+    return weights
+
+
+def _starting_generator(cfg: Model, source: str) -> dict[str, Tensor]:
+    found = load_generator(source)
+    if cfg.guided and not found.guided:
+        found = Generator.guided_from(found)
+    options = {
+        "guided": found.guided,
+        "convolution": found.style.convolution,
+        "padding": found.style.padding,
+        "attention": found.style.attention,
+        "refine_mask": found.refine_mask,
+    }
+    _refuse_other_options(cfg, options, f"train.start_from: {source}")
+    return found.state_dict()
+
+
+def _starting_discriminator(cfg: Model, source: str) -> dict[str, Tensor]:
+    data, name = _read(source, DISCRIMINATOR)
+    weights = _tensors(data, name)
+    kernel = weights.get(f"{FIRST}.original")
+    if kernel is None:
+        raise ValueError(f"{name} holds no discriminator: no tensor is named {FIRST}.original")
+    guided = kernel.shape[1] == 5
+    _fill(Discriminator(guided), weights, name)
+    if cfg.guided and not guided:  # zeros for the sketch, which comes last, leave σ as it is
+        weights[f"{FIRST}.original"] = F.pad(kernel, (0, 0, 0, 0, 0, 1))
+        weights[f"{FIRST}.0._v"] = F.pad(weights[f"{FIRST}.0._v"], (0, kernel[0, 0].numel()))
+    head = (_described(data) or Model()).discriminator_head
+    options = {"guided": cfg.guided or guided, "discriminator_head": head}
+    _refuse_other_options(cfg, options, f"train.start_from_discriminator: {source}")
+    return weights
+
+
+def _refuse_other_options(cfg: Model, found: Mapping[str, Any], where: str) -> None:
+    other = [f"model.{key}={value}" for key, value in found.items() if getattr(cfg, key) != value]
+    if other:
+        raise ConfigError(
+            f"{where} was trained with {', '.join(other)}: give the recipe the same, or other "
+            "weights"
+        )
+
+
+def _read(source: str, name: str) -> tuple[bytes, str]:
+    """The ``.safetensors`` file at ``source``, or ``name`` in the checkpoint there; and its URL."""
+    if not source.endswith(".safetensors"):
+        checkpoints, step = choose(source, "best", BEST)
+        return checkpoints.read(step, name), join(checkpoints.url, str(step), name)
+    folder, _, file = source.rpartition("/")
+    try:
+        return open_store(folder or ".").get(file), source
+    except MissingKeyError as error:
+        raise FileNotFoundError(f"{source} is not there: give a .safetensors file") from error
+
+
+def _tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{name} is no safetensors file: {error}") from error
+
+
+def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
             f"{name} does not fit the network: {' '.join(str(error).split())}"
         ) from error
-    return network.eval()
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The header's own entries: eight bytes of length, then JSON (the format's definition)."""
+def _described(data: bytes) -> Model | None:
+    """What our header says of the model, if there is one.
+
+    Eight bytes of length, then JSON (the format's definition).
+    """
     length = int.from_bytes(data[:8], "little")
     entries: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return entries
+    return Model.model_validate_json(entries[HEADER]) if HEADER in entries else None

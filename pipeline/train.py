@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.feed import train_loader
 from pipeline.locations import checkpoints_url, dataset_url, run_store
+from pipeline.networks import starting_weights
 from pipeline.ranks import Ranks
 from pipeline.stopping import STOP_KEY, NoStop, SignalStop, StopRequest, StoredStop, request_stop
 from pipeline.worker import refuse_other_model, train_worker
@@ -54,6 +55,8 @@ def _refuse_early(cfg: Config) -> None:
     checkpoints = Checkpoints(open_store(checkpoints_url(cfg)))
     if (step := checkpoints.newest()) is not None:
         refuse_other_model(cfg, checkpoints.manifest(step))
+    else:
+        starting_weights(cfg)
 
 
 def finished(cfg: Config) -> bool:

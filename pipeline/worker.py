@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.storage import open_store
 from data_prep.pictures import decode
@@ -68,8 +68,10 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
     position = state.position if state else Position()
 
     learning = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
-    average = Average(learning, cfg.train.ema_decay, position.step)
     critic = networks.discriminator(cfg.model).to(device)
+    if not state:
+        _start(cfg, generator=learning, discriminator=critic)
+    average = Average(learning, cfg.train.ema_decay, position.step)
     if state:
         average.module.load_state_dict(state.ema)
     if cfg.train.compile and device.type == "cuda":
@@ -98,6 +100,18 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
         )
         return worker.run(loader, position, stop)
+
+
+def _start(cfg: Config, **fresh: nn.Module) -> None:
+    """Put in the trained weights that the recipe names."""
+    for name, weights in networks.starting_weights(cfg).items():
+        fresh[name].load_state_dict(weights)
+    log.info(
+        "starting run=%s generator=%s discriminator=%s",
+        cfg.name,
+        cfg.train.start_from or "fresh",
+        cfg.train.start_from_discriminator or "fresh",
+    )
 
 
 @dataclass

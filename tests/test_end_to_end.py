@@ -11,11 +11,15 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 import skimage
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipeline import config
 from pipeline.cli import DONE, MISTAKE, STOPPED
+from pipeline.config import Model
 from pipeline.locations import checkpoints_url, dataset_url, run_url
+from tests.weights import write_weights
 
 RECIPE = "pipeline/recipes/demo.yaml"
 STEPS = 14
@@ -173,6 +177,27 @@ def test_the_job_runs_on_a_folder_of_faces(photographs, settings):
     assert (Path(checkpoints_url(cfg)) / "step-00000002/manifest.json").exists()
 
 
+def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings, tmp_path):
+    given = tmp_path / "unguided.safetensors"
+    unguided = write_weights(given, Model(guided=False), gain=4.0).state_dict()
+    overrides = [
+        *(*settings, "name=started", "train.launcher=local"),
+        *(f"train.start_from={given}", "train.learning_rate=1e-9"),
+    ]
+    cfg = config.load(Path(RECIPE), overrides)
+    started = pipeline("train", RECIPE, *overrides, "train.steps=1", "train.engine=deepspeed")
+    assert started.returncode == DONE, started.stderr[-4000:]
+    assert f"generator={given} discriminator=fresh" in started.stderr
+    for name in ("generator", "ema"):
+        found = load_file(Path(checkpoints_url(cfg)) / f"step-00000001/{name}.safetensors")
+        for key, value in unguided.items():
+            if key == "coarse.conv01.weight":  # its fourth channel is the sketch's
+                found[key] = found[key][:, [0, 1, 2, 4, 5]]
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)
+    given.unlink()
+    succeeded("train", RECIPE, *overrides, "train.steps=2")
+
+
 def test_training_without_a_data_set_says_what_to_do(settings):
     result = pipeline("train", RECIPE, *settings, "data.name=nothing")
     assert result.returncode == MISTAKE
@@ -185,11 +210,12 @@ def test_training_without_a_data_set_says_what_to_do(settings):
     [
         ("model.attention=renormalised", "has another model (attention differ)"),
         ("train.global_batch=64", "64"),
+        ("name=new train.start_from=nowhere.safetensors", "nowhere.safetensors is not there"),
     ],
 )
 def test_what_cannot_go_on_is_told_before_any_machine_starts(left_alone, settings, override, told):
     more = f"train.steps={STEPS + 1}"
-    result = pipeline("train", RECIPE, *settings, "name=left-alone", more, override)
+    result = pipeline("train", RECIPE, *settings, "name=left-alone", more, *override.split())
     assert result.returncode == MISTAKE
     assert told in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -113,6 +113,8 @@ def test_the_tree_survives_a_trip_through_json():
         "train.l1_weight=2",
         "train.gan_weight=0.2",
         "train.precision=bf16",
+        "train.start_from=generator.safetensors",
+        "train.start_from_discriminator=discriminator.safetensors",
     ],
 )
 def test_the_digest_follows_every_setting(override):

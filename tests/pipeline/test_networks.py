@@ -1,12 +1,14 @@
 """Weights files and the networks they describe."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import Generator
+from models import Discriminator, Generator
 from pipeline import networks
-from pipeline.config import Model
+from pipeline.config import ConfigError, Model, load
 from tests.weights import write_weights
 
 
@@ -54,3 +56,87 @@ def test_files_that_hold_no_generator_are_told_apart(tmp_path):
     save_file(Generator(width=8).state_dict(), wide)
     with pytest.raises(ValueError, match="does not fit"):
         networks.load_generator(str(wide))
+
+
+DEMO = Path("pipeline/recipes/demo.yaml")  # guided
+
+
+def write_discriminator(path, **options):
+    torch.manual_seed(0)
+    network = Discriminator(**options)
+    network(*small_picture(network.guided))  # v of the spectral norm follows from u
+    save_file(network.state_dict(), path, networks.weights_header(Model()))
+    return network
+
+
+def test_a_guided_run_starts_where_unguided_weights_ended(store, tmp_path):
+    unguided = write_weights(tmp_path / "g.safetensors", Model(guided=False))
+    critic = write_discriminator(tmp_path / "d.safetensors")
+    for name in ("g.safetensors", "d.safetensors"):
+        store.upload(tmp_path / name, name)
+    sources = (
+        f"train.start_from={store.url}/g.safetensors",
+        f"train.start_from_discriminator={store.url}/d.safetensors",
+    )
+    cfg = load(DEMO, sources)
+    weights = networks.starting_weights(cfg)
+    generator, discriminator = networks.generator(cfg.model), networks.discriminator(cfg.model)
+    generator.load_state_dict(weights["generator"])
+    discriminator.load_state_dict(weights["discriminator"])
+    image, mask, sketch = small_picture(guided=True)
+    with torch.no_grad():
+        expected = unguided(image, mask)
+        torch.testing.assert_close(generator(image, mask, sketch), expected, rtol=0, atol=0)
+        for _ in range(2):  # power iterations go on alike
+            torch.testing.assert_close(discriminator(image, mask, sketch), critic(image, mask))
+        torch.testing.assert_close(
+            discriminator.eval()(image, mask, sketch), critic.eval()(image, mask)
+        )
+
+
+def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
+    network = write_weights(tmp_path / "g.safetensors", Model(guided=True))
+    critic = write_discriminator(tmp_path / "d.safetensors", guided=True)
+    cfg = load(
+        DEMO,
+        [
+            f"train.start_from={tmp_path}/g.safetensors",
+            f"train.start_from_discriminator={tmp_path}/d.safetensors",
+        ],
+    )
+    found = networks.starting_weights(cfg)
+    for name, expected in (("generator", network), ("discriminator", critic)):
+        torch.testing.assert_close(found[name], dict(expected.state_dict()), rtol=0, atol=0)
+    assert networks.starting_weights(load(DEMO)) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["train.start_from=g", "model.guided=false"],
+            r"start_from: .*g\.safe.* model.guided=True",
+        ),
+        (["train.start_from=g", "model.padding=symmetric"], "start_from: .* model.padding=same:"),
+        (["train.start_from=g", "model.refine_mask=true"], "model.refine_mask=False"),
+        (["train.start_from=g", "model.convolution=partial"], "model.convolution=gated"),
+        (["train.start_from=g", "model.attention=renormalised"], "model.attention=official"),
+        (["train.start_from=d"], r"d\.safetensors holds no generator"),
+        (["train.start_from=nowhere"], r"nowhere\.safetensors is not there"),
+        (
+            ["train.start_from_discriminator=d", "model.discriminator_head=linear"],
+            r"start_from_discriminator: .*d\.safe.* model.discriminator_head=leaky",
+        ),
+        (["train.start_from_discriminator=d", "model.guided=false"], "model.guided=True"),
+        (["train.start_from_discriminator=g"], r"g\.safetensors holds no discriminator"),
+    ],
+)
+def test_weights_that_do_not_suit_the_recipe_are_told_in_one_line(tmp_path, overrides, told):
+    write_weights(tmp_path / "g.safetensors", Model(guided=True))
+    write_discriminator(tmp_path / "d.safetensors", guided=True)
+    name, _, file = overrides[0].partition("=")
+    cfg = load(DEMO, [f"{name}={tmp_path}/{file}.safetensors", *overrides[1:]])
+    kind = ConfigError if overrides[1:] else (ValueError, FileNotFoundError)
+    with pytest.raises(kind, match=told) as error:
+        networks.starting_weights(cfg)
+    assert len(str(error.value).splitlines()) == 1
