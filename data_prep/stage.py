@@ -309,9 +309,15 @@ def _recipes(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _weights(source: str | None) -> bytes:
-    from data_prep.hed import read_weights  # torch, and only scenes need it
+    """The weights file, which is sure to be one."""
+    from data_prep.hed import load_network, read_weights  # torch, and only scenes need it
 
-    return read_weights(source)
+    weights = read_weights(source)
+    try:
+        load_network(weights)
+    except ValueError as error:
+        raise ValueError(f"HED weights {source}: {error}") from error
+    return weights
 
 
 def _finished_parts(store: Store, jobs: Sequence[Job], retry_failed: bool) -> dict[str, Part]:
@@ -470,17 +476,29 @@ def _detectors(recipe: Recipe, hed_weights: str | None, wanted: int) -> list[Any
 
 
 class EdgeActor:
-    """One network on one GPU, or on one thread of a processor."""
+    """One network on one GPU, or on one thread of a processor.
+
+    Where its weights cannot be had, ``strokes`` says so: an error of the constructor would end the
+    actor, and Ray tells of that in hundreds of lines.
+    """
 
     def __init__(self, recipe: Recipe, hed_weights: str | None) -> None:
+        self._threshold = recipe.threshold
+        self._fault: Exception | None = None
+        try:
+            self._load(recipe, hed_weights)
+        except (OSError, ValueError) as error:
+            self._fault = error
+
+    def _load(self, recipe: Recipe, hed_weights: str | None) -> None:
         import torch  # a second or two, and only these actors need it
 
-        from data_prep.hed import EdgeDetector, load_network
+        from data_prep.hed import EdgeDetector, load_network, read_weights
 
         assert recipe.hed_precision  # all three are set where there are scenes
         assert recipe.hed_output
         assert recipe.hed_device
-        weights = _weights(hed_weights)
+        weights = read_weights(hed_weights)
         if (found := hashlib.sha256(weights).hexdigest()) != recipe.hed_sha256:
             raise ValueError(
                 f"HED weights on this node have SHA-256 {found}, the driver's {recipe.hed_sha256}"
@@ -496,9 +514,10 @@ class EdgeActor:
             device=recipe.hed_device,
             output=recipe.hed_output,
         )
-        self._threshold = recipe.threshold
 
     def strokes(self, pictures: Batch) -> UInt8[np.ndarray, "batch height width"]:
+        if self._fault:
+            raise self._fault
         return (self._detect(pictures) > self._threshold).astype(np.uint8)
 
     def peak_bytes(self) -> int:

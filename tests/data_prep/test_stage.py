@@ -447,6 +447,26 @@ def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
     assert not (tmp_path / "dataset.json").exists()
 
 
+def test_wrong_weights_are_told_in_one_line_before_anything_starts(
+    album: Path, tmp_path: Path
+) -> None:
+    wrong, url = tmp_path / "wrong.h5", tmp_path / "set"
+    wrong.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"^HED weights \S+wrong\.h5: this is no HED weights .+$"):
+        build(url, album, subject="scene", hed_weights=str(wrong))
+    assert not url.exists()
+
+
+def test_other_weights_on_a_node_are_told_in_one_line(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.stage._weights", lambda source: b"what the driver found")
+    with pytest.raises(
+        ValueError, match=r"^HED weights on this node have SHA-256 4502df9d\S+, .+$"
+    ):
+        build(tmp_path, album, subject="scene")
+
+
 def test_a_storage_that_cannot_be_written_is_one_clear_error(album: Path, tmp_path: Path) -> None:
     (tmp_path / "parts").write_text("a file where a folder has to be")
     with pytest.raises(StorageError, match="parts"):
