@@ -134,8 +134,8 @@ def read_weights(source: str | None) -> bytes:
         data = path.read_bytes()
     else:
         url, _, expected = source.partition("#sha256=")
-        folder, _, name = url.rpartition("/")
-        data = open_store(folder or ".").get(name)
+        folder, slash, name = url.rpartition("/")
+        data = open_store(folder or slash or ".").get(name)
     found = hashlib.sha256(data).hexdigest()
     if expected and found != expected:
         raise ValueError(

@@ -122,8 +122,12 @@ def build_dataset(
     ``max_failed_fraction`` of the pictures fail, and where ``auto`` would need a GPU that is not
     there; StorageError; ValueError for bad arguments.
     """
+    # Absolute from here on: Ray runs workers in other directories.
     if root is not None:
         root = open_store(root).url
+    if hed_weights is not None:
+        path, *sha256 = hed_weights.split("#", 1)
+        hed_weights = "#".join([open_store(path).url, *sha256])
     requested = {
         "name": name,
         "source": source,
@@ -179,7 +183,9 @@ def build_dataset(
         face_search=SEARCH if faces else None,
     )
     store.clear_unfinished()
-    jobs = _jobs(pictures, recipe, name=name, url=url, root=root, samples=shard_samples, seed=seed)
+    jobs = _jobs(
+        pictures, recipe, name=name, url=store.url, root=root, samples=shard_samples, seed=seed
+    )
     parts = _finished_parts(store, jobs, retry_failed)
     log.info(
         "prepare pictures=%d shards=%d finished=%d hed_device=%s url=%s",

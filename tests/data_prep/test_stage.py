@@ -21,6 +21,7 @@ from cluster.services import S3Server
 from cluster.session import LOOPBACK
 from cluster.storage import StorageError, open_store
 from data_prep.catalogue import describe, read_part
+from data_prep.hed import PACKAGED_SHA256, packaged_weights
 from data_prep.pictures import decode, encode_jpeg, fit
 from data_prep.shards import Dataset, ShardError, verify
 from data_prep.sources import list_pictures, read_picture
@@ -445,6 +446,20 @@ def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
     ):
         build(tmp_path, album, max_failed_fraction=0.01)
     assert not (tmp_path / "dataset.json").exists()
+
+
+def test_relative_paths_are_those_of_the_driver(
+    album: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the workers, which run already, are not
+    (tmp_path / "album").symlink_to(album)
+    shutil.copy(packaged_weights(), "w.h5")
+    faces = build("faces", "album")
+    assert faces.digest == Dataset.open(str(undisturbed)).digest
+    made = build("scenes", "album", subject="scene", hed_weights=f"w.h5#sha256={PACKAGED_SHA256}")
+    assert verify(Dataset.open(str(tmp_path / "scenes"))) == []
+    assert made.settings["requested"]["root"] == f"{tmp_path}/album"
+    assert made.settings["requested"]["hed_weights"] == f"{tmp_path}/w.h5#sha256={PACKAGED_SHA256}"
 
 
 def test_wrong_weights_are_told_in_one_line_before_anything_starts(
