@@ -208,11 +208,15 @@ def publish(
     source: str,
     requested: dict[str, Any],
     shaping: dict[str, Any],
+    duplicates: int,
 ) -> None:
-    """Write everything that lies beside the shards; ``dataset.json`` last, which commits it."""
+    """Write everything that lies beside the shards; ``dataset.json`` last, which commits it.
+
+    ``duplicates`` is how many train pictures were found to be held out as well.
+    """
     shards = [part.shard for part in parts]
     digest = digest_of(shaping, shards)
-    counts = count(parts)
+    counts = count(parts) | {"duplicates": duplicates}
     files = {
         "index.json": _json(
             {
@@ -386,6 +390,9 @@ def describe(dataset: Dataset) -> dict[str, str]:
     shown["pictures"] = ", ".join(f"{number:,} {word}" for word, number in pictures.items())
     if counts["reasons"]:
         shown["left out"] = ", ".join(f"{n:,} {reason}" for reason, n in counts["reasons"].items())
+    if duplicates := counts.get("duplicates"):
+        fate = "dropped from" if "duplicate" in counts["reasons"] else "kept in"
+        shown["also held out"] = f"{duplicates:,} pictures {fate} train"
     shown["sketches"] = ", ".join(f"{number:,} {kind}" for kind, number in sketches.items())
     shown["sketch density"] = f"{counts['sketch_density']:.1%} of the pixels"
     shown["licence"] = LICENCES[dataset.settings["requested"]["source"]]

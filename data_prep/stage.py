@@ -107,10 +107,11 @@ def build_dataset(
     ``source`` to ``partial`` choose the pictures, see ``list_pictures``; the others shape them.
     A finished one comes back at once. One that was interrupted goes on with the shards that are
     missing. Equal pictures and settings give equal bytes, whatever the workers and interruptions.
-    Train pictures that are held out as well, exactly or nearly, are dropped unless ``duplicates``
-    is ``keep``. ``hed_device`` ``auto`` stays with what there are sketches of already; where there
-    are none, it is ``cuda`` if the cluster has GPUs. It shapes the bytes of sketches of scenes, and
-    is recorded. An interruption cancels the tasks.
+    Train pictures that are held out as well, exactly or nearly, are counted, ten of them named in
+    the log, and all dropped unless ``duplicates`` is ``keep``. ``hed_device`` ``auto`` stays with
+    the device of the sketches there are; where there are none, it is ``cuda`` if the cluster has
+    GPUs. It shapes the bytes of sketches of scenes, and is recorded. An interruption cancels the
+    tasks.
 
     ``replace`` allows to build over a finished data set of other settings; ``update`` looks at the
     source again, for pictures that came or went; ``retry_failed`` reads those again that failed.
@@ -196,8 +197,14 @@ def build_dataset(
     for part in parts.values():
         budget.add(part)
     _make_all([job for job in jobs if job.name not in parts], recipe, hed_weights, parts, budget)
+    found = find_duplicates(read_rows(store, [job.name for job in jobs], COLUMNS))
+    if found:
+        first = one_line(
+            "; ".join(f"{key}: {reason}" for key, reason in sorted(found.items())[:10])
+        )
+        log.info("train pictures that are held out, too count=%d first: %s", len(found), first)
     if duplicates == "drop":
-        jobs = _without_duplicates(store, jobs)
+        jobs = _without(jobs, found)
     # A second round, for shards that held duplicates; their other samples are taken over.
     todo = [job for job in jobs if job.excluded != parts[job.name].excluded]
     _make_all(todo, recipe, hed_weights, parts, None)
@@ -215,7 +222,15 @@ def build_dataset(
     }
     if split not in ("official", "val_fraction"):
         shaping["split"] = "list"  # wherever it lies; whom it holds out is seen in the shards
-    publish(store, ordered, name=name, source=source, requested=requested, shaping=shaping)
+    publish(
+        store,
+        ordered,
+        name=name,
+        source=source,
+        requested=requested,
+        shaping=shaping,
+        duplicates=len(found),
+    )
     dataset = Dataset.open(url)
     peak = max(part.peak_bytes for part in ordered)
     log.info(
@@ -346,13 +361,14 @@ def _finished_parts(store: Store, jobs: Sequence[Job], retry_failed: bool) -> di
     return {part.shard.name: part for part in found if part}
 
 
-def _without_duplicates(store: Store, jobs: Sequence[Job]) -> list[Job]:
+def _without(jobs: Sequence[Job], duplicates: Mapping[str, str]) -> list[Job]:
     """The jobs, told which of their pictures are held out as well."""
-    found = find_duplicates(read_rows(store, [job.name for job in jobs], COLUMNS))
-    if found:
-        log.info("duplicates of held-out pictures dropped from train count=%d", len(found))
     excluded = [
-        {picture.key: found[picture.key] for picture in job.pictures if picture.key in found}
+        {
+            picture.key: duplicates[picture.key]
+            for picture in job.pictures
+            if picture.key in duplicates
+        }
         for job in jobs
     ]
     return [

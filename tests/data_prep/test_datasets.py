@@ -80,6 +80,7 @@ def made(url: Path, subjects: set[str]) -> Dataset:
         source="bundled",
         requested={"source": "bundled"},
         shaping=RECIPE.record(),
+        duplicates=0,
     )
     return Dataset.open(str(url))
 

@@ -392,7 +392,9 @@ def test_only_what_failed_is_read_again(undisturbed: Path, album: Path, tmp_path
     assert verify(again) == []
 
 
-def test_what_is_held_out_is_dropped_from_train(album: Path, tmp_path: Path) -> None:
+def test_what_is_held_out_is_told_and_dropped_from_train(
+    album: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = tmp_path / "album"
     for split, names in (("train", ["camera/0", "camera/1", "china/0"]), ("val", ["china/1"])):
         for name in names:
@@ -408,10 +410,17 @@ def test_what_is_held_out_is_dropped_from_train(album: Path, tmp_path: Path) -> 
     assert dropped["train/compressed.jpg"].startswith("near duplicate of val/china/1 (")
     assert dataset.counts["pictures"] == {"ok": 4, "skipped": 2, "failed": 0}
     assert dataset.counts["reasons"] == {"duplicate": 2}
+    assert dataset.counts["duplicates"] == 2
+    assert describe(dataset)["also held out"] == "2 pictures dropped from train"
     assert verify(dataset) == []
     assert build(tmp_path / "set", root, update=True).digest == dataset.digest
-    kept = build(tmp_path / "kept", root, duplicates="keep")
+    with caplog.at_level("INFO", "data_prep.stage"):
+        kept = build(tmp_path / "kept", root, duplicates="keep")
+    assert "count=2" in caplog.text
+    assert "the+20same: the same file as val/china/1" in caplog.text
     assert kept.counts["pictures"]["ok"] == 6
+    assert kept.counts["duplicates"] == 2
+    assert describe(kept)["also held out"] == "2 pictures kept in train"
 
 
 def test_a_damaged_data_set_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
