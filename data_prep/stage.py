@@ -407,8 +407,9 @@ class _Budget:
         if self._failed > self._share * self._pictures:
             raise ShardError(
                 f"{self._failed} of {self._pictures} pictures failed, more than "
-                f"max_failed_fraction={self._share}: {self.reasons()} "
-                "(retry_failed reads them again)"
+                f"data.max_failed_fraction={self._share}: {self.reasons()}: the data set is "
+                "unfinished now; mend them and run the same command with --retry-failed, or raise "
+                "data.max_failed_fraction"
             )
 
     def reasons(self) -> str:

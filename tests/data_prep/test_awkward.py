@@ -309,7 +309,7 @@ def test_names_with_newlines_do_not_break_the_line_that_tells_of_them(
     assert main([*arguments(tmp_path, album), "data.max_failed_fraction=0.01"]) == 1
     line = one_line(capsys.readouterr().err)
     assert r"two\nlines.jpg: empty: the file is empty" in line
-    assert "retry_failed" in line
+    assert "--retry-failed" in line
 
 
 def between(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:

@@ -451,10 +451,27 @@ def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
 ) -> None:
     with pytest.raises(
         ShardError,
-        match=r"of 28 pictures failed, more than max_failed_fraction=0\.01: \S+\.(jpg|png): ",
+        match=r"of 28 pictures failed, more than data\.max_failed_fraction=0\.01: \S+\.(jpg|png): "
+        r".* unfinished now; .* --retry-failed, or raise data\.max_failed_fraction$",
     ):
         build(tmp_path, album, max_failed_fraction=0.01)
     assert not (tmp_path / "dataset.json").exists()
+
+
+def test_an_update_that_stops_is_finished_once_the_pictures_are_mended(
+    album: Path, tmp_path: Path
+) -> None:
+    root, url = tmp_path / "album", tmp_path / "set"
+    shutil.copytree(album / "camera", root)
+    assert build(url, root, max_failed_fraction=0).counts["pictures"]["failed"] == 0
+    (root / "more.jpg").write_bytes(b"broken")
+    with pytest.raises(ShardError, match="the data set is unfinished now; mend them"):
+        build(url, root, max_failed_fraction=0, update=True)
+    with pytest.raises(ShardError, match="no finished data set"):
+        Dataset.open(str(url))
+    shutil.copy(album / "china" / "0.jpg", root / "more.jpg")
+    mended = build(url, root, max_failed_fraction=0, update=True, retry_failed=True)
+    assert mended.digest == build(tmp_path / "fresh", root, max_failed_fraction=0).digest
 
 
 def test_relative_paths_are_those_of_the_driver(
