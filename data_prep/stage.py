@@ -161,7 +161,7 @@ def build_dataset(
         if differing and not replace:
             raise ShardError(
                 f"{url} holds a finished data set of other settings ({', '.join(differing)}): "
-                "give this one another name or URL, or set replace"
+                "give this one another name or URL, or build over it with --replace"
             )
 
     pictures = list_pictures(
