@@ -87,7 +87,8 @@ def variants(device: str) -> dict[str, tuple[Callable[[], object], int]]:
 def ours(
     network: Hed, pictures: Pictures, precision: Precision, device: str
 ) -> Callable[[], Pictures]:
-    detector = EdgeDetector(copy.deepcopy(network), precision=precision, device=device)
+    network, batch = copy.deepcopy(network), len(pictures)
+    detector = EdgeDetector(network, precision=precision, device=device, batch=batch)
 
     def detect() -> Pictures:
         # As the actors of a build have it: what is fastest may differ from one run to the next.

@@ -95,6 +95,23 @@ def test_a_picture_has_the_same_edges_in_any_batch(
     assert np.array_equal(detector(cup[None]), alone)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_picture_has_the_same_edges_in_any_batch_on_a_gpu(
+    weights: bytes, cup: np.ndarray, precision: Precision
+) -> None:
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        detector = EdgeDetector(load_network(weights), precision=precision, device="cuda")
+        alone = detector(cup[None])
+        for number in (2, 7, 8, 9, 17):
+            together = detector(np.stack([cup[::-1]] * (number - 1) + [cup]))
+            assert len(together) == number
+            assert np.array_equal(alone[0], together[-1])
+
+
 def test_averaged_edges_of_a_mirror_image_are_mirrored(weights: bytes, cup: np.ndarray) -> None:
     fused, averaged = (edge_detector(weights, output=output) for output in OUTPUTS)
     picture = cup[None, :130, :131]  # sizes that the scales do not divide
