@@ -4,12 +4,11 @@ Names, layout and colour order change, the function does not: an imported genera
 picture as the other code fills the same picture in its own colour order.
 """
 
-import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from models.discriminator import Discriminator
 from models.gated_conv import Padding
 from models.generator import Generator
 
+Loaded = TypeVar("Loaded")
 Colours = Literal["bgr", "rgb"]
 Style = Literal["tensorflow", "networks_tf", "networks"]  # whose names; the last two are nipponjo's
 
@@ -250,13 +250,11 @@ def _by_scope(variables: Mapping[str, np.ndarray], files: tuple[Path, ...]) -> S
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
+    def load(file: BinaryIO) -> dict[str, np.ndarray]:
+        with np.load(file, allow_pickle=False) as arrays:
             return {name.removesuffix(":0"): arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise _nothing(path) from None
-    except (ValueError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise ValueError(f"{path} is no .npz of plain arrays: {error}") from error
+
+    return _loaded(path, load, "no .npz of plain arrays, or a damaged one: numpy.savez writes them")
 
 
 def _tensorflow_prefix(path: Path) -> Path | None:
@@ -293,13 +291,12 @@ def _read_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
 
 
 def _nipponjo(path: Path) -> Source:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise _nothing(path) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is no file of plain tensors: {reason}") from error
+    def load(file: BinaryIO) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    content = _loaded(
+        path, load, "no file of plain tensors, or a damaged one: torch.save writes them"
+    )
     networks = content if isinstance(content, dict) and "G" in content else {"G": content}
     generator = _tensors(path, networks["G"])
     discriminator = _tensors(path, networks.get("D", {}))
@@ -313,22 +310,32 @@ def _nipponjo(path: Path) -> Source:
     )
 
 
+def _loaded(path: Path, load: Callable[[BinaryIO], Loaded], fault: str) -> Loaded:
+    """What ``load`` makes of a file; ValueError of ``fault`` where it makes nothing of it."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there: give a file of weights") from None
+    with file:
+        try:
+            return load(file)
+        # Of foreign or damaged bytes the readers of zip, pickle and arrays raise about anything.
+        except Exception as error:
+            raise ValueError(f"{path} is {fault}") from error
+
+
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
-        isinstance(value, Tensor) for value in content.values()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise ValueError(f"{path} should hold tensors by name, for the networks G and D")
     return content
 
 
-def _nothing(path: Path) -> FileNotFoundError:
-    return FileNotFoundError(f"{path} is not there: give a file of weights")
-
-
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(names[:3]) + more or "nothing"
 
 
 def _sides(shape: Iterable[int]) -> str:

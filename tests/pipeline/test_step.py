@@ -67,14 +67,14 @@ def test_updates_are_those_of_the_transcription() -> None:
 
 
 def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
-    gradients = []
+    merged = []
     for l1_weight, gan_weight in ((2.0, 3.0), (0.0, 3.0), (2.0, 0.0)):
         generator, discriminator = engines(width=4)
         train_step(batch(0), generator, discriminator, l1_weight=l1_weight, gan_weight=gan_weight)
         gradient = generator.module.get_parameter("refine.merge.conv17.weight").grad
         assert gradient is not None
-        gradients.append(gradient.clone())
-    both, adversarial, l1 = gradients
+        merged.append(gradient.clone())
+    both, adversarial, l1 = merged
     torch.testing.assert_close(adversarial + l1, both, atol=1e-6, rtol=1e-3)
 
 
@@ -83,7 +83,11 @@ class Watched(TorchEngine):
 
     def update(self, loss: torch.Tensor) -> None:
         super().update(loss)
-        self.gradients = [parameter.grad.clone() for parameter in self.module.parameters()]
+        self.gradients = [gradient.clone() for gradient in gradients(self.module)]
+
+
+def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
 
 
 def critics_gradients() -> list[list[torch.Tensor]]:
@@ -95,12 +99,13 @@ def critics_gradients() -> list[list[torch.Tensor]]:
     fill_discriminator(discriminator)
     critic = Watched(discriminator, Adam(), ranks, None)
     train_step(batch(ranks.rank), TorchEngine(generator, Adam(), ranks, None), critic)
-    return [critic.gradients, [parameter.grad for parameter in discriminator.parameters()]]
+    return [critic.gradients, gradients(discriminator)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_generators_turn_leaves_the_discriminators_gradients(world_size: int) -> None:
     for before, after in on_ranks(world_size, critics_gradients):
+        assert len(before) == len(after) == 12
         assert all(map(torch.equal, before, after))
         assert all(gradient.any() for gradient in before)
 
