@@ -147,9 +147,15 @@ def discriminator_weights(source: Source, *, colours: Colours) -> dict[str, Tens
 
     Both codes keep the power iteration's u alone: v follows from it. Theirs and ours divide by the
     largest singular value, so it does not matter that nipponjo's weight is stored divided already.
+    ValueError also for nipponjo's ``networks``, whose discriminator pads both sides alike.
     """
     if not source.discriminator:
         raise ValueError(f"{source.files[0]} holds no discriminator: import the generator alone")
+    if source.style == "networks":
+        raise ValueError(
+            f"{source.files[0]} is of nipponjo's networks, whose discriminator pads otherwise than "
+            "ours can: import the generator alone"
+        )
     names: dict[str, str] = {}
     for number in range(1, 7):
         ours = f"conv{number}.parametrizations.weight"
@@ -277,7 +283,7 @@ def _read_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise ValueError(
             f"{prefix} is a TensorFlow checkpoint and TensorFlow is not installed: "
-            "pip install tensorflow-cpu, or save its variables by name with numpy.savez elsewhere "
+            "pip install tensorflow, or save its variables by name with numpy.savez elsewhere "
             "and give the .npz"
         ) from error
     try:

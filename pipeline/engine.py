@@ -18,7 +18,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Adam:
-    """Settings of the optimiser, as the release has them (spec section 4)."""
+    """Settings of the optimiser, with the release's values.
+
+    The release runs TensorFlow's Adam, which adds ``eps`` before the second moment's bias is
+    corrected, and one count of steps for both networks, which advances twice an iteration. torch's
+    Adam adds it afterwards, and each network counts its own: another correction in the first
+    hundreds of steps, the same after them (spec section 4).
+    """
 
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.5, 0.999)

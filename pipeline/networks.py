@@ -59,7 +59,13 @@ def load_generator(source: str) -> Generator:
     run's, whose best step is taken. A file without our header is taken for the official model,
     guided if its first layer has six inputs.
     """
-    return read_generator(*_read(source, EMA))
+    return described_generator(source)[0]
+
+
+def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
+    """``load_generator`` and the entries of the file's header: licence and origin, if it has them."""
+    data, name = _read(source, EMA)
+    return read_generator(data, name), _entries(data)
 
 
 def read_generator(data: bytes, name: str) -> Generator:
@@ -158,10 +164,13 @@ def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
 
 
 def _described(data: bytes) -> Model | None:
-    """What our header says of the model, if there is one.
+    """What our header says of the model, if there is one."""
+    entries = _entries(data)
+    return Model.model_validate_json(entries[HEADER]) if HEADER in entries else None
 
-    Eight bytes of length, then JSON (the format's definition).
-    """
+
+def _entries(data: bytes) -> dict[str, str]:
+    """A safetensors file's own: eight bytes of length, then JSON (the format's definition)."""
     length = int.from_bytes(data[:8], "little")
     entries: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return Model.model_validate_json(entries[HEADER]) if HEADER in entries else None
+    return entries

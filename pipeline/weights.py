@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -28,7 +27,7 @@ from models.weights import (
     read_source,
 )
 from pipeline.config import Model
-from pipeline.networks import load_generator, weights_header
+from pipeline.networks import described_generator, weights_header
 
 Format = Literal["onnx", "pt2"]
 Network = Callable[..., Sequence[Tensor]]
@@ -64,6 +63,8 @@ def import_weights(
     for file in (out, discriminator):
         if file is not None and file.suffix != ".safetensors":
             raise ValueError(f"{file} should end in .safetensors")
+    if discriminator is not None and discriminator.resolve() == out.resolve():
+        raise ValueError(f"{out} cannot hold both networks: give the discriminator another file")
     source = read_source(path)
     if colours is None and source.style != "tensorflow":
         raise ValueError(
@@ -96,22 +97,22 @@ def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
 
     ``weights`` is what ``load_generator`` takes. Inputs and outputs are those of
     ``models.Generator``: incomplete, mask and, if guided, sketch; coarse and refined. Sides are
-    multiples of 8, 24 pixels and more. The written file is run against torch at two sizes; yields a
-    line on each, then ``out`` is in place. ValueError where they differ, or where a package for
-    ONNX is missing.
+    multiples of 8, 24 pixels and more. What the file of weights says of itself, its licence above
+    all, the export says too. The written file is run against torch at two sizes; yields a line on
+    each, then ``out`` is in place. ValueError where they differ, or where a package for ONNX is
+    missing.
     """
     if out.suffix != f".{format}":
         raise ValueError(f"{out} should end in .{format}")
     if format == "onnx":
         _require_onnx()
-    generator = load_generator(weights)
+    generator, metadata = described_generator(weights)
     # A .pt2 holds its weights in plain order.
     generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad():
         file = Path(folder, out.name)
         program = _trace(generator)
-        metadata = _metadata(weights)
         if format == "onnx":
             exported = _save_onnx(program, file, metadata)
         else:
@@ -156,14 +157,6 @@ def _origin(source: Source) -> str:
         with path.open("rb") as file:
             digests.append(f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
     return ", ".join(digests)
-
-
-def _metadata(weights: str) -> dict[str, str]:
-    """What a file of weights says of itself, its licence above all: the export says it too."""
-    if not Path(weights).is_file():
-        return {"weights": weights}
-    with safe_open(weights, framework="pt") as opened:
-        return dict(opened.metadata() or {})
 
 
 def _random_inputs(generator: Generator, batch: int, height: int, width: int) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reference.networks import Discriminator as Reference
 from models import Discriminator
@@ -32,6 +33,26 @@ def test_every_layer_is_that_of_the_releases_table() -> None:
         "conv3": (128, 256, 5, 2, "same", 819_456),
         **{f"conv{n}": (256, 256, 5, 2, "same", 1_638_656) for n in (4, 5, 6)},
     }
+
+
+def test_a_score_sees_253_pixels_a_side() -> None:
+    """Spec section 3; of weights that are all positive, every pixel it can see has a gradient."""
+    discriminator = Discriminator(head="linear").eval()
+    for parameter in discriminator.parameters():
+        parameter.data.abs_()
+    picture = torch.ones(1, 3, 512, 512, requires_grad=True)
+    scores = discriminator(picture, torch.zeros(1, 1, 512, 512)).unflatten(1, (8, 8, 256))
+    scores[0, 4, 4, 0].backward()
+    assert picture.grad is not None
+    seen = picture.grad[0, 0] > 0
+    assert (seen.any(0).sum(), seen.any(1).sum()) == (253, 253)
+
+
+def test_a_picture_costs_2330_million_multiplications() -> None:
+    with FlopCounterMode(display=False) as counter:
+        Discriminator().eval()(torch.zeros(1, 3, 256, 256), torch.zeros(1, 1, 256, 256))
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert convolutions / 2e9 == pytest.approx(2.33, abs=0.005)
 
 
 def test_a_grey_one_sees_one_channel_and_the_mask() -> None:

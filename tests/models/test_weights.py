@@ -152,8 +152,9 @@ def test_nipponjos_files_hold_the_same_weights(
     assert source.files == (path,)
     assert source.padding == ("symmetric" if style == "networks" else "same")
     same(generator_weights(source, colours="rgb"), generator_weights(official, colours="rgb"))
-    if alone:
-        with pytest.raises(ValueError, match=r"states\.pth holds no discriminator"):
+    refused = "holds no discriminator" if alone else "whose discriminator pads otherwise"
+    if alone or style == "networks":
+        with pytest.raises(ValueError, match=rf"states\.pth .*{refused}"):
             discriminator_weights(source, colours="rgb")
     else:
         expected = discriminator_weights(official, colours="rgb")
@@ -188,7 +189,7 @@ def test_a_checkpoint_of_tensorflow_is_read_or_asked_for(tmp_path: Path) -> None
         import tensorflow  # type: ignore[import-untyped]
     except ImportError:
         (tmp_path / "snap-0.index").write_bytes(b"")
-        with pytest.raises(ValueError, match="pip install tensorflow-cpu"):
+        with pytest.raises(ValueError, match="pip install tensorflow"):
             read_source(tmp_path / "snap-0.index")
         return
     expected = golden_variables()

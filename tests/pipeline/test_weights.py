@@ -108,6 +108,11 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"g\.pth should end in \.safetensors"):
         list(import_weights(tmp_path / "absent", tmp_path / "g.pth"))
+    with pytest.raises(ValueError, match=r"g\.safetensors cannot hold both networks"):
+        out = tmp_path / "g.safetensors"
+        list(
+            import_weights(tmp_path / "absent", out, discriminator=tmp_path / "a/../g.safetensors")
+        )
     with pytest.raises(ValueError, match=r"g\.bin should end in \.onnx"):
         list(export_weights("absent.safetensors", tmp_path / "g.bin", format="onnx"))
 
@@ -131,7 +136,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def export(weights: Path, out: Path, format: str) -> list[str]:
+def export(weights: Path | str, out: Path, format: str) -> list[str]:
     """Lines of ``export_weights``, in a process without the shape checks of the tests.
 
     Those want plain numbers, where tracing has symbols.
@@ -161,6 +166,7 @@ def test_an_export_that_differs_in_one_of_its_pictures_is_refused(fault: float) 
 
 
 def pictures(batch: int, height: int, width: int) -> list[Tensor]:
+    torch.manual_seed(0)
     mask = torch.zeros(batch, 1, height, width)
     mask[:, :, 8:20, 4:18] = 1
     sketch = (torch.rand(mask.shape) < 0.1).float() * mask
@@ -170,7 +176,7 @@ def pictures(batch: int, height: int, width: int) -> list[Tensor]:
 @torch.no_grad()
 def test_an_exported_program_takes_any_batch_and_size(weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "guided.pt2"
-    lines = export(weights, out, "pt2")
+    lines = export(weights.as_uri(), out, "pt2")
     assert [line.partition(":")[0] for line in lines] == ["1 of 128×72 px", "3 of 80×104 px"]
     extra = {"metadata.json": ""}
     exported = torch.export.load(out, extra_files=extra).module()
@@ -179,7 +185,7 @@ def test_an_exported_program_takes_any_batch_and_size(weights: Path, tmp_path: P
     for size in ((1, 24, 24), (5, 32, 40)):
         inputs = pictures(*size)
         for ours, theirs in zip(generator(*inputs), exported(*inputs), strict=True):
-            torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+            torch.testing.assert_close(theirs, ours, atol=3e-5, rtol=0)
     assert zipfile.is_zipfile(out)
     assert sorted(file.name for file in tmp_path.iterdir()) == [out.name]
 
@@ -201,5 +207,5 @@ def test_onnx_takes_any_batch_and_size(weights: Path, tmp_path: Path) -> None:
         inputs = pictures(*size)
         feeds = {name: value.numpy() for name, value in zip(shapes, inputs, strict=True)}
         for ours, theirs in zip(generator(*inputs), session.run(None, feeds), strict=True):
-            torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-5, rtol=0)
+            torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=3e-5, rtol=0)
     assert sorted(file.name for file in tmp_path.iterdir()) == [out.name]
