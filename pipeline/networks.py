@@ -63,7 +63,7 @@ def load_generator(source: str) -> Generator:
 
 
 def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
-    """``load_generator`` and the entries of the file's header: licence and origin, if it has them."""
+    """``load_generator``, and the entries of the file's header, such as licence and origin."""
     data, name = _read(source, EMA)
     return read_generator(data, name), _entries(data)
 

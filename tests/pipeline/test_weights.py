@@ -108,11 +108,9 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"g\.pth should end in \.safetensors"):
         list(import_weights(tmp_path / "absent", tmp_path / "g.pth"))
+    out, same = tmp_path / "g.safetensors", tmp_path / "a/../g.safetensors"
     with pytest.raises(ValueError, match=r"g\.safetensors cannot hold both networks"):
-        out = tmp_path / "g.safetensors"
-        list(
-            import_weights(tmp_path / "absent", out, discriminator=tmp_path / "a/../g.safetensors")
-        )
+        list(import_weights(tmp_path / "absent", out, discriminator=same))
     with pytest.raises(ValueError, match=r"g\.bin should end in \.onnx"):
         list(export_weights("absent.safetensors", tmp_path / "g.bin", format="onnx"))
 
