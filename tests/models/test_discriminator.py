@@ -45,7 +45,7 @@ def test_a_score_sees_253_pixels_a_side() -> None:
     scores[0, 4, 4, 0].backward()
     assert picture.grad is not None
     seen = picture.grad[0, 0] > 0
-    assert (seen.any(0).sum(), seen.any(1).sum()) == (253, 253)
+    assert [int(seen.any(axis).sum()) for axis in (0, 1)] == [253, 253]
 
 
 def test_a_picture_costs_2330_million_multiplications() -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from models import Generator
 from models.attention import attention_bytes
 from models.gated_conv import Padding
+from models.generator import Kind
 from models.inference import KEPT_BYTES, fill, memory_bytes
 from models.masking import erase
 from tests.models.golden import fill_generator
@@ -93,6 +94,22 @@ def test_attention_keeps_to_what_the_features_leave(generator: Generator) -> Non
             generator(image, mask, max_attention_bytes=max_bytes)
         peaks.append(live.peak)
     assert peaks[0] - peaks[1] > 0.8 * (whole - least)
+
+
+@pytest.mark.parametrize("convolution", ["gated", "partial", "vanilla"])
+@pytest.mark.parametrize("padding", ["same", "reflect"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_picture_takes_no_more_than_estimated(
+    convolution: Kind, padding: Padding, precision: torch.dtype
+) -> None:
+    generator = Generator(True, convolution=convolution, padding=padding, refine_mask=True).eval()
+    image, mask = torch.rand(1, 3, 128, 256), torch.zeros(1, 1, 128, 256)
+    mask[:, :, 20:90, 30:200] = 1
+    least = memory_bytes(1, 128, 256)
+    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    with torch.no_grad(), autocast, LiveBytes() as live:
+        fill(generator, image, mask, mask, max_memory_bytes=least)
+    assert least / 3 < live.peak <= least
 
 
 def test_a_picture_that_does_not_fit_is_refused_in_one_line(generator: Generator) -> None:
