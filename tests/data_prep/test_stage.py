@@ -335,10 +335,9 @@ def test_hardware_has_no_part_in_a_data_set_that_has_its_sketches(
         assert Dataset.open(str(undisturbed)).settings["shaping"]["hed_device"] is None
         faces = build(tmp_path / "faces", album)
         assert faces.digest == Dataset.open(str(undisturbed)).digest
-        assert build(url, album, subject="scene").digest == Dataset.open(str(scenes)).digest
-        assert (
-            build(url, album, subject="scene", update=True).digest == Dataset.open(str(url)).digest
-        )
+        digest = Dataset.open(str(scenes)).digest
+        assert build(url, album, subject="scene").digest == digest
+        assert build(url, album, subject="scene", update=True).digest == digest
 
     def made_on_a_gpu(path: Path, *names: str) -> None:
         record = json.loads(path.read_text())
@@ -421,6 +420,21 @@ def test_what_is_held_out_is_told_and_dropped_from_train(
     assert kept.counts["pictures"]["ok"] == 6
     assert kept.counts["duplicates"] == 2
     assert describe(kept)["also held out"] == "2 pictures kept in train"
+
+
+@pytest.mark.parametrize(
+    ("read", "word"),
+    [(verify, "sha256"), (verify, "shaping"), (describe, "requested"), (describe, "samples")],
+)
+def test_a_dataset_json_with_a_damaged_word_is_told_in_one_line(
+    undisturbed: Path, tmp_path: Path, read: Callable[[Dataset], object], word: str
+) -> None:
+    url = tmp_path / "set"
+    shutil.copytree(undisturbed, url)
+    record = (url / "dataset.json").read_text()
+    (url / "dataset.json").write_text(record.replace(f'"{word}"', f'"_{word}"', 1))
+    with pytest.raises(ShardError, match=rf"^dataset\.json is damaged: '{word}' is missing$"):
+        read(Dataset.open(str(url)))
 
 
 def test_a_damaged_data_set_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
