@@ -36,6 +36,7 @@ from cluster.storage import (
 )
 from data_prep.catalogue import (
     Part,
+    count,
     part_of,
     publish,
     read_part,
@@ -209,7 +210,11 @@ def build_dataset(
     todo = [job for job in jobs if job.excluded != parts[job.name].excluded]
     _make_all(todo, recipe, hed_weights, parts, None)
     if not any(part.shard.samples for part in parts.values()):
-        raise ShardError(f"none of {len(pictures)} pictures could be used: {budget.reasons()}")
+        counts = count(parts.values())["reasons"]
+        told = ", ".join(f"{number} {reason}" for reason, number in counts.items())
+        raise ShardError(
+            f"none of {len(pictures)} pictures could be used ({told}) {budget.reasons()}".rstrip()
+        )
 
     ordered = [parts[job.name] for job in jobs]
     _delete_others(store, {job.name for job in jobs}, name)

@@ -472,6 +472,16 @@ def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
     assert not (tmp_path / "dataset.json").exists()
 
 
+def test_where_no_picture_can_be_used_it_is_told_why(album: Path, tmp_path: Path) -> None:
+    root = tmp_path / "album"
+    shutil.copytree(album / "camera", root)
+    with pytest.raises(ShardError, match=r"^none of 7 pictures could be used \(7 too_small\)$"):
+        build(tmp_path / "set", root, stored_px=5000)
+    (root / "0.jpg").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"\(1 empty, 6 too_small\) 0\.jpg: empty: the file is "):
+        build(tmp_path / "set", root, stored_px=5001)
+
+
 def test_an_update_that_stops_is_finished_once_the_pictures_are_mended(
     album: Path, tmp_path: Path
 ) -> None:
