@@ -175,8 +175,8 @@ def _tar_members(root: str, tar: str) -> Files:
                 while (info := archive.next()) is not None:
                     # tarfile keeps every header it has seen: gigabytes, for millions of members.
                     archive.members.clear()  # type: ignore[attr-defined]
-                    path = below + info.name.removeprefix("./")
-                    target = below + info.linkname.removeprefix("./")
+                    path = below + info.name.removeprefix("./").lstrip("/")
+                    target = below + info.linkname.removeprefix("./").lstrip("/")
                     if info.isreg():
                         found[path] = Member(tar, info.offset_data, info.size, version)
                     elif info.islnk() and target in found:

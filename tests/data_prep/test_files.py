@@ -56,7 +56,10 @@ def test_keys_do_not_depend_on_unpacking(tmp_path: Path) -> None:
 
 
 def with_links(path: Path) -> Path:
-    """A tar that was added to, with hard links, and two links that lead to no member before."""
+    """A tar that was added to, with hard links, and two links that lead to no member before.
+
+    One member has an absolute path, as ``tar -P`` leaves it.
+    """
     link = {"type": tarfile.LNKTYPE}
     symbolic = {"type": tarfile.SYMTYPE}
     members: list[tuple[str, bytes, dict[str, Any]]] = [
@@ -65,6 +68,7 @@ def with_links(path: Path) -> Path:
         ("a/.hidden.jpg", b"hidden", {}),
         ("a/shown.jpg", b"", link | {"linkname": "a/.hidden.jpg"}),
         ("a/2.jpg", b"two", {}),
+        ("/a/3.jpg", b"three", {}),
         ("a/1.jpg", b"new", {}),
         ("a/s.jpg", b"", symbolic | {"linkname": "1.jpg"}),
         ("a/gone.jpg", b"was there", {}),
@@ -86,7 +90,7 @@ def test_of_members_of_one_name_the_last_counts_and_hard_links_are_files(
 ) -> None:
     path = with_links(tmp_path / "x" / "pictures.tar")
     open_store(s3_url).upload(path, "x/pictures.tar")
-    of_tar = {"1": b"new", "2": b"two", "linked": b"old", "shown": b"hidden"}
+    of_tar = {"1": b"new", "2": b"two", "3": b"three", "linked": b"old", "shown": b"hidden"}
     for root in (str(tmp_path), s3_url):
         tar = f"{root}/x/pictures.tar"
         caplog.clear()
