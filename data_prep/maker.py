@@ -56,7 +56,7 @@ class Recipe:
     """Every setting that shapes the bytes of a sample; part of the digest.
 
     How edges or faces are found is None where no picture is a scene, or none a face: a data set
-    must not depend on what it has no use for.
+    must not depend on hardware or files that it has no use for.
     """
 
     stored_px: int

@@ -218,22 +218,13 @@ def build_dataset(
 
     ordered = [parts[job.name] for job in jobs]
     _delete_others(store, {job.name for job in jobs}, name)
-    shaping = recipe.record() | {
-        setting: requested[setting]
-        for setting in (
-            *("source", "subject", "val_fraction", "split"),
-            *("shard_samples", "seed", "duplicates"),
-        )
-    }
-    if split not in ("official", "val_fraction"):
-        shaping["split"] = "list"  # wherever it lies; whom it holds out is seen in the shards
     publish(
         store,
         ordered,
         name=name,
         source=source,
         requested=requested,
-        shaping=shaping,
+        shaping=_shaping(recipe, requested),
         duplicates=len(found),
     )
     dataset = Dataset.open(url)
@@ -242,6 +233,15 @@ def build_dataset(
         "data set finished url=%s digest=%s peak_worker_mib=%d", url, dataset.digest, peak / MIB
     )
     return dataset
+
+
+def _shaping(recipe: Recipe, requested: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that shape bytes or say which pictures there are; part of the digest."""
+    settings = ("source", "subject", "val_fraction", "split", "shard_samples", "seed", "duplicates")
+    shaping = recipe.record() | {setting: requested[setting] for setting in settings}
+    if requested["split"] not in ("official", "val_fraction"):
+        shaping["split"] = "list"  # wherever it lies; whom it holds out is seen in the shards
+    return shaping
 
 
 @dataclass(frozen=True)
