@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -228,6 +229,8 @@ def _inpaint(arguments: argparse.Namespace) -> int:
     from pipeline.inpaint import inpaint
 
     memory = arguments.memory_gib
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory-gib {memory} should be a number above 0")
     for path in inpaint(
         arguments.weights,
         arguments.image,

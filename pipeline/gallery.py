@@ -41,7 +41,7 @@ class Gates:
 def show_gates(
     weights: str, image: Path, mask: Path, out: Path, *, sketch: Path | None = None
 ) -> Path:
-    """Draw σ(gate) of every gated layer (paper, figure 3 and section 3.1), white where it is 1.
+    """Draw σ(gate) of every gated layer (paper, section 3.1), white where it is 1.
 
     A row is a layer: first the mask of partial convolution after the same layers (equation 2), then
     the mean of all channels, then the channels that vary most over the picture. ``weights`` is what

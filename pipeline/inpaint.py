@@ -40,12 +40,17 @@ def inpaint(
 
     With a folder of images, ``mask`` and ``sketch`` are folders with files of the same stem, or one
     file for all, and ``out`` is a folder. ``sketch`` is white strokes on black; only those inside
-    the hole count. In both, what is transparent counts as black. Outputs are PNG unless ``out`` has
-    another suffix; known pixels stay as they are to the last bit, but in JPEG, which loses some
-    whatever its settings. ``max_memory_bytes`` as in ``models.inference.fill``. Every picture is
-    looked for before the first one is filled. ValueError for a mask without a hole.
+    the hole count. In both, what is transparent counts as black. Outputs are upright 8-bit RGB,
+    PNG unless ``out`` has another suffix; known pixels of such a picture stay as they are to the
+    last bit, but in JPEG, which loses some whatever its settings. ``max_memory_bytes`` as in
+    ``models.inference.fill``. Every picture is looked for before the first one is filled, and none
+    of those given is written over. ValueError for a mask without a hole.
     """
     jobs = list(_jobs(image, mask, sketch, out))
+    given = {path.resolve() for *paths, _ in jobs for path in paths if path}
+    for *_, target in jobs:
+        if target.resolve() in given:
+            raise ValueError(f"{target} is one of the pictures given: choose another --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(weights).to(device).eval()
     if sketch is not None and not generator.guided:

@@ -130,6 +130,24 @@ def test_a_picture_that_takes_more_memory_than_allowed_is_refused(weights, tmp_p
     assert (tmp_path / "filled.png").exists()
 
 
+@pytest.mark.parametrize("memory", ["inf", "nan", "0", "-1"])
+def test_memory_is_a_number_above_0(weights, tmp_path, capsys, memory):
+    command = ["inpaint", weights, *("image.png", "mask.png"), "--out", str(tmp_path / "o.png")]
+    assert cli.main([*command, "--memory-gib", memory]) == cli.MISTAKE
+    assert "should be a number above 0" in capsys.readouterr().err
+
+
+def test_a_folder_is_never_filled_over_its_own_pictures(weights, tmp_path):
+    draw(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "image.png").rename(pictures / "a.png")
+    before = (pictures / "a.png").read_bytes()
+    with pytest.raises(ValueError, match=r"a\.png is one of the pictures given: choose another"):
+        list(inpaint(weights, pictures, tmp_path / "mask.png", pictures))
+    assert (pictures / "a.png").read_bytes() == before
+
+
 def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, caplog):
     draw(tmp_path, height=120, width=100)
     paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
@@ -148,6 +166,9 @@ def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, ca
         ({"mask": "ones.png"}, "ones.png: its brightest pixel is 1 of 255"),
         ({"image": "words.png"}, "words.png"),
         ({"weights": "nowhere.safetensors"}, "nowhere.safetensors is not there"),
+        ({"weights": "words.png"}, "words.png should be a .safetensors file or a checkpoint's"),
+        ({"out": "mask.png"}, "mask.png is one of the pictures given"),
+        ({"out": "folder/../image.png"}, "image.png is one of the pictures given"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(weights, tmp_path, capsys, spoil, told):
