@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from cluster.storage import MissingKeyError, join, open_store
+from cluster.storage import MissingKeyError, open_store
 from models import Discriminator, Generator
 from pipeline.checkpoint import BEST, choose
 from pipeline.config import Config, ConfigError, Model
@@ -74,7 +76,7 @@ def read_generator(data: bytes, name: str) -> Generator:
     first = weights.get("coarse.conv01.weight")
     if first is None:
         raise ValueError(f"{name} holds no generator: no tensor is named coarse.conv01.weight")
-    network = generator(_described(data) or Model(guided=first.shape[1] == 6))
+    network = generator(_described(data, name) or Model(guided=first.shape[1:2] == (6,)))
     _fill(network, weights, name)
     return network.eval()
 
@@ -115,12 +117,12 @@ def _starting_discriminator(cfg: Model, source: str) -> dict[str, Tensor]:
     kernel = weights.get(f"{FIRST}.original")
     if kernel is None:
         raise ValueError(f"{name} holds no discriminator: no tensor is named {FIRST}.original")
-    guided = kernel.shape[1] == 5
+    guided = kernel.shape[1:2] == (5,)
     _fill(Discriminator(guided), weights, name)
     if cfg.guided and not guided:  # zeros for the sketch, which comes last, leave σ as it is
         weights[f"{FIRST}.original"] = F.pad(kernel, (0, 0, 0, 0, 0, 1))
         weights[f"{FIRST}.0._v"] = F.pad(weights[f"{FIRST}.0._v"], (0, kernel[0, 0].numel()))
-    head = (_described(data) or Model()).discriminator_head
+    head = (_described(data, name) or Model()).discriminator_head
     options = {"guided": cfg.guided or guided, "discriminator_head": head}
     _refuse_other_options(cfg, options, f"train.start_from_discriminator: {source}")
     return weights
@@ -136,10 +138,15 @@ def _refuse_other_options(cfg: Model, found: Mapping[str, Any], where: str) -> N
 
 
 def _read(source: str, name: str) -> tuple[bytes, str]:
-    """The ``.safetensors`` file at ``source``, or ``name`` in the checkpoint there; and its URL."""
+    """The ``.safetensors`` file at ``source``, or ``name`` in the checkpoint; what to call it."""
     if not source.endswith(".safetensors"):
+        if Path(source).is_file():
+            raise ValueError(
+                f"{source} should be a .safetensors file or a checkpoint's folder: "
+                "`python -m pipeline weights import` makes one of other codes' weights"
+            )
         checkpoints, step = choose(source, "best", BEST)
-        return checkpoints.read(step, name), join(checkpoints.url, str(step), name)
+        return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
     folder, _, file = source.rpartition("/")
     try:
         return open_store(folder or ".").get(file), source
@@ -163,10 +170,14 @@ def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
         ) from error
 
 
-def _described(data: bytes) -> Model | None:
+def _described(data: bytes, name: str) -> Model | None:
     """What our header says of the model, if there is one."""
-    entries = _entries(data)
-    return Model.model_validate_json(entries[HEADER]) if HEADER in entries else None
+    if (header := _entries(data).get(HEADER)) is None:
+        return None
+    try:
+        return Model.model_validate_json(header)
+    except ValidationError as error:
+        raise ValueError(f"{name} says that it holds another model than ours: {header}") from error
 
 
 def _entries(data: bytes) -> dict[str, str]:

@@ -56,6 +56,19 @@ def test_files_that_hold_no_generator_are_told_apart(tmp_path):
     save_file(Generator(width=8).state_dict(), wide)
     with pytest.raises(ValueError, match="does not fit"):
         networks.load_generator(str(wide))
+    flat = tmp_path / "flat.safetensors"
+    save_file({"coarse.conv01.weight": torch.zeros(())}, flat)
+    with pytest.raises(ValueError, match="does not fit"):
+        networks.load_generator(str(flat))
+
+
+@pytest.mark.parametrize("header", ["sdxl", '{"guided": false, "heads": 2}'])
+def test_a_header_that_is_not_ours_is_told_in_one_line(tmp_path, header):
+    path = tmp_path / "foreign.safetensors"
+    save_file(Generator().state_dict(), path, {networks.HEADER: header})
+    with pytest.raises(ValueError, match="holds another model than ours") as error:
+        networks.load_generator(str(path))
+    assert len(str(error.value).splitlines()) == 1
 
 
 DEMO = Path("pipeline/recipes/demo.yaml")  # guided
@@ -129,11 +142,13 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
         ),
         (["train.start_from_discriminator=d", "model.guided=false"], "model.guided=True"),
         (["train.start_from_discriminator=g"], r"g\.safetensors holds no discriminator"),
+        (["train.start_from_discriminator=flat"], r"flat\.safetensors does not fit"),
     ],
 )
 def test_weights_that_do_not_suit_the_recipe_are_told_in_one_line(tmp_path, overrides, told):
     write_weights(tmp_path / "g.safetensors", Model(guided=True))
     write_discriminator(tmp_path / "d.safetensors", guided=True)
+    save_file({f"{networks.FIRST}.original": torch.zeros(())}, tmp_path / "flat.safetensors")
     name, _, file = overrides[0].partition("=")
     cfg = load(DEMO, [f"{name}={tmp_path}/{file}.safetensors", *overrides[1:]])
     kind = ConfigError if overrides[1:] else (ValueError, FileNotFoundError)
