@@ -246,7 +246,9 @@ def _by_scope(variables: Mapping[str, np.ndarray], files: tuple[Path, ...]) -> S
     for name, values in variables.items():
         for scope, tensors in found.items():
             if name.startswith(scope) and not name.endswith(OPTIMISER_SLOTS):
-                tensors[name] = torch.from_numpy(values)
+                if values.dtype.kind != "f":
+                    raise ValueError(f"{files[0]}: {name} is {values.dtype}, should be float32")
+                tensors[name] = torch.from_numpy(values.astype(np.float32))
     if not found[GENERATOR_SCOPE]:
         raise ValueError(
             f"{files[0]} holds no generator of the authors': no variable begins with "

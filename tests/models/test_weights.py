@@ -336,3 +336,15 @@ def test_what_is_not_there_or_no_weights_is_told_in_one_line(tmp_path: Path) -> 
         read_source(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="holds 0 TensorFlow checkpoints"):
         read_source(tmp_path)
+    words = {"inpaint_net/conv1/kernel": np.array("hello")}
+    np.savez(tmp_path / "words.npz", **words)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"words.npz: inpaint_net/conv1/kernel is <U5, should be"):
+        read_source(tmp_path / "words.npz")
+
+
+def test_variables_of_other_byte_order_and_precision_are_read(tmp_path: Path) -> None:
+    for kind in (">f4", "<f8", "<f2"):
+        variables = {"inpaint_net/conv1/bias": np.arange(3).astype(kind)}
+        np.savez(tmp_path / "v.npz", **variables)  # type: ignore[arg-type]
+        (found,) = read_source(tmp_path / "v.npz").generator.values()
+        torch.testing.assert_close(found, torch.arange(3.0))
