@@ -132,6 +132,12 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def folder_and_name(url: str) -> tuple[str, str]:
+    """The URL of the store that a file is in, and the file's key there."""
+    name = url.rpartition("/")[2]
+    return url.removesuffix(name) or ".", name
+
+
 def endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
     """The URL of the S3 server that every client of ours talks to; None stands for AWS itself."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from cluster.storage import open_store
+from cluster.storage import folder_and_name, open_store
 from data_prep.files import Files, Member, Picture, key_of, read_file, split_by_name
 from data_prep.parquet import Row, list_rows
 from data_prep.shards import Split
@@ -193,8 +193,8 @@ def _table(files: Files, root: str, name: str, columns: int) -> Iterator[list[st
 
 def _held_out(url: str, numbered: bool) -> set[str]:
     """Keys of the pictures in a list."""
-    folder, _, name = url.removeprefix("list:").rpartition("/")
-    lines = open_store(folder or ".").get(name).decode().splitlines()
+    folder, name = folder_and_name(url.removeprefix("list:"))
+    lines = open_store(folder).get(name).decode().splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     if not numbered:
         if not lines or not all(re.fullmatch(r".+\.parquet/\d{5}", line) for line in lines):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
-from cluster.storage import open_store
+from cluster.storage import folder_and_name, open_store
 from data_prep.files import walk_files
 from data_prep.places2 import ARCHIVES, LISTS, Archive
 
@@ -123,9 +123,9 @@ def check_archives(root: str, *, progress: Progress | None = None) -> Iterator[t
     StorageError.
     """
     known = ARCHIVES | LISTS
-    folder, _, name = root.rpartition("/")
+    folder, name = folder_and_name(root)
     if name in known:
-        root, names = folder or ".", [name]
+        root, names = folder, [name]
     elif name.endswith(".tar"):
         raise ValueError(
             f"{root}: the archives of Places2 are known by their published names: "

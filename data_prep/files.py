@@ -16,6 +16,7 @@ from typing import Any, Literal
 from cluster.storage import (
     MissingKeyError,
     StorageError,
+    folder_and_name,
     join,
     one_line,
     open_store,
@@ -163,11 +164,11 @@ def _tar_members(root: str, tar: str) -> Files:
     and a hard link is the file that it was made of. Symbolic links are left out, with a warning.
     """
     url = join(root, tar) if tar else root
-    folder, _, name = url.rpartition("/")
+    folder, name = folder_and_name(url)
     below = tar[: tar.rfind("/") + 1]
     found: Files = {}
     links = 0
-    with open_store(folder or ".").open(name) as file:
+    with open_store(folder).open(name) as file:
         opened, version = open_version(url)
         opened.close()
         try:

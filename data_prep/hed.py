@@ -131,15 +131,15 @@ def read_weights(source: str | None) -> bytes:
     ``source`` may end in ``#sha256=<hex>``, and is then checked. Raises ValueError or StorageError.
     """
     # Here, and h5py below: the network alone runs where torch and numpy are all there is.
-    from cluster.storage import open_store
+    from cluster.storage import folder_and_name, open_store
 
     if source is None:
         path, expected = packaged_weights(), PACKAGED_SHA256
         data = path.read_bytes()
     else:
         url, _, expected = source.partition("#sha256=")
-        folder, slash, name = url.rpartition("/")
-        data = open_store(folder or slash or ".").get(name)
+        folder, name = folder_and_name(url)
+        data = open_store(folder).get(name)
     found = hashlib.sha256(data).hexdigest()
     if expected and found != expected:
         raise ValueError(

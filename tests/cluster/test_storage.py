@@ -26,6 +26,7 @@ from cluster.storage import (
     S3Store,
     StorageError,
     Store,
+    folder_and_name,
     join,
     open_store,
     scratch_folder,
@@ -336,6 +337,24 @@ def test_a_file_name_with_a_newline_stays_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(r"two\nlines\x1b[2J: No such file or directory")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name"),
+    [
+        ("a/b.tar", "a", "b.tar"),
+        ("b.tar", ".", "b.tar"),
+        ("/b.tar", "/", "b.tar"),
+        ("file:///b.tar", "/", "b.tar"),
+        ("s3://bucket/b.tar", "s3://bucket", "b.tar"),
+        ("s3://bucket/a/b.tar", "s3://bucket/a", "b.tar"),
+    ],
+)
+def test_a_file_is_found_in_its_folder_also_at_the_very_top(
+    url: str, folder: str, name: str
+) -> None:
+    where, key = folder_and_name(url)
+    assert (open_store(where).url, key) == (open_store(folder).url, name)
 
 
 def test_a_plain_path_and_a_file_url_are_the_same_store(tmp_path: Path) -> None:
