@@ -1,6 +1,7 @@
 """Where training runs: under Ray Train, under torchrun, or in one plain process."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -87,6 +88,8 @@ def _train_on_ray(cfg: Config, run: Store) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Else its workers leave the folder that paths in recipes, and mlflow.db, are relative to.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     with connect():
         gpus = int(ray.cluster_resources().get("GPU", 0))
         workers = max(gpus, 1) if cfg.train.workers == "auto" else cfg.train.workers

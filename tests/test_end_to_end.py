@@ -43,7 +43,7 @@ def pictures(tmp_path_factory) -> Path:
 def settings(pictures, tmp_path_factory) -> list[str]:
     """Overrides that make the demo's recipe small, with one storage for all tests here."""
     return [
-        f"storage={tmp_path_factory.mktemp('storage')}",
+        f"storage={os.path.relpath(tmp_path_factory.mktemp('storage'))}",  # as README has it
         "data.source=folder",
         f"data.root={pictures}",
         "data.name=crops",
