@@ -6,10 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import yaml
 
 from pipeline import config
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEMO = Path("pipeline/recipes/demo.yaml")
 DONE, MISTAKE, WRONG_USAGE, STOPPED = 0, 1, 2, 3
@@ -57,9 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("run", _run, "prepare, train and evaluate"),
         ("show", _show, "print the complete resolved configuration"),
     ):
-        sub = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        sub.add_argument("recipe", type=Path, metavar="RECIPE")
-        sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        sub = _add(commands, name, text)
+        sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file of settings")
+        _add_overrides(sub)
         sub.set_defaults(command=command)
         if name == "prepare":
             for flag, change in (
@@ -69,10 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
             ):
                 sub.add_argument(flag, action="store_true", help=change)
 
-    sub = commands.add_parser("inpaint", help="fill holes in pictures")
-    sub.add_argument(
-        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
-    )
+    sub = _add(commands, "inpaint", "fill holes in pictures")
+    _add_weights(sub)
     sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of them")
     sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole; file or folder")
     sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
@@ -87,23 +88,52 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(command=_inpaint)
 
-    _add_weights(commands.add_parser("weights", help="weights of other codes in, ONNX out"))
+    _add_conversions(_add(commands, "weights", "weights of other codes in, ONNX and .pt2 out"))
     _add_galleries(commands)
-    _add_checkpoints(commands.add_parser("checkpoints", help="look at checkpoints, fetch them"))
-    _add_dataset(commands.add_parser("dataset", help="look at a sharded data set, verify it"))
+    _add_checkpoints(_add(commands, "checkpoints", "list, fetch, verify and delete checkpoints"))
+    _add_dataset(_add(commands, "dataset", "look at a data set, verify it, fetch its archives"))
 
-    sub = commands.add_parser("demo", help="the whole job on this machine, everything embedded")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sub.add_argument("--recipe", type=Path, default=DEMO)
+    sub = _add(commands, "demo", "the whole job on this machine, everything embedded")
+    _add_overrides(sub)
+    _add_recipe(sub)
     sub.add_argument("--folder", type=Path, default=Path(".demo"), help="what it keeps, and where")
     sub.set_defaults(command=_demo)
     return parser
 
 
+def _add(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="settings in place of the recipe's; 'show' prints them all",
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", type=Path, default=DEMO, help=f"else {DEMO}")
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
+    )
+
+
+def _add_conversions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    sub = actions.add_parser("import", help="read the authors' or nipponjo's weights")
-    sub.add_argument("file", type=Path, metavar="FILE")
+    sub = _add(actions, "import", "read the authors' or nipponjo's weights")
+    sub.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="a TensorFlow checkpoint, an .npz of its variables, or nipponjo's .pth",
+    )
     sub.add_argument("--out", type=Path, required=True, help="the generator's .safetensors")
     sub.add_argument(
         "--discriminator", type=Path, help="a second one, for train.start_from_discriminator"
@@ -111,28 +141,24 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--colours", choices=("rgb", "bgr"), help="order that its pictures had")
     sub.add_argument("--licence", help="in place of what is known of the release")
     sub.set_defaults(command=_import_weights)
-    sub = actions.add_parser("export", help="write ONNX or torch's .pt2, checked against torch")
-    sub.add_argument(
-        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
-    )
+    sub = _add(actions, "export", "write ONNX or torch's .pt2, checked against torch")
+    _add_weights(sub)
     sub.add_argument("--format", choices=("onnx", "pt2"), required=True)
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=Path, required=True, help="file to write")
     sub.set_defaults(command=_export_weights)
 
 
-def _add_galleries(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    sub = commands.add_parser("show-gates", help="draw what the gates let through, layer by layer")
-    sub.add_argument(
-        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
-    )
-    sub.add_argument("image", type=Path, metavar="IMAGE")
+def _add_galleries(commands: Commands) -> None:
+    sub = _add(commands, "show-gates", "draw what the gates let through, layer by layer")
+    _add_weights(sub)
+    sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
     sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole")
     sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
     sub.add_argument("--out", type=Path, required=True, help="picture to write")
     sub.set_defaults(command=_show_gates)
-    sub = commands.add_parser("show-masks", help="draw a sheet of a recipe's masks")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sub.add_argument("--recipe", type=Path, default=DEMO)
+    sub = _add(commands, "show-masks", "draw a sheet of a recipe's masks")
+    _add_overrides(sub)
+    _add_recipe(sub)
     sub.add_argument("--out", type=Path, required=True, help="picture to write")
     sub.set_defaults(command=_show_masks)
 
@@ -146,10 +172,10 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
         ("verify", "read every byte of every checkpoint against its digest"),
         ("prune", "delete all but the newest and the best"),
     ):
-        sub = actions.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub = _add(actions, name, text)
         sub.add_argument("url", metavar="URL", help="a run's folder, or one checkpoint's")
         if name in ("show", "pull"):
-            sub.add_argument("--step", default="newest", help="a step, 'newest' or 'best'")
+            sub.add_argument("--step", default="newest", help="a step, 'best', or else 'newest'")
         if name == "pull":
             sub.add_argument("--out", type=Path, required=True, help="folder to write")
         if name == "prune":
@@ -163,19 +189,17 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         ("show", "print what the data set holds"),
         ("verify", "read every byte against its digest"),
     ):
-        sub = actions.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub = _add(actions, name, text)
         sub.add_argument("url", metavar="URL", help="the data set's folder")
         sub.set_defaults(command=_dataset, action=name)
-    sub = actions.add_parser(
-        "fetch", help="download an official archive of Places2, once agreed to"
-    )
+    sub = _add(actions, "fetch", "download an official archive of Places2, once agreed to")
     sub.add_argument("archive", metavar="ARCHIVE", help="places2-val-256, for instance")
     sub.add_argument("--accept-licence", action="store_true", help="research, no redistribution")
     sub.add_argument("--out", type=Path, default=Path(), help="folder to write")
     sub.add_argument("--base-url", help="a mirror of the official server")
     sub.set_defaults(command=_dataset, action="fetch")
-    sub = actions.add_parser(
-        "check-archives", help="read the archives of Places2 against their published MD5"
+    sub = _add(
+        actions, "check-archives", "read the archives of Places2 against their published MD5"
     )
     sub.add_argument("root", metavar="ROOT", help="a folder, a prefix on S3, or one archive")
     sub.set_defaults(command=_dataset, action="check-archives")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +21,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 
 class ConfigError(ValueError):
@@ -353,11 +355,25 @@ def _describe(error: ValidationError) -> str:
     lines = []
     for mistake in error.errors():
         place = ".".join(str(part) for part in mistake["loc"]) or "recipe"
-        message = mistake["msg"].removeprefix("Value error, ")
+        message = _message(mistake)
         given = mistake["input"]
         shown = "" if isinstance(given, BaseModel | dict) else f" (got {given!r})"
         lines.append(f"  {place}: {message}{shown}")
     return "\n".join(lines)
+
+
+def _message(mistake: ErrorDetails) -> str:
+    if mistake["type"] == "model_type":
+        return "should be a section of settings"
+    if mistake["type"] != "extra_forbidden":
+        return mistake["msg"].removeprefix("Value error, ")
+    *sections, key = map(str, mistake["loc"])
+    section: Any = Config
+    for name in sections:
+        section = section.model_fields[name].annotation
+    near = get_close_matches(key, section.model_fields, n=1)
+    meant = f": did you mean {'.'.join([*sections, *near])}?" if near else ""
+    return f"there is no such setting{meant}"
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,7 +29,7 @@ def test_all_mistakes_are_told_at_once():
     assert str(error.value).splitlines() == [
         "pipeline/recipes/demo.yaml does not fit:",
         "  train.engine: Input should be 'ddp' or 'deepspeed' (got 'fsdp')",
-        "  train.step: Extra inputs are not permitted (got 5)",
+        "  train.step: there is no such setting: did you mean train.steps? (got 5)",
     ]
 
 
@@ -58,6 +58,9 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
         ("=3", "write section.key=value"),
         ("name.first=x", "name is a value, not a section"),
         ("train.size_px=100", "should be a multiple of 8"),
+        ("masks.brush.max_lenght=1", r"did you mean masks\.brush\.max_length\? \(got 1\)"),
+        ("nothing=1", r"nothing: there is no such setting \(got 1\)"),
+        ("model=3", r"model: should be a section of settings \(got 3\)"),
         ("train.streams=3", "should be a multiple of streams 3"),
         ("train.workers=3", "should divide streams"),
         ("train.size_px=512", "should be at most data.stored_px"),
