@@ -708,14 +708,20 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 def _create(path: Path) -> BinaryIO:
     """A new file that is locked for as long as it is open."""
+    gone = 0
     while True:
-        # A delete nearby may take the folder away again while it is still empty.
-        with contextlib.suppress(FileNotFoundError):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("xb")
-            if _lock(path, file.fileno()):
-                return file
-            file.close()
+        except FileNotFoundError:
+            # A delete nearby may take the folder away again while it is still empty, at times.
+            gone += 1
+            if gone == 1000:
+                raise
+            continue
+        if _lock(path, file.fileno()):
+            return file
+        file.close()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ DONE, MISTAKE, WRONG_USAGE, STOPPED = 0, 1, 2, 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code says how it ended (0 done, 1 mistake, 2 usage, 3 stopped)."""
-    parsed = build_parser().parse_args(arguments)
+    parsed = _parsed(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
@@ -33,6 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _told_in_one_line() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return MISTAKE
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse gives up on settings that follow a flag; ours may."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _told_in_one_line() -> tuple[type[Exception], ...]:

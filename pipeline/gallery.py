@@ -15,7 +15,7 @@ from models import Generator
 from models.generator import STRIDE
 from models.inspection import gate_activations, partial_masks
 from models.masking import erase, guide
-from pipeline.inpaint import binary_picture, existing, plane, read_picture
+from pipeline.inpaint import binary_picture, existing, plane, read_picture, refuse_to_write
 from pipeline.networks import load_generator
 
 LONGEST_PX = 512  # of the picture that the network is shown: a figure needs no more
@@ -48,6 +48,7 @@ def show_gates(
     ``load_generator`` takes; white is the hole in ``mask``. Pictures above 512 pixels are shrunk.
     Returns ``out``. ValueError for a network without gates.
     """
+    refuse_to_write(out, [path for path in (image, mask, sketch) if path])
     generator = load_generator(weights)
     if generator.style.convolution != "gated":
         raise ValueError(
@@ -81,6 +82,7 @@ def show_masks(
 
     Equal arguments give equal sheets. Returns ``out``.
     """
+    refuse_to_write(out)
     sheet = mask_sheet(
         sampler, height=size_px, width=size_px, rows=rows, columns=columns, seed=seed
     )

@@ -1,7 +1,7 @@
 """Fill the holes of one picture, or of a folder of them."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from pipeline.networks import load_generator
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 HOLE_ABOVE = 127.5  # spec section 5.3: white is the hole
 MOSTLY_WHITE = 0.9
 JPEG = {"quality": 95, "subsampling": 0}
@@ -47,10 +47,9 @@ def inpaint(
     of those given is written over. ValueError for a mask without a hole.
     """
     jobs = list(_jobs(image, mask, sketch, out))
-    given = {path.resolve() for *paths, _ in jobs for path in paths if path}
+    given = [path for *paths, _ in jobs for path in paths if path]
     for *_, target in jobs:
-        if target.resolve() in given:
-            raise ValueError(f"{target} is one of the pictures given: choose another --out")
+        refuse_to_write(target, given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(weights).to(device).eval()
     if sketch is not None and not generator.guided:
@@ -66,22 +65,28 @@ def _jobs(
 ) -> Iterator[tuple[Path, Path, Path | None, Path]]:
     if not image.is_dir():
         target = out / f"{image.stem}.png" if out.is_dir() else out
-        if target.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"--out {out} should be a folder or end in {', '.join(sorted(SUFFIXES))}"
-            )
         yield existing(image), existing(mask), sketch and existing(sketch), target
         return
     pictures = _by_stem(image)
     if not pictures:
-        raise ValueError(f"{image} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{image} holds no pictures ({', '.join(SUFFIXES)})")
     masks = _partners(pictures, mask)
     sketches = _partners(pictures, sketch) if sketch else {}
     for stem, picture in pictures.items():
         yield picture, masks[stem], sketches.get(stem), out / f"{stem}.png"
 
 
+def refuse_to_write(target: Path, given: Sequence[Path] = ()) -> None:
+    """ValueError where ``target`` has no suffix of a picture, or is one of the pictures given."""
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out {target} should end in {', '.join(SUFFIXES)}")
+    if target.resolve() in {path.resolve() for path in given}:
+        raise ValueError(f"{target} is one of the pictures given: choose another --out")
+
+
 def existing(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: with one picture go files")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give a picture")
     return path

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from cluster.storage import MissingKeyError, open_store
+from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
 from pipeline.checkpoint import BEST, choose
 from pipeline.config import Config, ConfigError, Model
@@ -147,9 +147,9 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
             )
         checkpoints, step = choose(source, "best", BEST)
         return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
-    folder, _, file = source.rpartition("/")
+    folder, file = folder_and_name(source)
     try:
-        return open_store(folder or ".").get(file), source
+        return open_store(folder).get(file), source
     except MissingKeyError as error:
         raise FileNotFoundError(f"{source} is not there: give a .safetensors file") from error
 

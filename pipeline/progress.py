@@ -18,6 +18,7 @@ from rich.progress import (
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
+SOON_S = 0.1
 
 
 class Advance(Protocol):
@@ -48,8 +49,9 @@ def _bar(what: str, unit: str) -> Iterator[Advance]:
         clock = _Rate()
 
         def advance(done: int, total: int, failed: int = 0) -> None:
-            rate = f"{clock.rate(done):.1f}"
-            bar.update(task, completed=done, total=total, rate=rate, failed=failed)
+            rate = clock.rate(done)
+            shown = "–" if rate is None else f"{rate:.1f}"
+            bar.update(task, completed=done, total=total, rate=shown, failed=failed)
 
         yield advance
 
@@ -64,25 +66,25 @@ def _lines(what: str, unit: str) -> Iterator[Advance]:
         if done < total and now - told_at < LINE_EVERY_S:
             return
         told_at = now
-        left_s = (total - done) / rate if rate else 0.0
-        log.info(
-            "%s done=%d/%d failed=%d %s_per_s=%.1f left=%s",
-            *(what, done, total, failed, unit, rate),
-            time.strftime("%H:%M:%S", time.gmtime(left_s)),
-        )
+        speed = "" if rate is None else f" {unit}_per_s={rate:.1f}"
+        left = time.strftime(" left=%H:%M:%S", time.gmtime((total - done) / rate)) if rate else ""
+        log.info("%s done=%d/%d failed=%d%s%s", what, done, total, failed, speed, left)
 
     yield advance
 
 
 class _Rate:
-    """Per second since the first call; what was done before that is not counted."""
+    """Per second since the first call, None so soon after it that it would be a guess.
+
+    What was done before is not counted.
+    """
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
 
-    def rate(self, done: int) -> float:
+    def rate(self, done: int) -> float | None:
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
         since, already = self._first
-        return (done - already) / (now - since) if now > since else 0.0
+        return (done - already) / (now - since) if now > since + SOON_S else None

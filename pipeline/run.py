@@ -42,6 +42,7 @@ def prepare(
     A finished one is touched only where it is asked for: ``replace`` for other settings,
     ``update`` for pictures that came or went, ``retry_failed`` for those that could not be read.
     """
+    open_store(cfg.storage)  # what is no storage is told before Ray starts
     # Inside connect: Ray takes SIGTERM for itself there.
     with connect(), sigterm_interrupts(), progress("prepare", "pictures") as advance:
         return build_dataset(

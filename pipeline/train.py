@@ -52,6 +52,11 @@ def _refuse_early(cfg: Config) -> None:
             f"{dataset.url} holds no held-out pictures: raise data.val_fraction "
             f"(now {cfg.data.val_fraction})"
         )
+    if (stored_px := dataset.settings["shaping"]["stored_px"]) < cfg.train.size_px:
+        raise ValueError(
+            f"{dataset.url} holds pictures of {stored_px} pixels, fewer than train.size_px "
+            f"{cfg.train.size_px}: prepare larger ones, or train on smaller crops"
+        )
     train_loader(cfg, dataset, Ranks()).close()
     checkpoints = Checkpoints(open_store(checkpoints_url(cfg)))
     if (step := checkpoints.newest()) is not None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -86,7 +86,7 @@ def import_weights(
     for file, tensors in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            save_file(tensors, Path(folder, file.name), metadata=header)
+            Path(folder, file.name).write_bytes(save(tensors, metadata=header))
             Path(folder, file.name).replace(file)
         values = sum(tensor.numel() for tensor in tensors.values())
         yield f"{file}: {values:,} values, {header['colours']}; licence: {header['licence']}"
@@ -205,6 +205,7 @@ def _save_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str]) -
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every constant it merges
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own parts
         onnx = torch.onnx.export(

@@ -158,6 +158,12 @@ def test_a_full_or_forbidden_disk_is_told_in_one_line(tmp_path: Path) -> None:
         store.put("key", b"")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that cannot be made")
+def test_a_folder_that_cannot_be_made_is_told_in_one_line() -> None:
+    with pytest.raises(StorageError, match="No such file or directory"):
+        open_store("/proc/nowhere").put("key", b"")
+
+
 CHILD = """
 import resource, sys
 from pathlib import Path

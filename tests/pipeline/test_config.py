@@ -43,6 +43,23 @@ def test_the_command_line_tells_mistakes_without_a_traceback(capsys):
     assert "Traceback" not in told
 
 
+def test_settings_may_follow_flags(capsys):
+    code = cli.main(["prepare", str(DEMO), "--update", "storage=http://x", "--replace", "name=a/b"])
+    assert code == cli.MISTAKE
+    assert "letters, digits" in capsys.readouterr().err
+    code = cli.main(["prepare", str(DEMO), "--update", "storage=http://x"])
+    assert code == cli.MISTAKE
+    assert capsys.readouterr().err.startswith("StorageError: http://x: storage is a plain path")
+
+
+@pytest.mark.parametrize("words", [["--updat", "--x=1"], ["--update", "word"]])
+def test_other_words_after_flags_are_refused(capsys, words):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["prepare", str(DEMO), *words])
+    assert left.value.code == cli.WRONG_USAGE
+    assert f"unrecognized arguments: {words[1]}" in capsys.readouterr().err
+
+
 def test_an_override_replaces_one_value_and_leaves_the_rest():
     cfg = load(DEMO, ["train.steps=7", "data.root=/pictures", "masks.mixture={box: 1, brush: 2}"])
     assert cfg.train.steps == 7

@@ -116,6 +116,9 @@ def test_a_small_sheet_of_an_unguided_network(tmp_path: Path, files: tuple[Path,
 def test_mistakes_are_told(tmp_path: Path, files: tuple[Path, Path]) -> None:
     image, mask = files
     out = tmp_path / "gates.png"
+    for target, told in ((image, "one of the pictures given"), (tmp_path / "g.gif", "end in .bmp")):
+        with pytest.raises(ValueError, match=told):
+            show_gates("unread", image, mask, target)
     plain = weights(tmp_path, Model(guided=False))
     with pytest.raises(ValueError, match="takes no sketch"):
         show_gates(plain, image, mask, out, sketch=mask)

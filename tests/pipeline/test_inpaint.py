@@ -160,7 +160,8 @@ def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, ca
     ("spoil", "told"),
     [
         ({"mask": "nowhere.png"}, "nowhere.png is not there"),
-        ({"out": "filled.txt"}, "should be a folder or end in"),
+        ({"mask": "."}, "is a folder: with one picture go files"),
+        ({"out": "filled.txt"}, "filled.txt should end in .bmp, "),
         ({"mask": "small.png"}, "both should be of one size"),
         ({"mask": "black.png"}, "black.png has no hole: white pixels mark it"),
         ({"mask": "ones.png"}, "ones.png: its brightest pixel is 1 of 255"),

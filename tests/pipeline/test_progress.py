@@ -13,6 +13,15 @@ def test_a_log_gets_the_last_line_with_counts_and_failures(caplog):
     assert "prepare done=100/100 failed=2" in caplog.messages[0]
 
 
+def test_what_is_not_known_yet_is_left_out(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), progress("prepare", "pictures") as advance:
+        now[0] += 20.0
+        advance(4, 15)
+    assert caplog.messages == ["prepare done=4/15 failed=0"]
+
+
 def test_lines_come_at_intervals_with_the_rate_and_the_time_left(caplog, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

@@ -75,6 +75,7 @@ def test_an_imported_file_says_where_it_is_from_and_fills_pictures(tmp_path: Pat
     assert (name, len(digest)) == ("s.npz", 64)
     assert not load_generator(str(out)).guided
     Discriminator().load_state_dict(load_file(critic))
+    assert out.stat().st_mode == path.stat().st_mode  # as any new file: other users train, too
     assert sorted(file.name for file in out.parent.iterdir()) == [out.name]
 
 
