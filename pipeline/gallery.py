@@ -48,7 +48,7 @@ def show_gates(
     ``load_generator`` takes; white is the hole in ``mask``. Pictures above 512 pixels are shrunk.
     Returns ``out``. ValueError for a network without gates.
     """
-    refuse_to_write(out, [path for path in (image, mask, sketch) if path])
+    refuse_to_write(out, {path.resolve() for path in (image, mask, sketch) if path})
     generator = load_generator(weights)
     if generator.style.convolution != "gated":
         raise ValueError(

@@ -1,7 +1,7 @@
 """Fill the holes of one picture, or of a folder of them."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ def inpaint(
     of those given is written over. ValueError for a mask without a hole.
     """
     jobs = list(_jobs(image, mask, sketch, out))
-    given = [path for *paths, _ in jobs for path in paths if path]
+    given = {path.resolve() for *paths, _ in jobs for path in paths if path}
     for *_, target in jobs:
         refuse_to_write(target, given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,11 +76,11 @@ def _jobs(
         yield picture, masks[stem], sketches.get(stem), out / f"{stem}.png"
 
 
-def refuse_to_write(target: Path, given: Sequence[Path] = ()) -> None:
-    """ValueError where ``target`` has no suffix of a picture, or is one of the pictures given."""
+def refuse_to_write(target: Path, given: Collection[Path] = ()) -> None:
+    """ValueError where ``target`` has no picture's suffix, or is one of the resolved ``given``."""
     if target.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {target} should end in {', '.join(SUFFIXES)}")
-    if target.resolve() in {path.resolve() for path in given}:
+    if target.resolve() in given:
         raise ValueError(f"{target} is one of the pictures given: choose another --out")
 
 
