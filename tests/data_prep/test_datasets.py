@@ -14,24 +14,12 @@ import pytest
 from cluster.storage import open_store
 from data_prep.catalogue import part_of, publish, write_part
 from data_prep.files import Picture
-from data_prep.maker import Batch, Recipe, make_samples
+from data_prep.maker import Batch, make_samples
 from data_prep.pictures import decode, decode_sketch
 from data_prep.shards import Dataset, RawSample, plan, shard_name, write_shard
 from data_prep.sources import list_pictures
+from tests.data_prep.recipe import RECIPE
 
-RECIPE = Recipe(
-    stored_px=64,
-    jpeg_quality=95,
-    max_pixels=10**8,
-    threshold=0.6,
-    line_width=1,
-    hed_sha256="0" * 64,
-    hed_precision="fp32",
-    hed_output="fused",
-    hed_device="cpu",
-    landmarks_sha256="0" * 64,
-    face_search="somehow",
-)
 CALLED = {"train": "train", "validation": "val"}
 
 

@@ -12,23 +12,10 @@ import pytest
 
 from data_prep import maker
 from data_prep.files import Picture
-from data_prep.maker import CHUNK, Known, Recipe, make_samples
+from data_prep.maker import CHUNK, Known, make_samples
 from data_prep.pictures import encode_jpeg
 from data_prep.shards import RawSample
-
-RECIPE = Recipe(
-    stored_px=64,
-    jpeg_quality=95,
-    max_pixels=10**8,
-    threshold=0.6,
-    line_width=1,
-    hed_sha256="0" * 64,
-    hed_precision="fp32",
-    hed_output="fused",
-    hed_device="cpu",
-    landmarks_sha256="1" * 64,
-    face_search="as it was",
-)
+from tests.data_prep.recipe import RECIPE
 
 
 def start_edges(pictures: np.ndarray) -> Callable[[], np.ndarray]:
