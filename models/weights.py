@@ -112,6 +112,8 @@ def read_source(path: Path) -> Source:
     needs TensorFlow), or an ``.npz`` of that checkpoint's variables under their names (needs
     nothing). OSError where nothing is there, ValueError where it is something else.
     """
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} needs no import: other commands take it as it is")
     if path.suffix == ".npz":
         return _by_scope(_read_npz(path), (path,))
     prefix = _tensorflow_prefix(path)

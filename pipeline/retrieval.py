@@ -66,8 +66,11 @@ def _verify(arguments: argparse.Namespace) -> bool:
 
 
 def _prune(arguments: argparse.Namespace) -> bool:
-    for step in checkpoint.prune(arguments.url, keep=arguments.keep, best=BEST):
+    deleted = checkpoint.prune(arguments.url, keep=arguments.keep, best=BEST)
+    for step in deleted:
         print(f"deleted step {step}")
+    if not deleted:
+        print("nothing to delete: all are among the newest, or the best")
     return True
 
 

@@ -328,6 +328,8 @@ def test_whatever_is_in_a_file_is_told_in_our_own_words(
 
 
 def test_what_is_not_there_or_no_weights_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ema\.safetensors needs no import"):
+        read_source(tmp_path / "ema.safetensors")
     for name in ("missing.pth", "missing.npz"):
         with pytest.raises(FileNotFoundError, match=f"{name} is not there"):
             read_source(tmp_path / name)

@@ -53,6 +53,8 @@ def test_prune_leaves_the_newest_and_the_best(run, capsys):
     assert cli.main(["checkpoints", "prune", run, "--keep", "1"]) == cli.DONE
     assert capsys.readouterr().out == "deleted step 10\n"
     assert Checkpoints(open_store(f"{run}/checkpoints")).steps() == [20, 30]
+    assert cli.main(["checkpoints", "prune", run, "--keep", "1"]) == cli.DONE
+    assert capsys.readouterr().out.startswith("nothing to delete")
 
 
 @pytest.mark.parametrize(
