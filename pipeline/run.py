@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 def run(cfg: Config) -> bool:
     """Prepare, train, evaluate; finished stages are skipped. False: stopped on request."""
+    open_store(cfg.storage)  # as in prepare
     with connect():
         prepare(cfg)
         if not train(cfg):

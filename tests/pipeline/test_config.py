@@ -52,6 +52,13 @@ def test_settings_may_follow_flags(capsys):
     assert capsys.readouterr().err.startswith("StorageError: http://x: storage is a plain path")
 
 
+@pytest.mark.parametrize("command", ["prepare", "run"])
+def test_what_is_no_storage_is_told_before_ray_starts(command, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.run.connect", pytest.fail)
+    assert cli.main([command, str(DEMO), "storage=http://x"]) == cli.MISTAKE
+    assert capsys.readouterr().err.startswith("StorageError: http://x: storage is a plain path")
+
+
 @pytest.mark.parametrize("words", [["--updat", "--x=1"], ["--update", "word"]])
 def test_other_words_after_flags_are_refused(capsys, words):
     with pytest.raises(SystemExit) as left:
