@@ -2,7 +2,7 @@
 
 Plain is the same network in eager mode, fp32, contiguous, one picture at a time. Ours is
 ``data_prep.hed.EdgeDetector``, from bytes to edges: channels-last, in the batches that
-``data_prep.maker`` sends, on a GPU also in larger ones. ``bf16 whole batch`` is what it would be if
+``data_prep.samples`` sends, on a GPU also larger ones. ``bf16 whole batch`` is what it would be if
 a processor took the batch at once, ``bf16 compiled`` what Inductor would add, where there is a C++
 compiler. The weights are random, which does not change the time.
 

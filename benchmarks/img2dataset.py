@@ -135,7 +135,7 @@ def _ours(out: Path, urls: Sequence[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from data_prep.pictures import decode, encode_jpeg, fit
+    from data_prep.images import decode, encode_jpeg, fit
     from data_prep.shards import RawSample, canonical_json, write_shard
 
     rows = []

@@ -67,8 +67,8 @@ def main() -> None:
     if not folder:
         skip("needs annotated faces: name a folder, or set DEEPFILL_DATA")
     needs("cv2", "dlib", "face_recognition_models", "simplejpeg")
+    from data_prep.images import decode
     from data_prep.landmarks import FaceDetector
-    from data_prep.pictures import decode
 
     pictures = list(annotated(Path(folder, "faces68")))
     celebrities = sorted(Path(folder, "faces").glob("*.*"))

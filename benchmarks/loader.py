@@ -38,7 +38,7 @@ def main() -> None:
 
     from data_prep.masks import MaskSampler
     from data_prep.shards import Dataset
-    from pipeline.loader import TrainLoader
+    from pipeline.data.batches import TrainLoader
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -113,9 +113,9 @@ def anchor(folder: str, *, workers: int) -> Iterator[Any]:
 def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
     """Real photographs at the stored size, each several times, as a finished data set."""
     from data_prep.hed import EdgeDetector, load_network, read_weights
-    from data_prep.pictures import encode_jpeg, encode_sketch
+    from data_prep.images import encode_jpeg, encode_sketch
     from data_prep.shards import FORMAT, RawSample, index_entry, write_shard
-    from data_prep.sketch import edge_strokes
+    from data_prep.sketches import edge_strokes
 
     detector, encoded = EdgeDetector(load_network(read_weights(None))), []
     for pixels in islice(photographs(source), DISTINCT):
@@ -142,14 +142,14 @@ def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
 
 def photographs(root: str | None) -> Iterator[np.ndarray]:
     """Squares of the stored size from the middle of the pictures that are large enough."""
-    from data_prep.pictures import PictureError, decode, fit
-    from data_prep.sources import list_pictures, read_picture
+    from data_prep.images import ImageError, decode, fit
+    from data_prep.sources import list_images, read_image
 
-    for picture in list_pictures("folder" if root else "bundled", root=root, val_fraction=0.0):
+    for picture in list_images("folder" if root else "bundled", root=root, val_fraction=0.0):
         try:
-            decoded = decode(read_picture(picture, root))
+            decoded = decode(read_image(picture, root))
             pixels = fit(decoded.cropped(picture.crop) if picture.crop else decoded, SIZE)
-        except PictureError:
+        except ImageError:
             continue
         top, left = (pixels.shape[0] - SIZE) // 2, (pixels.shape[1] - SIZE) // 2
         yield np.ascontiguousarray(pixels[top : top + SIZE, left : left + SIZE])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import interleaved, needs, write_result
-from pipeline.metrics import ssim
+from pipeline.evaluation.metrics import ssim
 
 SIZE, REPEATS = 256, 20
 

@@ -27,8 +27,8 @@ from unittest.mock import patch
 from benchmarks.timing import needs, write_result
 
 if TYPE_CHECKING:
-    from data_prep.catalogue import Part
-    from data_prep.stage import Job
+    from data_prep.build import Job
+    from data_prep.manifest import Part
 
 ROOT = "s3://synthetic/places2"
 CLASSES, VAL = 365, 36_500
@@ -101,7 +101,7 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     import ray
 
     from cluster.session import LOOPBACK
-    from data_prep import stage
+    from data_prep import build as stage
 
     ray.init(
         address="local",
@@ -113,7 +113,7 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     with (
         patch("data_prep.files.open_store", lambda url: Names(pictures)),
-        patch("data_prep.stage.make_shard", make_rows),
+        patch("data_prep.build.make_shard", make_rows),
     ):
         dataset = stage.build_dataset(
             url, name="places2", source="places2", root=ROOT, partial=True, hed_device="cpu"
@@ -137,8 +137,8 @@ def make_rows(job: "Job", detector: Any = None) -> "Part":
     import numpy as np
 
     from cluster.storage import open_store
-    from data_prep.catalogue import SCHEMA, part_of, write_part
-    from data_prep.pictures import encode_jpeg, encode_sketch
+    from data_prep.images import encode_jpeg, encode_sketch
+    from data_prep.manifest import SCHEMA, part_of, write_part
     from data_prep.shards import RawSample, write_shard
 
     empty = dict.fromkeys(SCHEMA.names) | {

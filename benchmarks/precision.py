@@ -31,7 +31,7 @@ from benchmarks.reference.masks import random_mask
 from benchmarks.timing import parse_on_device, skip, write_result
 from models import Discriminator, Generator
 from models.gated_conv import fuse_gates
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.engine import Adam, TorchEngine
 from pipeline.ranks import Ranks
 from pipeline.step import train_step

@@ -6,8 +6,8 @@ JPEGs of 512 x 512 pixels from memory and write to /dev/shm where there is one. 
 SHA-256 of the shard along the way; ``with_hashes`` also that of each source and the perceptual
 hash, as the build does.
 
-Picture quality is told as PSNR against full decoding and area scaling: of the scaled picture, and
-of the stored one, beside what the encoder alone does to the fully decoded one. The benchmark's own
+Quality is PSNR against full decoding and area scaling: of the scaled image, and of
+the stored one, beside what the encoder alone does to the fully decoded one. The benchmark's own
 pictures are parts of bundled photographs; where DEEPFILL_DATA names a folder of real ones, each of
 its JPEGs that is large enough is compared, too.
 
@@ -103,12 +103,12 @@ def sources(pictures: int = PICTURES) -> list[bytes]:
     """Square JPEGs of 512 pixels a side, from parts of the bundled photographs, as cameras save."""
     import cv2
 
-    from data_prep.pictures import decode
-    from data_prep.sources import list_pictures, read_picture
+    from data_prep.images import decode
+    from data_prep.sources import list_images, read_image
 
     found = []
-    for picture in list_pictures("bundled")[:pictures]:
-        decoded = decode(read_picture(picture, None))
+    for picture in list_images("bundled")[:pictures]:
+        decoded = decode(read_image(picture, None))
         assert picture.crop is not None
         pixels = decoded.cropped(picture.crop).pixels
         side = min(pixels.shape[:2])
@@ -133,8 +133,8 @@ def _pillow(files: list[bytes], folder: Path) -> None:
 
 
 def _ours(files: list[bytes], folder: Path, *, hashes: bool = False) -> None:
-    from data_prep.maker import perceptual_hash
-    from data_prep.pictures import decode, encode_jpeg, fit
+    from data_prep.images import decode, encode_jpeg, fit
+    from data_prep.samples import perceptual_hash
     from data_prep.shards import RawSample, write_shard
 
     def samples() -> Iterator[RawSample]:
@@ -149,7 +149,7 @@ def _ours(files: list[bytes], folder: Path, *, hashes: bool = False) -> None:
 
 
 def _samples(files: list[bytes]) -> list[RawSample]:
-    from data_prep.pictures import decode, encode_jpeg, fit
+    from data_prep.images import decode, encode_jpeg, fit
     from data_prep.shards import RawSample
 
     stored = [encode_jpeg(fit(decode(data), STORED_PX), 85) for data in files]
@@ -200,13 +200,13 @@ def _quality(files: Sequence[bytes]) -> dict[str, Any]:
     """PSNR of ``files``, where they are JPEGs of twice the stored size or more."""
     import cv2
 
-    from data_prep.pictures import PictureError, decode, encode_jpeg, fit
+    from data_prep.images import ImageError, decode, encode_jpeg, fit
 
     found: dict[str, list[float]] = {"scaled": [], "stored": [], "stored_after_full_decoding": []}
     for data in files:
         try:
             whole = decode(data)
-        except PictureError:
+        except ImageError:
             continue
         if min(whole.width, whole.height) < SOURCE_PX:
             continue

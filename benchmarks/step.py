@@ -27,8 +27,8 @@ from benchmarks.reference.step import train_step as reference_step
 from benchmarks.timing import interleaved, parse_on_device, write_result
 from models import Discriminator, Generator
 from models.gated_conv import fuse_gates
-from pipeline.batch import Batch, DeviceBatch
-from pipeline.ema import Average
+from pipeline.data.batch import Batch, DeviceBatch
+from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, TorchEngine
 from pipeline.ranks import Ranks
 from pipeline.step import train_step
@@ -136,7 +136,7 @@ def _ours(
 ) -> Callable[[], object]:
     generator = Generator(recompute=recompute).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     discriminator = Discriminator().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = Average(generator, 0.999)
+    average = ExponentialMovingAverage(generator, 0.999)
     if device.type == "cpu":
         fuse_gates(generator)
     else:
@@ -195,7 +195,7 @@ def optimisers(device: torch.device) -> dict[str, Callable[[], None]]:
     slow = torch.optim.Adam(plain.parameters(), lr=1e-4, betas=(0.5, 0.999))
     fast = Adam().over(fused.parameters())
     averaged = [parameter.detach().clone() for parameter in plain.parameters()]
-    average = Average(fused, 0.999)
+    average = ExponentialMovingAverage(fused, 0.999)
 
     def update_plainly() -> None:
         slow.step()

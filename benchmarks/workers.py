@@ -1,6 +1,6 @@
 """Two workers against one on this machine, and the memory that a worker takes.
 
-Whole builds by ``data_prep.stage`` on a local Ray: scenes with HED on the processor, faces with
+Whole builds by ``data_prep.build`` on a local Ray: scenes with HED on the processor, faces with
 dlib's landmarks, from JPEGs of 512 x 512 pixels on disk. Wall time. Starting workers and networks
 takes the same few seconds however many pictures there are, so each build is made of few and of many
 pictures: told is the ratio of what each further picture takes, and beside it that of the larger
@@ -79,8 +79,8 @@ def _build(
 
     from cluster.session import LOOPBACK
     from cluster.storage import open_store
-    from data_prep.catalogue import read_part
-    from data_prep.stage import build_dataset
+    from data_prep.build import build_dataset
+    from data_prep.manifest import read_part
 
     ray.init(
         address="local",

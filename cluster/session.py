@@ -139,7 +139,7 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def on_a_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def run_on_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """What ``function`` returns, run on a GPU of the cluster that we are connected to.
 
     Here in this process where the cluster has no GPU, or where there is no cluster. Arguments and

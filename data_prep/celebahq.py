@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from cluster.storage import folder_and_name, open_store
-from data_prep.files import Files, Member, Picture, key_of, read_file, split_by_name
+from data_prep.files import Files, Member, SourceImage, key_of, read_file, split_by_name
 from data_prep.parquet import Row, list_rows
 from data_prep.shards import Split
 
@@ -39,7 +39,7 @@ def pictures(
     split: str = "official",
     val_fraction: float = 0.05,
     partial: bool = False,
-) -> Iterator[Picture]:
+) -> Iterator[SourceImage]:
     """Train and val pictures under keys ``celebahq-00042``, counted from 0 in every form.
 
     ``split`` ``official`` is CelebA's partition, joined by the names of the original files (its
@@ -92,7 +92,7 @@ def pictures(
             raise ValueError(f"{MAPPING} has no line for {key}: it is another file")
         if of != "test":
             kind: Split = "val" if of == "val" else "train"
-            yield Picture(key, kind, "face", picture.path, "celebahq", member=picture.place)
+            yield SourceImage(key, kind, "face", picture.path, "celebahq", member=picture.place)
 
 
 def _found(files: Files, root: str) -> list[_Found]:

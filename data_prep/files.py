@@ -51,7 +51,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SourceImage:
     """One picture to be: a file, or a fixed part of one."""
 
     key: str

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data_prep.files import Files, Picture, key_of, read_file
+from data_prep.files import Files, SourceImage, key_of, read_file
 from data_prep.shards import Split
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ TRAIN_LIST = re.compile(r"(?:.*/)?places365_train_(?P<kind>standard|challenge)\.
 VAL_LIST = re.compile(r"(?:.*/)?places365_val\.txt")
 
 
-def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[Picture]:
+def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[SourceImage]:
     """Train and val pictures; the official lists, where they lie there too, decide which.
 
     Keys are the same whether the archives are unpacked or not and whatever they are unpacked into:
@@ -83,7 +83,7 @@ def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[Pict
     splits: list[tuple[Split, dict[str, str]]] = [("train", train), ("val", val)]
     for split, of_split in splits:
         for name, path in of_split.items():
-            yield Picture(key_of(name), split, "scene", path, "places2", member=files.get(path))
+            yield SourceImage(key_of(name), split, "scene", path, "places2", member=files.get(path))
 
 
 def _found(files: Files, root: str) -> tuple[dict[str, str], dict[str, str], str | None]:

@@ -13,7 +13,7 @@ from cluster.storage import one_line, open_store
 from data_prep import celebahq, places2
 from data_prep.files import (
     SUFFIXES,
-    Picture,
+    SourceImage,
     Subject,
     key_of,
     list_files,
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Source = Literal["bundled", "folder", "places2", "celebahq"]
 
 
-def list_pictures(
+def list_images(
     source: Source,
     *,
     root: str | None = None,
@@ -35,7 +35,7 @@ def list_pictures(
     val_fraction: float = 0.05,
     split: str = "official",
     partial: bool = False,
-) -> list[Picture]:
+) -> list[SourceImage]:
     """Every picture of a source, sorted by key; the pictures are not opened.
 
     ``root`` is a path, ``file://`` or ``s3://``: a folder, or one tar. ``subject`` is for
@@ -59,12 +59,12 @@ def list_pictures(
         return _sorted(faces)
     splits = _folder_splits(_chosen(files, root), root, val_fraction)
     return _sorted(
-        Picture(key_of(path), split_, subject, path, source, member=files[path])
+        SourceImage(key_of(path), split_, subject, path, source, member=files[path])
         for path, split_ in splits.items()
     )
 
 
-def read_picture(picture: Picture, root: str | None) -> bytes:
+def read_image(picture: SourceImage, root: str | None) -> bytes:
     """The bytes of a picture's file. Raises StorageError."""
     if picture.source == "bundled":
         package, _, name = picture.path.partition("/")
@@ -73,7 +73,7 @@ def read_picture(picture: Picture, root: str | None) -> bytes:
     return read_file(root, picture.path, picture.member)
 
 
-def _sorted(pictures: Iterable[Picture]) -> list[Picture]:
+def _sorted(pictures: Iterable[SourceImage]) -> list[SourceImage]:
     return sorted(pictures, key=lambda picture: picture.key)
 
 
@@ -120,7 +120,7 @@ FACE_CROPS = (
 )
 
 
-def _bundled() -> Iterator[Picture]:
+def _bundled() -> Iterator[SourceImage]:
     splits: list[tuple[Split, dict[str, tuple[int, int]], int]] = [
         ("train", BUNDLED_TRAIN, 3),
         ("val", BUNDLED_VAL, 2),
@@ -129,9 +129,11 @@ def _bundled() -> Iterator[Picture]:
         for path, (width, height) in photographs.items():
             windows = [(0, 0, width, height), *_windows(width, height, columns)]
             for number, crop in enumerate(windows):
-                yield Picture(f"{Path(path).stem}-{number}", split, "scene", path, "bundled", crop)
+                yield SourceImage(
+                    f"{Path(path).stem}-{number}", split, "scene", path, "bundled", crop
+                )
     for number, crop in enumerate(FACE_CROPS):
-        yield Picture(f"astronaut-{number}", "train", "face", BUNDLED_FACE, "bundled", crop)
+        yield SourceImage(f"astronaut-{number}", "train", "face", BUNDLED_FACE, "bundled", crop)
 
 
 def _windows(width: int, height: int, columns: int) -> Iterator[tuple[int, int, int, int]]:

@@ -51,7 +51,7 @@ def _told_in_one_line() -> tuple[type[Exception], ...]:
     """Kinds of errors that are the user's or the environment's; the rest keep their traceback."""
     from cluster.session import SessionError
     from cluster.submit import SubmitError
-    from pipeline.checkpoint import CheckpointError
+    from pipeline.checkpoints import CheckpointError
     from pipeline.errors import TrainingError
 
     return (ValueError, OSError, SessionError, SubmitError, CheckpointError, TrainingError)
@@ -262,7 +262,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _inpaint(arguments: argparse.Namespace) -> int:
-    from pipeline.inpaint import inpaint
+    from pipeline.commands.inpaint import inpaint
 
     memory = arguments.memory_gib
     if memory is not None and not 0 < memory < math.inf:
@@ -280,7 +280,7 @@ def _inpaint(arguments: argparse.Namespace) -> int:
 
 
 def _import_weights(arguments: argparse.Namespace) -> int:
-    from pipeline.weights import import_weights
+    from pipeline.commands.weights import import_weights
 
     for line in import_weights(
         arguments.file,
@@ -294,7 +294,7 @@ def _import_weights(arguments: argparse.Namespace) -> int:
 
 
 def _export_weights(arguments: argparse.Namespace) -> int:
-    from pipeline.weights import export_weights
+    from pipeline.commands.weights import export_weights
 
     for line in export_weights(arguments.weights, arguments.out, format=arguments.format):
         print(line)
@@ -302,7 +302,7 @@ def _export_weights(arguments: argparse.Namespace) -> int:
 
 
 def _show_gates(arguments: argparse.Namespace) -> int:
-    from pipeline.gallery import show_gates
+    from pipeline.commands.figures import show_gates
 
     print(
         show_gates(
@@ -317,8 +317,8 @@ def _show_gates(arguments: argparse.Namespace) -> int:
 
 
 def _show_masks(arguments: argparse.Namespace) -> int:
-    from pipeline.feed import mask_sampler
-    from pipeline.gallery import show_masks
+    from pipeline.commands.figures import show_masks
+    from pipeline.data.loaders import mask_sampler
 
     cfg = _load(arguments)
     sampler = mask_sampler(cfg.masks)
@@ -327,18 +327,18 @@ def _show_masks(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
-    from pipeline import retrieval
+    from pipeline.commands import checkpoints as retrieval
 
     return DONE if retrieval.CHECKPOINTS[arguments.action](arguments) else MISTAKE
 
 
 def _dataset(arguments: argparse.Namespace) -> int:
-    from pipeline import retrieval
+    from pipeline.commands import checkpoints as retrieval
 
     return DONE if retrieval.DATASETS[arguments.action](arguments) else MISTAKE
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from pipeline.demo import demo
+    from pipeline.commands.demo import demo
 
     return demo(arguments.recipe, arguments.overrides, arguments.folder)

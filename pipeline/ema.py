@@ -9,7 +9,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-class Average(Generic[M]):
+class ExponentialMovingAverage(Generic[M]):
     """Exponential moving average of ``module``; ``.module`` is a generator with those weights.
 
     Early on the average is shorter than ``decay`` says, ``(1 + n) / (10 + n)`` after ``n`` updates,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
-from pipeline.checkpoint import BEST, choose
+from pipeline.checkpoints import BEST, choose
 from pipeline.config import Config, ConfigError, Model
 
 M = TypeVar("M", bound=nn.Module)

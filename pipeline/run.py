@@ -3,23 +3,23 @@
 import json
 import logging
 
-from cluster.session import connect, on_a_gpu
+from cluster.session import connect, run_on_gpu
 from cluster.storage import open_store
+from data_prep.build import build_dataset
 from data_prep.shards import Dataset
-from data_prep.stage import build_dataset
 from pipeline import networks
-from pipeline.checkpoint import BEST, CheckpointError, Checkpoints
+from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
 from pipeline.config import Config
-from pipeline.evaluate import Evaluation
-from pipeline.evaluate import evaluate as measure
-from pipeline.feed import validation_batches
-from pipeline.locations import checkpoints_url, dataset_url, run_store
+from pipeline.data.loaders import validation_batches
+from pipeline.evaluation.evaluator import Evaluation
+from pipeline.evaluation.evaluator import evaluate as measure
+from pipeline.loop import open_run_tracker
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
-from pipeline.stopping import sigterm_interrupts
+from pipeline.run_storage import checkpoints_url, dataset_url, run_store
+from pipeline.stop_request import sigterm_interrupts
 from pipeline.tracking import png
 from pipeline.train import train
-from pipeline.worker import open_run_tracker
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +78,10 @@ def prepare(
 def evaluate(cfg: Config) -> dict[str, float]:
     """Measure the best checkpoint's averaged generator on held-out pictures.
 
-    The figures (definitions in ``pipeline/metrics.py``), one row per picture, and a sheet of
+    The metrics (see ``pipeline/evaluation/metrics.py``), one row per image, and a sheet of
     samples are kept in ``<run>/evaluation/<step>/``; equal settings are measured once.
     """
-    checkpoints = Checkpoints(open_store(checkpoints_url(cfg)))
+    checkpoints = CheckpointStore(open_store(checkpoints_url(cfg)))
     step = checkpoints.best(*BEST)
     if step is None:
         raise CheckpointError(f"run {cfg.name} has no checkpoint yet: train it first")
@@ -101,7 +101,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
             log.info("evaluated already step=%d %s", step, _figures(known["metrics"]))
             return dict(known["metrics"])
 
-    evaluation = on_a_gpu(_measure, cfg, step)
+    evaluation = run_on_gpu(_measure, cfg, step)
     metrics, sheet = evaluation.means(), evaluation.sheet()
     store.put(f"{folder}/samples.png", png(sheet))
     store.put(f"{folder}/rows.csv", evaluation.csv().encode())
@@ -120,7 +120,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
 def _measure(cfg: Config, step: int) -> Evaluation:
     """The held-out pictures through the averaged generator of ``step``."""
     device = Ranks().device
-    weights = Checkpoints(open_store(checkpoints_url(cfg))).read(step, networks.EMA)
+    weights = CheckpointStore(open_store(checkpoints_url(cfg))).read(step, networks.EMA)
     generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)
     limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
     batches = validation_batches(cfg, Dataset.open(dataset_url(cfg)), Ranks(), limit)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.losses import hinge_discriminator, hinge_generator
 from models.masking import erase, paste
-from pipeline.batch import DeviceBatch
+from pipeline.data.batch import DeviceBatch
 from pipeline.engine import Engine
 
 

@@ -15,15 +15,22 @@ from cluster.session import connect
 from cluster.storage import Store, join, open_store, pyarrow_filesystem
 from data_prep.shards import Dataset
 from pipeline import ranks as distributed
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoints import CheckpointStore
 from pipeline.config import Config
+from pipeline.data.loaders import train_loader
 from pipeline.errors import TrainingError
-from pipeline.feed import train_loader
-from pipeline.locations import checkpoints_url, dataset_url, run_store
+from pipeline.loop import refuse_other_model, train_worker
 from pipeline.networks import starting_weights
 from pipeline.ranks import Ranks
-from pipeline.stopping import STOP_KEY, NoStop, SignalStop, StopRequest, StoredStop, request_stop
-from pipeline.worker import refuse_other_model, train_worker
+from pipeline.run_storage import checkpoints_url, dataset_url, run_store
+from pipeline.stop_request import (
+    STOP_KEY,
+    NoStop,
+    SignalStop,
+    StopRequest,
+    StoredStop,
+    request_stop,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ def _refuse_early(cfg: Config) -> None:
             f"{cfg.train.size_px}: prepare larger ones, or train on smaller crops"
         )
     train_loader(cfg, dataset, Ranks()).close()
-    checkpoints = Checkpoints(open_store(checkpoints_url(cfg)))
+    checkpoints = CheckpointStore(open_store(checkpoints_url(cfg)))
     if (step := checkpoints.newest()) is not None:
         refuse_other_model(cfg, checkpoints.manifest(step))
     else:
@@ -66,7 +73,7 @@ def _refuse_early(cfg: Config) -> None:
 
 
 def finished(cfg: Config) -> bool:
-    newest = Checkpoints(open_store(checkpoints_url(cfg))).newest()
+    newest = CheckpointStore(open_store(checkpoints_url(cfg))).newest()
     return newest is not None and newest >= cfg.train.steps
 
 

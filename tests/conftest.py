@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 install_import_hook(
-    ["models", "data_prep.masks", "pipeline.batch", "pipeline.step"], "beartype.beartype"
+    ["models", "data_prep.masks", "pipeline.data.batch", "pipeline.step"], "beartype.beartype"
 )
 
 from cluster.services import S3Server, start_s3  # noqa: E402

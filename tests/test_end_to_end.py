@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline import config
 from pipeline.cli import DONE, MISTAKE, STOPPED
 from pipeline.config import Model
-from pipeline.locations import checkpoints_url, dataset_url, run_url
+from pipeline.run_storage import checkpoints_url, dataset_url, run_url
 from tests.weights import write_weights
 
 RECIPE = "pipeline/recipes/demo.yaml"

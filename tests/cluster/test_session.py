@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from cluster.session import RayHead, SessionError, connect, local_ray, on_a_gpu
+from cluster.session import RayHead, SessionError, connect, local_ray, run_on_gpu
 from cluster.submit import INTERRUPTED, SubmitError, package_files, submit
 
 ROOT = Path(__file__).parents[2]
@@ -231,17 +231,17 @@ def wait_for_none(folder: Path, timeout_s: float = 60) -> list[psutil.Process]:
 
 
 def test_work_for_a_gpu_goes_to_one_where_the_cluster_has_some() -> None:
-    assert on_a_gpu(os.getpid) == os.getpid()
+    assert run_on_gpu(os.getpid) == os.getpid()
     program = """
 import os
 import ray
-from cluster.session import on_a_gpu
+from cluster.session import run_on_gpu
 
 def process() -> int:
     return os.getpid()
 
 ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, _node_ip_address="127.0.0.2")
-assert on_a_gpu(process) != process()
+assert run_on_gpu(process) != process()
 print("elsewhere")
 """
     told = subprocess.run(

@@ -1,8 +1,8 @@
 """The settings of small data sets that are made without Ray."""
 
-from data_prep.maker import Recipe
+from data_prep.samples import SampleSettings
 
-RECIPE = Recipe(
+RECIPE = SampleSettings(
     stored_px=64,
     jpeg_quality=95,
     max_pixels=10**8,

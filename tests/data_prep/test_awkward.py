@@ -22,10 +22,10 @@ from PIL import Image
 from cluster import services
 from cluster.session import LOOPBACK
 from cluster.storage import StorageError, open_store
-from data_prep.pictures import decode, encode_jpeg, fit
+from data_prep.build import build_dataset
+from data_prep.images import decode, encode_jpeg, fit
 from data_prep.shards import Dataset, RawSample, verify, write_shard
-from data_prep.sources import list_pictures, read_picture
-from data_prep.stage import build_dataset
+from data_prep.sources import list_images, read_image
 from pipeline.cli import main
 from tests.data_prep.gate import Gate, gate_before
 from tests.data_prep.processes import bound_by_permissions
@@ -88,8 +88,8 @@ def permissions(gate: Gate) -> Iterator[bool]:
 def parts() -> list[bytes]:
     """Twelve small parts of real photographs."""
     found = []
-    for picture in list_pictures("bundled", val_fraction=0)[:12]:
-        decoded = decode(read_picture(picture, None))
+    for picture in list_images("bundled", val_fraction=0)[:12]:
+        decoded = decode(read_image(picture, None))
         assert picture.crop is not None
         found.append(encode_jpeg(fit(decoded.cropped(picture.crop), 72), 90))
     return found
@@ -257,7 +257,7 @@ def test_what_is_no_picture_is_recorded_and_holds_nobody_up(album: Path, tmp_pat
 MEASURE = r"""
 import re, sys
 from pathlib import Path
-from data_prep.pictures import PictureError, decode
+from data_prep.images import ImageError, decode
 
 def peak():  # ru_maxrss would be at least that of the process that started this one
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -266,7 +266,7 @@ before = peak()
 for path in sys.argv[1:]:
     try:
         decode(Path(path).read_bytes())
-    except PictureError as error:
+    except ImageError as error:
         assert error.reason == "too_many_pixels"
 print(peak() - before)
 """
@@ -319,11 +319,11 @@ def between(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> N
     """Let something happen after the pictures were listed, and before the first is read."""
 
     def listed_then(*positional: Any, **named: Any) -> Any:
-        pictures = list_pictures(*positional, **named)
+        pictures = list_images(*positional, **named)
         happens()
         return pictures
 
-    monkeypatch.setattr("data_prep.stage.list_pictures", listed_then)
+    monkeypatch.setattr("data_prep.build.list_images", listed_then)
 
 
 def test_a_file_that_vanishes_before_it_is_read_is_missing_until_it_is_back(

@@ -11,8 +11,8 @@ import pytest
 
 from cluster.storage import MissingKeyError, StorageError, open_store
 from data_prep import celebahq
-from data_prep.files import Files, Picture, list_files
-from data_prep.sources import list_pictures, read_picture
+from data_prep.files import Files, SourceImage, list_files
+from data_prep.sources import list_images, read_image
 from tests.data_prep.tars import tar_of
 
 
@@ -23,8 +23,8 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def listed(root: Path | str, split: str, partial: bool = True) -> list[Picture]:
-    return list_pictures("celebahq", root=str(root), split=split, partial=partial)
+def listed(root: Path | str, split: str, partial: bool = True) -> list[SourceImage]:
+    return list_images("celebahq", root=str(root), split=split, partial=partial)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_png_tars_as_tfds_wants_them_are_read_one_size_at_a_time(
     root = str(tmp_path / "manual" / "data256x256.tar")
     pictures = listed(root, held_out)
     assert [picture.key for picture in pictures] == [f"celebahq-{n:05d}" for n in range(1, 12)]
-    assert read_picture(pictures[0], root) == b"png 256"
+    assert read_image(pictures[0], root) == b"png 256"
     with pytest.raises(ValueError, match=r"picture 1 twice, data128x128/.*point data.root at one"):
         listed(tmp_path / "manual", held_out)
 
@@ -195,7 +195,7 @@ def test_rows_of_parquet_are_read_on_disk_and_on_s3(
         for path in tmp_path.rglob("*.parquet"):
             open_store(root).upload(path, path.relative_to(tmp_path).as_posix())
     pictures = listed(root, "val_fraction")
-    assert {p.path: read_picture(p, root) for p in pictures} == held
+    assert {p.path: read_image(p, root) for p in pictures} == held
     assert pictures[1].key == "data/train-00000-of-00002=parquet/00001"
 
 
@@ -209,7 +209,7 @@ def test_a_split_of_a_mirror_is_never_taken_as_official(tmp_path: Path) -> None:
     listing.write_text("data/train-00000-of-00002.parquet/00003\n")
     held_out = [p.path for p in listed(tmp_path, str(listing)) if p.split == "val"]
     assert held_out == ["data/train-00000-of-00002.parquet/00003"]
-    pictures = list_pictures(
+    pictures = list_images(
         "celebahq", root=str(tmp_path), split="val_fraction", val_fraction=0.5, partial=True
     )
     assert {p.path for p in pictures if p.split == "val" and "train-" in p.path}
@@ -231,7 +231,7 @@ def test_rows_that_name_their_numbers_are_celebahq_whatever_their_order(
     assert [p.key for p in pictures if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
     by_number = dict(zip(order, held.values(), strict=True))
     for picture in pictures:
-        assert read_picture(picture, str(tmp_path)) == by_number[int(picture.key[-5:])]
+        assert read_image(picture, str(tmp_path)) == by_number[int(picture.key[-5:])]
     partitioned(tmp_path, {number: 162_770 + number % 2 for number in order})
     assert [p.split for p in listed(tmp_path, "official")] == [
         "val" if number % 2 else "train" for number in sorted(order)
@@ -266,9 +266,9 @@ def test_no_more_of_a_file_is_read_than_names_and_a_row_group(tmp_path: Path) ->
         file.write(bytes(chunk.total_compressed_size))
     pictures = listed(tmp_path, "val_fraction")
     for picture in pictures[4:]:
-        assert read_picture(picture, str(tmp_path)) == held[picture.path]
+        assert read_image(picture, str(tmp_path)) == held[picture.path]
     with pytest.raises(OSError, match=r"00001\.parquet: row group 0 cannot be read"):
-        read_picture(pictures[0], str(tmp_path))
+        read_image(pictures[0], str(tmp_path))
 
 
 def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -
     pictures = listed(tmp_path, "val_fraction")
     mirror(tmp_path, {"train": [None] * 5})
     with pytest.raises(StorageError, match=r"train\.parquet was replaced since it was listed"):
-        read_picture(pictures[0], str(tmp_path))
+        read_image(pictures[0], str(tmp_path))
 
 
 def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
@@ -297,4 +297,4 @@ def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": image.cast(HF)}), tmp_path / "null" / "train.parquet")
     for picture in listed(tmp_path / "null", "val_fraction"):
         with pytest.raises(MissingKeyError, match="has no picture in it"):
-            read_picture(picture, str(tmp_path / "null"))
+            read_image(picture, str(tmp_path / "null"))

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from cluster.storage import open_store
-from data_prep.catalogue import part_of, publish, write_part
-from data_prep.files import Picture
-from data_prep.maker import Batch, make_samples
-from data_prep.pictures import decode, decode_sketch
+from data_prep.files import SourceImage
+from data_prep.images import decode, decode_sketch
+from data_prep.manifest import part_of, publish, write_part
+from data_prep.samples import Batch, make_samples
 from data_prep.shards import Dataset, RawSample, plan, shard_name, write_shard
-from data_prep.sources import list_pictures
+from data_prep.sources import list_images
 from tests.data_prep.recipe import RECIPE
 
 CALLED = {"train": "train", "validation": "val"}
@@ -44,13 +44,13 @@ def made(url: Path, subjects: set[str]) -> Dataset:
     def start_edges(pictures: Batch) -> Any:
         return lambda: (pictures[..., 0] > 128).astype(np.uint8)
 
-    pictures = [p for p in list_pictures("bundled") if p.subject in subjects]
+    pictures = [p for p in list_images("bundled") if p.subject in subjects]
     url.mkdir()
     store, parts = open_store(str(url)), []
     for split in ("train", "val"):
         of_split = {picture.key: picture for picture in pictures if picture.split == split}
         for number, keys in enumerate(plan(of_split, shard_samples=16, seed=0)):
-            chosen: list[Picture] = [of_split[key] for key in keys]
+            chosen: list[SourceImage] = [of_split[key] for key in keys]
             name = shard_name("small", split, number)
             made_of = list(make_samples(chosen, RECIPE, root=None, start_edges=start_edges))
             rows = [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.files import Picture
+from data_prep.files import SourceImage
 from data_prep.hed import (
     EdgeDetector,
     Hed,
@@ -24,17 +24,17 @@ from data_prep.hed import (
     packaged_weights,
     read_weights,
 )
+from data_prep.images import decode, fit
 from data_prep.landmarks import FaceDetector, rescaled
-from data_prep.pictures import decode, fit
-from data_prep.sketch import edge_strokes
-from data_prep.sources import read_picture
+from data_prep.sketches import edge_strokes
+from data_prep.sources import read_image
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 OUTPUTS: tuple[Output, ...] = ("fused", "averaged")
 
 
 def bundled(path: str) -> np.ndarray:
-    return decode(read_picture(Picture("a", "train", "scene", path, "bundled"), None)).pixels
+    return decode(read_image(SourceImage("a", "train", "scene", path, "bundled"), None)).pixels
 
 
 @pytest.fixture(scope="module")

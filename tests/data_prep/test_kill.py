@@ -19,7 +19,7 @@ DRIVER = """
 import sys
 import ray
 from cluster.session import LOOPBACK
-from data_prep.stage import build_dataset
+from data_prep.build import build_dataset
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
          _node_ip_address=LOOPBACK)

@@ -10,7 +10,7 @@ import pytest
 from cluster.storage import open_store
 from data_prep import places2
 from data_prep.files import Files
-from data_prep.sources import list_pictures, read_picture
+from data_prep.sources import list_images, read_image
 from tests.data_prep.tars import tar_of
 
 TRAIN = ["a/airfield/00000001.jpg", "a/alley/00000001.jpg", "s/swimming_pool/indoor/00000001.jpg"]
@@ -32,7 +32,7 @@ def tree(root: Path, train: str = "data_256", val: str = "val_256") -> Path:
 
 
 def keys(root: Path | str, partial: bool = True) -> dict[str, str]:
-    pictures = list_pictures("places2", root=str(root), partial=partial)
+    pictures = list_images("places2", root=str(root), partial=partial)
     assert {picture.subject for picture in pictures} == {"scene"}
     return {picture.key: picture.split for picture in pictures}
 
@@ -54,8 +54,8 @@ def test_archives_that_nobody_unpacked_have_the_same_keys_and_bytes(tmp_path: Pa
     tar_of(tmp_path / "val_256.tar", {f"val_256/{name}": name.encode() for name in VAL})
     tar_of(tmp_path / "test_256.tar", {"test_256/Places365_test_00000001.jpg": b"test"})
     assert keys(tmp_path) == KEYS
-    pictures = list_pictures("places2", root=str(tmp_path), partial=True)
-    assert read_picture(pictures[2], str(tmp_path)) == TRAIN[2].encode()
+    pictures = list_images("places2", root=str(tmp_path), partial=True)
+    assert read_image(pictures[2], str(tmp_path)) == TRAIN[2].encode()
 
 
 def test_archives_on_s3_are_read_in_place(tmp_path: Path, s3_url: str) -> None:
@@ -65,8 +65,8 @@ def test_archives_on_s3_are_read_in_place(tmp_path: Path, s3_url: str) -> None:
     }.items():
         open_store(s3_url).upload(tar_of(tmp_path / name, members), name)
     assert keys(s3_url) == KEYS
-    pictures = list_pictures("places2", root=s3_url, partial=True)
-    assert [read_picture(picture, s3_url) for picture in pictures] == [
+    pictures = list_images("places2", root=s3_url, partial=True)
+    assert [read_image(picture, s3_url) for picture in pictures] == [
         name.encode() for name in TRAIN + VAL
     ]
 
@@ -113,9 +113,9 @@ def test_official_lists_decide_and_what_they_miss_is_reported(
         "val_256/Places365_val_00000002": "val",
     }
     assert "names=3 missing=1 not_listed=1" in caplog.text
-    missing = list_pictures("places2", root=str(root), partial=True)[1]
+    missing = list_images("places2", root=str(root), partial=True)[1]
     with pytest.raises(FileNotFoundError, match=r"data_256/b/bakery/shop/00000009\.jpg"):
-        read_picture(missing, str(root))
+        read_image(missing, str(root))
 
 
 def test_the_layout_of_mmagic_with_its_lists_is_taken(tmp_path: Path) -> None:

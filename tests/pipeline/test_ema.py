@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
-from pipeline.ema import Average
+from pipeline.ema import ExponentialMovingAverage
 
 
 def test_the_average_follows_with_the_given_decay_once_it_is_long():
     live = nn.Linear(1, 1, bias=False)
     nn.init.constant_(live.weight, 0.0)
-    average = Average(live, decay=0.9, updates=1000)
+    average = ExponentialMovingAverage(live, decay=0.9, updates=1000)
     nn.init.constant_(live.weight, 1.0)
     for expected in (0.1, 0.19, 0.271):
         average.update()
@@ -19,7 +19,7 @@ def test_the_average_follows_with_the_given_decay_once_it_is_long():
 def test_the_average_of_a_young_run_forgets_the_initial_weights():
     live = nn.Linear(1, 1, bias=False)
     nn.init.constant_(live.weight, 0.0)
-    average = Average(live, decay=0.999)
+    average = ExponentialMovingAverage(live, decay=0.999)
     nn.init.constant_(live.weight, 1.0)
     for _ in range(50):
         average.update()
@@ -29,7 +29,7 @@ def test_the_average_of_a_young_run_forgets_the_initial_weights():
 def test_the_average_takes_no_gradient_and_leaves_the_live_weights_alone():
     live = nn.Linear(2, 2)
     before = live.weight.detach().clone()
-    average = Average(live, decay=0.5)
+    average = ExponentialMovingAverage(live, decay=0.5)
     average.update()
     assert not any(parameter.requires_grad for parameter in average.module.parameters())
     torch.testing.assert_close(live.weight, before)

@@ -8,7 +8,7 @@ import torch
 
 from models import Discriminator, Generator
 from pipeline import ranks as distributed
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.engine import Adam, Engine, EngineState, build_engine
 from pipeline.ranks import Ranks
 from pipeline.state import Position, TrainingState

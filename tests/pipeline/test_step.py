@@ -7,7 +7,7 @@ from benchmarks.reference import networks as reference
 from benchmarks.reference.step import train_step as reference_step
 from models import Discriminator, Generator
 from pipeline import ranks as distributed
-from pipeline.batch import Batch, DeviceBatch
+from pipeline.data.batch import Batch, DeviceBatch
 from pipeline.engine import Adam, TorchEngine
 from pipeline.ranks import Ranks
 from pipeline.step import train_step

@@ -1,0 +1,401 @@
+"""What lies beside the shards: manifest, index, sizes, card, and last of all ``dataset.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Store, scratch_folder
+from data_prep.contact_sheet import contact_sheet
+from data_prep.shards import (
+    FORMAT,
+    Dataset,
+    Shard,
+    damage_told,
+    digest_of,
+    index_entry,
+    shard_from_index,
+)
+
+READERS = 16  # threads, for storage that answers slowly
+
+WORDS = pa.dictionary(pa.int8(), pa.string())
+# Lists of open length: pyarrow cannot read back null entries in lists of fixed size.
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("index_in_shard", pa.int32()),
+        ("split", WORDS),
+        ("source_path", pa.string()),
+        ("source_sha256", pa.string()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("crop", pa.list_(pa.int32())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int32()),
+        ("sketch_kind", WORDS),
+        ("sketch_status", WORDS),
+        ("sketch_density", pa.float32()),
+        ("detector", WORDS),
+        ("detector_weights_sha256", WORDS),
+        ("threshold", pa.float32()),
+        ("face_box", pa.list_(pa.float32())),
+        ("landmarks", pa.list_(pa.float32())),
+        ("status", WORDS),
+        ("error_type", WORDS),
+        ("error_message", pa.string()),
+        ("phash", pa.int64()),
+    ]
+)
+# What the JSON of a sample tells, with its types as a card has them. Without a card, Hugging Face's
+# reader infers them from five samples, and fails at the first landmarks that follow five scenes.
+PROVENANCE = {
+    "key": "dtype: string",
+    "source_path": "dtype: string",
+    "source_sha256": "dtype: string",
+    "source_width": "dtype: int64",
+    "source_height": "dtype: int64",
+    "crop": "sequence: int64",
+    "width": "dtype: int64",
+    "height": "dtype: int64",
+    "sketch_kind": "dtype: string",
+    "sketch_status": "dtype: string",
+    "detector": "dtype: string",
+    "detector_weights_sha256": "dtype: string",
+    "threshold": "dtype: float64",
+    "face_box": "sequence: float64",
+    "landmarks": "sequence: float64",
+    "line_width": "dtype: int64",
+}
+LICENCES = {
+    "bundled": "Photographs in the packages scikit-image and scikit-learn, under the licences "
+    "stated there (public domain, CC0, CC BY); not to be passed on without those.",
+    "places2": "Places365: the pictures belong to their owners; for research and teaching that is "
+    "not commercial. Keep this data set inside your institution.",
+    "celebahq": "CelebA-HQ: for research that is not commercial; no redistribution, copies at one "
+    "site only. This data set is internal.",
+    "folder": "That of the pictures in the folder; nothing was said about it when this was made.",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of one finished shard; once this is on storage the shard is."""
+
+    plan: str
+    """Hash of the settings and pictures that the shard was made from."""
+    root: str | None
+    """Of the source: below another one, equal names are other pictures."""
+    recipe: dict[str, Any]
+    """The settings that it was made with."""
+    excluded: dict[str, str]
+    """Pictures left out as duplicates, with the reason."""
+    shard: Shard
+    statuses: dict[str, int]
+    reasons: dict[str, int]
+    """Why pictures were skipped or failed."""
+    sketches: dict[str, int]
+    density_sum: float
+    errors: list[str]
+    """The first few pictures that failed, with the reason."""
+    peak_bytes: int = 0
+    """The most memory that one of the processes which made it has held until then."""
+
+    @property
+    def pictures(self) -> int:
+        return sum(self.statuses.values())
+
+    @property
+    def failed(self) -> int:
+        return self.statuses.get("failed", 0)
+
+
+def part_of(
+    shard: Shard,
+    rows: Sequence[dict[str, Any]],
+    *,
+    plan: str,
+    root: str | None,
+    recipe: dict[str, Any],
+    excluded: dict[str, str],
+    peak_bytes: int = 0,
+) -> Part:
+    used = [row for row in rows if row["status"] == "ok"]
+    failed = [row for row in rows if row["status"] == "failed"]
+    return Part(
+        plan=plan,
+        root=root,
+        recipe=recipe,
+        excluded=excluded,
+        shard=shard,
+        statuses=dict(Counter(row["status"] for row in rows)),
+        reasons=dict(Counter(row["error_type"] for row in rows if row["error_type"])),
+        sketches=dict(Counter(_sketch_word(row) for row in used)),
+        density_sum=sum(row["sketch_density"] for row in used),
+        errors=[
+            f"{row['source_path']}: {row['error_type']}: {row['error_message']}"
+            for row in failed[:10]
+        ],
+        peak_bytes=peak_bytes,
+    )
+
+
+def _sketch_word(row: dict[str, Any]) -> str:
+    ok = row["sketch_status"] == "ok"
+    return str(row["sketch_kind"] if ok else row["sketch_status"])
+
+
+def write_part(store: Store, part: Part, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep the rows, then the record: the shard is finished."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
+    store.put(rows_key(part.shard.name), sink.getvalue().to_pybytes())
+    record = dict(vars(part)) | {"shard": index_entry(part.shard)}
+    store.put(record_key(part.shard.name), json.dumps(record).encode())
+
+
+def read_part(store: Store, shard: str) -> Part:
+    """Raises ValueError where the record is not one of this version."""
+    record = json.loads(store.get(record_key(shard)))
+    try:
+        return Part(**(record | {"shard": shard_from_index(record["shard"])}))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{record_key(shard)} is a record of another version: {error}") from error
+
+
+def read_rows(
+    store: Store, shards: Sequence[str], columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of the manifest that each shard has, some or all of their columns.
+
+    A few are read at a time: quickly also from storage that answers slowly, and no more than a few
+    are in memory.
+    """
+
+    def read(shard: str) -> pa.Table:
+        data = pa.BufferReader(store.get(rows_key(shard)))
+        return pq.read_table(data, columns=columns, schema=SCHEMA)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(shards), READERS):
+            yield from pool.map(read, shards[first : first + READERS])
+
+
+def record_key(shard: str) -> str:
+    return f"parts/{shard}.json"
+
+
+def rows_key(shard: str) -> str:
+    return f"parts/{shard}.parquet"
+
+
+def publish(
+    store: Store,
+    parts: Sequence[Part],
+    *,
+    name: str,
+    source: str,
+    requested: dict[str, Any],
+    shaping: dict[str, Any],
+    duplicates: int,
+) -> None:
+    """Write everything that lies beside the shards; ``dataset.json`` last, which commits it.
+
+    ``duplicates`` is how many train pictures were found to be held out as well.
+    """
+    shards = [part.shard for part in parts]
+    digest = digest_of(shaping, shards)
+    counts = count(parts) | {"duplicates": duplicates}
+    files = {
+        "index.json": _json(
+            {
+                "__kind__": "wids-shard-index-v1",
+                "wids_version": 1,
+                "name": name,
+                "shardlist": [index_entry(shard) for shard in shards],
+            }
+        ),
+        "sizes.json": _json({shard.name: shard.samples for shard in shards}),
+        "README.md": card(name, source, digest, counts, shaping).encode(),
+        "contact_sheet.png": contact_sheet(store, shards),
+    }
+    written = {key: _put(store, key, data) for key, data in files.items()}
+    written["manifest.parquet"] = _write_manifest(store, shards, digest)
+    record = {
+        "format": FORMAT,
+        "name": name,
+        "digest": digest,
+        "settings": {"requested": requested, "shaping": shaping},
+        "counts": counts,
+        "files": written,
+        "made_with": _versions(),
+    }
+    store.put("dataset.json", _json(record))
+
+
+def count(parts: Iterable[Part]) -> dict[str, Any]:
+    """Pictures by what became of them, sketches by kind, and the size of each split."""
+    statuses: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    sketches: Counter[str] = Counter()
+    splits: dict[str, Counter[str]] = {}
+    density = 0.0
+    for part in parts:
+        statuses.update(part.statuses)
+        reasons.update(part.reasons)
+        sketches.update(part.sketches)
+        density += part.density_sum
+        of_split = splits.setdefault(part.shard.split, Counter())
+        of_split.update(shards=1, samples=part.shard.samples, bytes=part.shard.bytes)
+    used = statuses["ok"]
+    return {
+        "pictures": {word: statuses[word] for word in ("ok", "skipped", "failed")},
+        "reasons": dict(sorted(reasons.items())),
+        "splits": {split: dict(splits[split]) for split in sorted(splits)},
+        "sketches": dict(sorted(sketches.items())),
+        "sketch_density": density / used if used else 0.0,
+    }
+
+
+def _write_manifest(store: Store, shards: Sequence[Shard], digest: str) -> dict[str, Any]:
+    """All rows in one file, shard by shard, so that millions fit into little memory."""
+    schema = SCHEMA.with_metadata({"schema_version": "1", "dataset_digest": digest})
+    with scratch_folder() as folder:
+        path = folder / "manifest.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for rows in read_rows(store, [shard.name for shard in shards]):
+                writer.write_table(rows.replace_schema_metadata(schema.metadata))
+        store.upload(path, "manifest.parquet")
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _put(store: Store, key: str, data: bytes) -> dict[str, Any]:
+    store.put(key, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("simplejpeg", "pillow", "opencv-python-headless", "numpy", "torch", "dlib-bin")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def card(
+    name: str, source: str, digest: str, counts: dict[str, Any], shaping: dict[str, Any]
+) -> str:
+    """The README of a data set, with the header that Hugging Face reads."""
+    splits, pictures = counts["splits"], counts["pictures"]
+    called = {"train": "train", "val": "validation"}
+    data_files = "".join(
+        f'  - split: {called[split]}\n    path: "{name}-{split}-*.tar"\n' for split in splits
+    )
+    table = "".join(
+        f"| {split} | {of['samples']:,} | {of['shards']:,} | {of['bytes'] / 1e6:,.1f} MB |\n"
+        for split, of in splits.items()
+    )
+    json_fields = "".join(
+        f"    - name: {name}\n      {kind}\n" for name, kind in PROVENANCE.items()
+    )
+    sketches = ", ".join(f"{number:,} {kind}" for kind, number in counts["sketches"].items())
+    settings = "".join(f"| {key} | {value} |\n" for key, value in sorted(shaping.items()))
+    return f"""---
+license: other
+pretty_name: {name}
+task_categories:
+- image-to-image
+tags:
+- webdataset
+- inpainting
+size_categories:
+- {_size_category(pictures["ok"])}
+configs:
+- config_name: default
+  data_files:
+{data_files}dataset_info:
+  features:
+  - name: __key__
+    dtype: string
+  - name: __url__
+    dtype: string
+  - name: jpg
+    dtype: image
+  - name: sketch.png
+    dtype: image
+  - name: json
+    struct:
+{json_fields}---
+
+# {name}
+
+![some of the pictures with their sketches](contact_sheet.png)
+
+Pictures with sketches for guided inpainting, as WebDataset shards. Digest `{digest}`.
+
+| split | samples | shards | size |
+| --- | ---: | ---: | ---: |
+{table}
+A sample is `<key>.jpg`, `<key>.sketch.png` (one channel, 0 or 255) and `<key>.json` (where the
+picture came from, how its sketch was made). Sketches: {sketches or "none"}; they cover
+{counts["sketch_density"]:.1%} of the pixels. Of {sum(pictures.values()):,} pictures
+{pictures["skipped"]:,} were skipped and {pictures["failed"]:,} could not be read:
+`manifest.parquet` has a row for each, with the reason.
+
+## Licence
+
+{LICENCES[source]}
+
+## How it was made
+
+| setting | value |
+| --- | --- |
+{settings}"""
+
+
+def _size_category(samples: int) -> str:
+    bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
+    return next((word for bound, word in bounds if samples < bound), "1M<n<10M")
+
+
+@damage_told()
+def describe(dataset: Dataset) -> dict[str, str]:
+    """What ``dataset show`` prints, as labels and values. Raises ShardError for a damaged one."""
+    counts = dataset.counts
+    pictures, sketches = counts["pictures"], counts["sketches"]
+    shown = {"name": dataset.name, "url": dataset.url, "digest": dataset.digest}
+    for split, of in counts["splits"].items():
+        shown[split] = (
+            f"{of['samples']:,} samples in {of['shards']:,} shards, {of['bytes'] / 1e6:,.1f} MB"
+        )
+    shown["pictures"] = ", ".join(f"{number:,} {word}" for word, number in pictures.items())
+    if counts["reasons"]:
+        shown["left out"] = ", ".join(f"{n:,} {reason}" for reason, n in counts["reasons"].items())
+    if duplicates := counts.get("duplicates"):
+        fate = "dropped from" if "duplicate" in counts["reasons"] else "kept in"
+        shown["also held out"] = f"{duplicates:,} pictures {fate} train"
+    shown["sketches"] = ", ".join(f"{number:,} {kind}" for kind, number in sketches.items())
+    shown["sketch density"] = f"{counts['sketch_density']:.1%} of the pixels"
+    shown["licence"] = LICENCES[dataset.settings["requested"]["source"]]
+    return shown | {key: str(value) for key, value in dataset.settings["shaping"].items()}

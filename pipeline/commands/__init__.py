@@ -1,0 +1,1 @@
+"""The commands around the job; each module does what one of them says."""

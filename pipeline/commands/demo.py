@@ -1,0 +1,126 @@
+"""The whole job on one machine: Ray, S3 and MLflow embedded, the job itself submitted for real."""
+
+import logging
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cluster.services import start_s3
+from cluster.session import local_ray
+from cluster.submit import submit
+from data_prep.shards import Dataset, read_samples
+from pipeline import config
+from pipeline.data.loaders import mask_sampler
+from pipeline.run_storage import dataset_url, run_store, run_url
+
+log = logging.getLogger(__name__)
+
+RUNTIME_ENV = Path("ray_job.yaml")
+
+
+def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
+    """Start the services, submit the job, fetch the best checkpoint, fill a hole with it.
+
+    Returns an exit code. Data sets, checkpoints and MLflow's database stay in ``folder``, so a
+    second call finds finished stages finished. Everything started here ends here.
+    """
+    cfg = config.load(recipe, overrides)
+    if not cfg.storage.startswith("s3://"):
+        raise ValueError(
+            f"storage={cfg.storage}: the demo brings its own S3 server, so give s3://…"
+        )
+    if not RUNTIME_ENV.exists():
+        raise FileNotFoundError(f"{RUNTIME_ENV} is not here: start from the top of the checkout")
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    database = f"sqlite:///{folder / 'mlflow.db'}"
+    with start_s3(folder / "s3") as s3:
+        s3.make_bucket(cfg.storage.removeprefix("s3://").partition("/")[0])
+        environment = {
+            **s3.environment,
+            "MLFLOW_TRACKING_URI": database,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        with local_ray(folder / "ray", environment=environment) as ray_head:
+            code = submit(
+                ["python", "-m", "pipeline", "run", str(recipe), *overrides],
+                runtime_env=RUNTIME_ENV,
+                dashboard_url=ray_head.dashboard_url,
+                environment=ray_head.environment,
+            )
+        if code:
+            return code
+        os.environ.update(environment)  # the storage is ours to read now
+        checkpoint = folder / "checkpoint"
+        _type("checkpoints", "pull", run_url(cfg), "--step", "best", "--out", str(checkpoint))
+        picture, hole, strokes = _held_out(cfg, folder / "inpaint")
+        filled = folder / "inpaint" / "filled.png"
+        _type(
+            *("inpaint", str(checkpoint / "ema.safetensors"), str(picture), str(hole)),
+            *(["--sketch", str(strokes)] if cfg.model.guided else []),
+            *("--out", str(filled)),
+        )
+        sheet = _evaluation_sheet(cfg, folder)
+    _summary(folder, database, checkpoint, filled, sheet, time.monotonic() - started)
+    return 0
+
+
+def _type(*arguments: str) -> None:
+    """Run one of our commands as a user would, and show it; it has told its own mistakes."""
+    print(f"$ python -m pipeline {shlex.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "pipeline", *arguments]).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def _held_out(cfg: config.Config, folder: Path) -> tuple[Path, Path, Path]:
+    """A picture that training never saw, a hole, and the picture's sketch, as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset.open(dataset_url(cfg))
+    first = dataset.shards("val")[0]
+    sample = next(iter(read_samples(dataset.store.get(first.name))))
+    picture, hole, strokes = (folder / f"{name}.png" for name in ("picture", "mask", "sketch"))
+    image = Image.open(BytesIO(sample.jpg))
+    image.save(picture)
+    Image.open(BytesIO(sample.sketch)).save(strokes)
+    mask = mask_sampler(cfg.masks)(image.height, image.width, random.Random(cfg.seed))
+    Image.fromarray(mask * np.uint8(255)).save(hole)
+    return picture, hole, strokes
+
+
+def _evaluation_sheet(cfg: config.Config, folder: Path) -> Path:
+    """The newest sheet of samples of the evaluation, copied out of the storage."""
+    run = run_store(cfg)
+    newest = [key for key in run.list_keys("evaluation/") if key.endswith("samples.png")][-1]
+    sheet = folder / "samples.png"
+    run.download(newest, sheet)
+    return sheet
+
+
+def _summary(
+    folder: Path, database: str, checkpoint: Path, filled: Path, sheet: Path, elapsed_s: float
+) -> None:
+    def shown(path: Path) -> str:
+        return os.path.relpath(path)
+
+    mlflow = Path(sys.executable).with_name("mlflow")
+    relative = shown(Path(database.removeprefix("sqlite:///")))
+    print(
+        f"""
+The whole job ran in {elapsed_s / 60:.1f} minutes.
+  sheet of samples   {shown(sheet)}
+  a hole filled      {shown(filled)}   (picture.png, mask.png, sketch.png beside it)
+  best checkpoint    {shown(checkpoint)}
+  look at the run    {shown(mlflow)} server --port 5000 --backend-store-uri sqlite:///{relative}
+Everything is kept in {shown(folder)}: `make demo` again finds it finished."""
+    )

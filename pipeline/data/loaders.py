@@ -1,0 +1,53 @@
+"""What the networks are fed: masks and batches as the configuration asks for them."""
+
+from collections.abc import Iterator
+
+from data_prep.masks import Box, Brush, MaskSampler
+from data_prep.shards import Dataset
+from pipeline import config
+from pipeline.data.batch import Batch
+from pipeline.data.batches import TrainLoader, val_batches
+from pipeline.ranks import Ranks
+
+
+def mask_sampler(cfg: config.Masks) -> MaskSampler:
+    return MaskSampler(
+        {str(kind): weight for kind, weight in cfg.mixture.items()},
+        brush=Brush(**cfg.brush.model_dump()),
+        box=Box(**cfg.box.model_dump()),
+        folder=cfg.folder,
+        white_is_hole=cfg.white_is_hole,
+    )
+
+
+def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoader:
+    return TrainLoader(
+        dataset,
+        size_px=cfg.train.size_px,
+        global_batch=cfg.train.global_batch,
+        streams=cfg.train.streams,
+        shuffle_block=cfg.train.shuffle_block,
+        seed=cfg.seed,
+        masks=mask_sampler(cfg.masks),
+        mask_per_sample=cfg.masks.per_sample,
+        flip=cfg.train.flip,
+        threads=cfg.train.loader_threads,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def validation_batches(
+    cfg: config.Config, dataset: Dataset, ranks: Ranks, limit: int | None
+) -> Iterator[Batch]:
+    """This rank's share of the first ``limit`` held-out pictures (None: all of them)."""
+    return val_batches(
+        dataset,
+        size_px=cfg.train.size_px,
+        batch=cfg.evaluate.batch,
+        masks=mask_sampler(cfg.masks),
+        seed=cfg.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        limit=limit,
+    )

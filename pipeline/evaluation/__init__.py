@@ -1,0 +1,1 @@
+"""How good a generator is: metrics, evaluation, sample sheets."""

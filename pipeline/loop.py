@@ -1,0 +1,311 @@
+"""The loop that every rank runs: batches, updates, figures, checkpoints."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from cluster.storage import open_store
+from data_prep.images import decode
+from data_prep.shards import Dataset
+from models import Generator
+from models.gated_conv import fuse_gates
+from pipeline import networks
+from pipeline import ranks as distributed
+from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
+from pipeline.config import Config
+from pipeline.data.batches import TrainLoader
+from pipeline.data.loaders import train_loader, validation_batches
+from pipeline.ema import ExponentialMovingAverage
+from pipeline.engine import Adam, Engine, build_engine
+from pipeline.errors import TrainingError
+from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.ranks import Ranks
+from pipeline.run_storage import checkpoints_url, dataset_url, run_store, run_url
+from pipeline.state import Position, TrainingState
+from pipeline.step import train_step
+from pipeline.stop_request import StopRequest
+from pipeline.tracking import RunInfo, Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
+    """What every rank runs, whoever launched it; collective from the first line to the last.
+
+    Goes on from the newest checkpoint, ends at ``cfg.train.steps`` or at a log interval after
+    ``stop`` was made on any rank, and has saved in both cases. Returns where it ended.
+    """
+    device = ranks.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # tails of the attention's softmax cost threefold otherwise
+    if not ranks.first:
+        logging.getLogger().setLevel(logging.WARNING)
+    torch.manual_seed(cfg.seed)  # equal initial weights on all ranks
+
+    dataset = Dataset.open(dataset_url(cfg))
+    checkpoints = CheckpointStore(
+        open_store(checkpoints_url(cfg)),
+        keep=cfg.train.keep_checkpoints,
+        best=BEST,
+    )
+    if ranks.first:
+        run_store(cfg).clear_unfinished()
+    state = _newest(cfg, checkpoints, dataset, ranks)
+    position = state.position if state else Position()
+
+    learning = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
+    critic = networks.discriminator(cfg.model).to(device)
+    if not state:
+        _start(cfg, generator=learning, discriminator=critic)
+    average = ExponentialMovingAverage(learning, cfg.train.ema_decay, position.step)
+    if state:
+        average.module.load_state_dict(state.ema)
+    if cfg.train.compile and device.type == "cuda":
+        learning.compile()
+        critic.compile()
+    elif cfg.train.compile:
+        fuse_gates(learning)  # oneDNN's convolutions are not compiled to advantage
+    engine = partial(
+        build_engine,
+        cfg.train.engine,
+        adam=Adam(cfg.train.learning_rate, (cfg.train.beta1, cfg.train.beta2)),
+        ranks=ranks,
+        zero_stage=cfg.train.zero_stage,
+        batch_per_rank=cfg.train.global_batch // ranks.world_size,
+    )
+    generator = engine(learning, state=state.generator if state else None)
+    discriminator = engine(critic, state=state.discriminator if state else None)
+    with ExitStack() as stack:
+        loader = train_loader(cfg, dataset, ranks)
+        stack.callback(loader.close)
+        tracker = stack.enter_context(open_run_tracker(cfg, dataset, position.step, ranks))
+        if ranks.first and not state:
+            tracker.image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
+        stack.callback(checkpoints.close)
+        worker = _Worker(
+            cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
+        )
+        return worker.run(loader, position, stop)
+
+
+def _start(cfg: Config, **fresh: nn.Module) -> None:
+    """Put in the trained weights that the recipe names."""
+    for name, weights in networks.starting_weights(cfg).items():
+        fresh[name].load_state_dict(weights)
+    log.info(
+        "starting run=%s generator=%s discriminator=%s",
+        cfg.name,
+        cfg.train.start_from or "fresh",
+        cfg.train.start_from_discriminator or "fresh",
+    )
+
+
+@dataclass
+class _Worker:
+    """The loop's parts, gathered so that its steps read in order."""
+
+    cfg: Config
+    ranks: Ranks
+    dataset: Dataset
+    generator: Engine
+    discriminator: Engine
+    average: ExponentialMovingAverage[Generator]
+    checkpoints: CheckpointStore
+    tracker: Tracker
+
+    def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
+        cfg, device = self.cfg.train, self.ranks.device
+        clock = _Clock(cfg.global_batch)
+        for epoch, epoch_step, batch in clock.waiting(
+            loader.batches(position.epoch, position.epoch_step)
+        ):
+            losses = train_step(
+                batch.to(device),
+                self.generator,
+                self.discriminator,
+                l1_weight=cfg.l1_weight,
+                gan_weight=cfg.gan_weight,
+                guided=self.cfg.model.guided,
+                precision=PRECISION[cfg.precision],
+            )
+            self.average.update()
+            position = Position(position.step + 1, epoch, epoch_step + 1)
+            clock.steps += 1
+
+            last = position.step >= cfg.steps
+            stopping = False
+            if last or position.step % cfg.log_every_steps == 0:
+                stopping = self._report(position, losses, clock, stop)
+            if last or stopping or position.step % cfg.save_every_steps == 0:
+                self._save(position)
+                clock.restart()  # its time is no training time
+            if last or stopping:
+                break
+        self.tracker.end("FINISHED" if position.step >= cfg.steps else "KILLED")
+        return position
+
+    def _report(
+        self, position: Position, losses: dict[str, Tensor], clock: "_Clock", stop: StopRequest
+    ) -> bool:
+        """Read and log the losses, averaged over ranks; whether any rank was asked to stop."""
+        means = distributed.mean(losses | {"stop": float(stop.made)}, self.ranks.device)
+        stopping = means.pop("stop") > 0
+        if not all(math.isfinite(value) for value in means.values()):
+            raise TrainingError(
+                f"losses are not finite at step {position.step}: {means}; the newest checkpoint is "
+                "from before; raise train.l1_weight to 10 or lower train.gan_weight to 0.1"
+            )
+        means |= clock.read()
+        means["lr/generator"] = means["lr/discriminator"] = self.cfg.train.learning_rate
+        self.tracker.metrics(position.step, means)
+        left_s = (self.cfg.train.steps - position.step) / means["speed/steps_per_s"]
+        log.info(
+            "step=%d/%d epoch=%d l1=%.4f adversarial=%.4f discriminator=%.4f images_per_s=%.1f "
+            "left=%s",
+            position.step,
+            self.cfg.train.steps,
+            position.epoch,
+            means["loss/l1_refined"],
+            means["loss/adversarial"],
+            means["loss/discriminator"],
+            means["speed/images_per_s"],
+            time.strftime("%H:%M:%S", time.gmtime(left_s)),
+        )
+        return stopping
+
+    def _save(self, position: Position) -> None:
+        """Validate the averaged generator and write a checkpoint that carries its figures."""
+        started = time.perf_counter()
+        evaluation = self._validate()
+        figures = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
+        # Collective at ZeRO stages 1 and 2, so on every rank; only the first one writes.
+        state = TrainingState(
+            position, self.generator.state(), self.discriminator.state(), self.average.weights()
+        )
+        if self.ranks.first:
+            self.checkpoints.save(
+                position.step,
+                state.files(networks.weights_header(self.cfg.model), metrics=figures),
+                manifest={
+                    "metrics": figures,
+                    "dataset_digest": self.dataset.digest,
+                    "mlflow_run": self.tracker.run_id,
+                    "config_digest": self.cfg.digest(),
+                    "config": self.cfg.model_dump(mode="json"),
+                },
+            )
+            self.tracker.metrics(position.step, figures)
+            self.tracker.image("samples", position.step, evaluation.sheet())
+            log.info(
+                "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stood_still_s=%.1f",
+                position.step,
+                figures["val/l1_percent"],
+                figures["val/psnr_db"],
+                time.perf_counter() - started,
+            )
+
+    def _validate(self) -> Evaluation:
+        batches = validation_batches(
+            self.cfg, self.dataset, self.ranks, self.cfg.evaluate.samples_while_training
+        )
+        return evaluate(
+            self.average.module,
+            batches,
+            device=self.ranks.device,
+            keep=self.cfg.evaluate.sheet if self.ranks.first else 0,
+        )
+
+
+class _Clock:
+    """Speed since the last reading, without the time that saving took."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.steps = 0
+        self._global_batch = global_batch
+        self._waited_s = 0.0
+        self._since = time.perf_counter()
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """``batches``, with the time noted that each one kept us waiting."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            self._waited_s += time.perf_counter() - started
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        elapsed_s = max(time.perf_counter() - self._since, 1e-9)
+        steps = max(self.steps, 1)
+        values = {
+            "speed/steps_per_s": steps / elapsed_s,
+            "speed/images_per_s": steps * self._global_batch / elapsed_s,
+            "speed/data_wait_ms": 1000 * self._waited_s / steps,
+        }
+        self.restart()
+        return values
+
+    def restart(self) -> None:
+        self.steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+
+
+def open_run_tracker(cfg: Config, dataset: Dataset, resume_from_step: int, ranks: Ranks) -> Tracker:
+    """The one tracker of the run; of each other machine one rank tells how that machine is."""
+    story = RunInfo(
+        name=cfg.name,
+        url=run_url(cfg),
+        params=cfg.flat(),
+        config_yaml=yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
+        dataset_name=dataset.name,
+        dataset_url=dataset.url,
+        dataset_digest=dataset.digest,
+    )
+    return open_tracker(
+        cfg.tracking.backend if ranks.local_rank == 0 else "none",
+        story,
+        store=run_store(cfg),
+        resume_from_step=resume_from_step,
+        experiment=cfg.tracking.experiment,
+        uri=cfg.tracking.uri,
+        node=ranks.machine,
+    )
+
+
+def refuse_other_model(cfg: Config, manifest: Mapping[str, Any]) -> None:
+    """A run keeps its model: CheckpointError where a checkpoint's ``manifest`` has another."""
+    saved, wanted = manifest["config"]["model"], cfg.model.model_dump(mode="json")
+    if saved != wanted:
+        differing = sorted(key for key in wanted if saved.get(key) != wanted[key])
+        raise CheckpointError(
+            f"run {cfg.name} at step {manifest['step']} has another model "
+            f"({', '.join(differing)} differ): give the recipe a new name, or the old settings back"
+        )
+
+
+def _newest(
+    cfg: Config, checkpoints: CheckpointStore, dataset: Dataset, ranks: Ranks
+) -> TrainingState | None:
+    """The newest checkpoint that is intact, the same one on every rank."""
+    found = checkpoints.load_newest() if ranks.first else None
+    step = distributed.from_first(found[0] if found else None)
+    if step is None:
+        return None
+    manifest = checkpoints.manifest(step)
+    refuse_other_model(cfg, manifest)
+    if manifest["dataset_digest"] != dataset.digest:
+        log.warning("the data set changed since step %d: the order of training is another", step)
+    log.info("going on run=%s step=%d", cfg.name, step)
+    return TrainingState.read(found[1] if found else checkpoints.load(step))

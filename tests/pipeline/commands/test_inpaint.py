@@ -1,0 +1,189 @@
+"""Filling holes from files: what is written, and what is told instead."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import cli
+from pipeline.commands.inpaint import inpaint
+from pipeline.config import Model
+from tests.weights import write_weights
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unguided", "guided"])
+def weights(request, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "ema.safetensors"
+    write_weights(path, Model(guided=request.param))
+    return str(path)
+
+
+def draw(path, height=37, width=50, hole=(slice(5, 20), slice(8, 30))):
+    """A picture of odd size, a mask and a sketch, written under ``path``."""
+    rng = np.random.default_rng(1)
+    image = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[hole] = 255
+    sketch = np.zeros((height, width), np.uint8)
+    sketch[10, :] = 255
+    for name, values in (("image", image), ("mask", mask), ("sketch", sketch)):
+        Image.fromarray(values).save(path / f"{name}.png")
+    return image, mask > 0
+
+
+def transparent(path):
+    """Make what is black at ``path`` transparent: white, of no opacity."""
+    drawn = Image.open(path)
+    Image.merge("LA", (Image.new("L", drawn.size, "white"), drawn)).save(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+def test_the_hole_is_filled_and_every_known_pixel_is_as_it_was(weights, tmp_path, suffix):
+    image, hole = draw(tmp_path)
+    out = tmp_path / f"filled.{suffix}"
+    assert list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out)) == [out]
+    filled = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(filled[~hole], image[~hole])
+    assert (filled[hole] != image[hole]).mean() > 0.9
+
+
+def test_jpeg_loses_little_of_the_known_pixels_and_no_resolution_of_colours(weights, tmp_path):
+    image, hole = draw(tmp_path)
+    out = tmp_path / "filled.jpg"
+    list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out))
+    lost = np.asarray(Image.open(out)).astype(int) - image
+    assert np.abs(lost[~hole]).mean() < 5  # of noise, the worst case; 40 where pixels share colours
+
+
+def test_a_folder_is_filled_picture_by_picture(weights, tmp_path):
+    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    pictures.mkdir()
+    masks.mkdir()
+    draw(tmp_path)
+    for stem in ("a", "b"):
+        (pictures / f"{stem}.png").write_bytes((tmp_path / "image.png").read_bytes())
+        (masks / f"{stem}.png").write_bytes((tmp_path / "mask.png").read_bytes())
+    written = list(inpaint(weights, pictures, masks, tmp_path / "out"))
+    assert [path.name for path in written] == ["a.png", "b.png"]
+    assert all(path.exists() for path in written)
+
+
+def test_strokes_inside_the_hole_change_the_fill_of_a_guided_generator(tmp_path):
+    weights = tmp_path / "ema.safetensors"
+    write_weights(weights, Model(guided=True), gain=4.0)
+    draw(tmp_path)
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    (plain,) = inpaint(str(weights), image, mask, tmp_path / "plain.png")
+    (led,) = inpaint(
+        str(weights), image, mask, tmp_path / "led.png", sketch=tmp_path / "sketch.png"
+    )
+    assert plain.read_bytes() != led.read_bytes()
+
+
+def test_what_is_transparent_in_masks_and_sketches_counts_as_black(tmp_path):
+    weights = tmp_path / "ema.safetensors"
+    write_weights(weights, Model(guided=True), gain=4.0)
+    draw(tmp_path)
+    image, mask, sketch = (tmp_path / f"{name}.png" for name in ("image", "mask", "sketch"))
+    (opaque,) = inpaint(str(weights), image, mask, tmp_path / "opaque.png", sketch=sketch)
+    transparent(mask)
+    transparent(sketch)
+    (layers,) = inpaint(str(weights), image, mask, tmp_path / "layers.png", sketch=sketch)
+    assert layers.read_bytes() == opaque.read_bytes()
+
+
+def test_a_sketch_without_a_stroke_in_the_hole_is_told(tmp_path, caplog):
+    weights = tmp_path / "ema.safetensors"
+    write_weights(weights, Model(guided=True))
+    draw(tmp_path, hole=(slice(20, 30), slice(8, 30)))
+    paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
+    list(inpaint(str(weights), *paths, sketch=tmp_path / "sketch.png"))
+    assert "no stroke of" in caplog.text
+
+
+def test_a_mask_that_is_nearly_all_white_is_filled_with_a_warning(weights, tmp_path, caplog):
+    draw(tmp_path, hole=(slice(None), slice(2, None)))
+    paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
+    assert len(list(inpaint(weights, *paths))) == 1
+    assert "mask.png is white to 96 %: invert it" in caplog.text
+
+
+@pytest.mark.parametrize("twice", ["pictures", "masks"])
+def test_two_files_of_one_name_are_refused_before_one_is_lost(weights, tmp_path, twice):
+    draw(tmp_path)
+    for folder, name in (("pictures", "image"), ("masks", "mask")):
+        (tmp_path / folder).mkdir()
+        for suffix in ("png", "bmp") if folder == twice else ("png",):
+            Image.open(tmp_path / f"{name}.png").save(tmp_path / folder / f"a.{suffix}")
+    with pytest.raises(ValueError, match=r"a\.bmp and a\.png go by one name, a: rename one"):
+        list(inpaint(weights, tmp_path / "pictures", tmp_path / "masks", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_takes_more_memory_than_allowed_is_refused(weights, tmp_path, capsys):
+    draw(tmp_path)
+    image, mask, out = (str(tmp_path / f"{name}.png") for name in ("image", "mask", "filled"))
+    command = ["inpaint", weights, image, mask, "--out", out]
+    assert cli.main([*command, "--memory-gib", "0.001"]) == cli.MISTAKE
+    assert "37×50 pixels takes 0.00 GiB, but 0.00 GiB are allowed" in capsys.readouterr().err
+    assert not (tmp_path / "filled.png").exists()
+    assert cli.main([*command, "--memory-gib", "0.5"]) == cli.DONE
+    assert (tmp_path / "filled.png").exists()
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "0", "-1"])
+def test_memory_is_a_number_above_0(weights, tmp_path, capsys, memory):
+    command = ["inpaint", weights, *("image.png", "mask.png"), "--out", str(tmp_path / "o.png")]
+    assert cli.main([*command, "--memory-gib", memory]) == cli.MISTAKE
+    assert "should be a number above 0" in capsys.readouterr().err
+
+
+def test_a_folder_is_never_filled_over_its_own_pictures(weights, tmp_path):
+    draw(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "image.png").rename(pictures / "a.png")
+    before = (pictures / "a.png").read_bytes()
+    with pytest.raises(ValueError, match=r"a\.png is one of the pictures given: choose another"):
+        list(inpaint(weights, pictures, tmp_path / "mask.png", pictures))
+    assert (pictures / "a.png").read_bytes() == before
+
+
+def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, caplog):
+    draw(tmp_path, height=120, width=100)
+    paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
+    with caplog.at_level("INFO"):
+        list(inpaint(weights, *paths))
+    assert "size=100x120 needs_gib=0.01" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ({"mask": "nowhere.png"}, "nowhere.png is not there"),
+        ({"mask": "."}, "is a folder: with one picture go files"),
+        ({"out": "filled.txt"}, "filled.txt should end in .bmp, "),
+        ({"mask": "small.png"}, "both should be of one size"),
+        ({"mask": "black.png"}, "black.png has no hole: white pixels mark it"),
+        ({"mask": "ones.png"}, "ones.png: its brightest pixel is 1 of 255"),
+        ({"image": "words.png"}, "words.png"),
+        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors is not there"),
+        ({"weights": "words.png"}, "words.png should be a .safetensors file or a checkpoint's"),
+        ({"out": "mask.png"}, "mask.png is one of the pictures given"),
+        ({"out": "folder/../image.png"}, "image.png is one of the pictures given"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(weights, tmp_path, capsys, spoil, told):
+    draw(tmp_path)
+    Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
+    Image.new("L", (50, 37), 0).save(tmp_path / "black.png")
+    Image.new("L", (50, 37), 1).save(tmp_path / "ones.png")
+    (tmp_path / "words.png").write_text("no picture")
+    given = {"weights": weights, "image": "image.png", "mask": "mask.png", "out": "filled.png"}
+    paths = {name: str(tmp_path / value) for name, value in (given | spoil).items()}
+    code = cli.main(
+        ["inpaint", paths["weights"], paths["image"], paths["mask"], "--out", paths["out"]]
+    )
+    error = capsys.readouterr().err
+    assert code == cli.MISTAKE
+    assert told in error
+    assert len(error.strip().splitlines()) == 1

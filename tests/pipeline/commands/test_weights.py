@@ -1,0 +1,212 @@
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models import Discriminator, Generator
+from models.weights import LAYERS
+from pipeline.commands.weights import _compare, export_weights, import_weights
+from pipeline.config import Model
+from pipeline.networks import load_generator, weights_header
+from tests.models.golden import fill_generator
+
+ROUNDING = 3e-5  # sums in another order, in weights this strong: up to 2e-5 over six seeds
+LICENCE = "CC BY-NC 4.0 (the authors' release: not for commercial use)"
+
+
+def nipponjo(seed: int) -> dict[str, Tensor]:
+    """A generator as nipponjo's networks_tf saves it."""
+    torch.manual_seed(seed)
+    ours = Generator().state_dict()
+    renamed = {}
+    for layer in LAYERS:
+        name = layer.scope + (".conv.conv" if layer.scope.endswith("upsample") else ".conv")
+        for part in ("weight", "bias"):
+            renamed[f"{name}.{part}"] = ours[f"{layer.name}.{part}"].clone()
+    return renamed
+
+
+def authors(seed: int) -> dict[str, np.ndarray]:
+    """Variables of the authors' checkpoint under their names."""
+    rng = np.random.default_rng(seed)
+    variables = {}
+    state = Generator().state_dict()
+    for layer in LAYERS:
+        inner = f"/{layer.scope}_conv" if layer.scope.endswith("upsample") else ""
+        outputs, inputs, height, width = state[f"{layer.name}.weight"].shape
+        scope = f"inpaint_net/{layer.scope}{inner}"
+        kernel = rng.normal(0, 0.1, (height, width, inputs, outputs))
+        variables[f"{scope}/kernel"] = kernel.astype(np.float32)
+        variables[f"{scope}/bias"] = np.zeros(outputs, np.float32)
+    inputs = 4
+    for number, outputs in enumerate((64, 128, 256, 256, 256, 256), start=1):
+        scope = f"discriminator/sn_patch_gan/conv{number}"
+        kernel = rng.normal(0, 0.1, (5, 5, inputs, outputs))
+        variables[f"{scope}/kernel"] = kernel.astype(np.float32)
+        variables[f"{scope}/bias"] = np.zeros(outputs, np.float32)
+        variables[f"{scope}/kernel_sn/u"] = np.ones((1, outputs), np.float32)
+        inputs = outputs
+    return variables
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as opened:
+        return dict(opened.metadata())
+
+
+def test_an_imported_file_says_where_it_is_from_and_fills_pictures(tmp_path: Path) -> None:
+    path, out, critic = (
+        tmp_path / name for name in ("s.npz", "new/g.safetensors", "d.safetensors")
+    )
+    np.savez(path, **authors(0))  # type: ignore[arg-type]
+    lines = list(import_weights(path, out, discriminator=critic))
+    assert lines[0] == f"{out}: 4,052,478 values, RGB, turned from BGR; licence: {LICENCE}"
+    told = header(out)
+    assert told["licence"] == header(critic)["licence"] == LICENCE
+    assert told["colours"] == "RGB, turned from BGR"
+    name, digest = told["origin"].split(" sha256:")
+    assert (name, len(digest)) == ("s.npz", 64)
+    assert not load_generator(str(out)).guided
+    Discriminator().load_state_dict(load_file(critic))
+    assert out.stat().st_mode == path.stat().st_mode  # as any new file: other users train, too
+    assert sorted(file.name for file in out.parent.iterdir()) == [out.name]
+
+
+def test_colours_of_nipponjos_files_must_be_told(tmp_path: Path) -> None:
+    path, out = tmp_path / "states.pth", tmp_path / "g.safetensors"
+    torch.save({"G": nipponjo(0)}, path)
+    with pytest.raises(ValueError, match="give --colours rgb or --colours bgr"):
+        list(import_weights(path, out))
+    list(import_weights(path, out, colours="rgb", licence="mine"))
+    assert (header(out)["licence"], header(out)["colours"]) == ("mine", "RGB, as the file")
+    expected = nipponjo(0)["conv1.conv.weight"]
+    assert torch.equal(load_file(out)["coarse.conv01.weight"], expected)
+    list(import_weights(path, out, colours="bgr"))
+    turned = load_file(out)["coarse.conv01.weight"]
+    assert torch.equal(turned, expected[:, [2, 1, 0, 3, 4]])
+
+
+def test_padding_goes_with_the_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = Generator().state_dict()
+    renamed: dict[str, Tensor] = {}
+    for layer in LAYERS:
+        name = layer.block + (".conv.conv" if layer.scope.endswith("upsample") else ".conv")
+        renamed |= {f"{name}.{part}": ours[f"{layer.name}.{part}"] for part in ("weight", "bias")}
+    torch.save({"G": renamed}, tmp_path / "states.pth")
+    out = tmp_path / "g.safetensors"
+    list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
+    assert load_generator(str(out)).style.padding == "symmetric"
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"g\.pth should end in \.safetensors"):
+        list(import_weights(tmp_path / "absent", tmp_path / "g.pth"))
+    out, same = tmp_path / "g.safetensors", tmp_path / "a/../g.safetensors"
+    with pytest.raises(ValueError, match=r"g\.safetensors cannot hold both networks"):
+        list(import_weights(tmp_path / "absent", out, discriminator=same))
+    with pytest.raises(ValueError, match=r"g\.bin should end in \.onnx"):
+        list(export_weights("absent.safetensors", tmp_path / "g.bin", format="onnx"))
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match="needs the package onnxscript: pip install onnx "):
+        list(export_weights("absent.safetensors", tmp_path / "g.onnx", format="onnx"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As strong as trained ones: fresh ones shrink what goes through them, and so any error."""
+    generator = Generator(guided=True)
+    fill_generator(generator)
+    path = tmp_path_factory.mktemp("weights") / "guided.safetensors"
+    told = weights_header(Model(guided=True)) | {"licence": "ours"}
+    save_file(generator.state_dict(), path, metadata=told)
+    return path
+
+
+def export(weights: Path | str, out: Path, format: str) -> list[str]:
+    """Lines of ``export_weights``, in a process without the shape checks of the tests.
+
+    Those want plain numbers, where tracing has symbols.
+    """
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from pipeline.commands.weights import export_weights\n"
+        "print(*export_weights(sys.argv[1], Path(sys.argv[2]), format=sys.argv[3]), sep='\\n')"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(weights), str(out), format]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", [0.01, torch.nan])
+def test_an_export_that_differs_in_one_of_its_pictures_is_refused(fault: float) -> None:
+    generator = Generator(width=4)
+
+    def exported(*inputs: Tensor) -> list[Tensor]:
+        coarse, refined = generator(*inputs)
+        return [coarse, refined + fault]
+
+    with pytest.raises(ValueError, match="the exported network is not the same, at 1 of 24×32 px"):
+        _compare(generator, exported, 1, 24, 32)
+    assert "at most 0.0e+00" in _compare(generator, generator, 1, 24, 32)
+
+
+def pictures(batch: int, height: int, width: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    mask = torch.zeros(batch, 1, height, width)
+    mask[:, :, 8:20, 4:18] = 1
+    sketch = (torch.rand(mask.shape) < 0.1).float() * mask
+    return [(torch.rand(batch, 3, height, width) * 2 - 1) * (1 - mask), mask, sketch]
+
+
+@torch.no_grad()
+def test_an_exported_program_takes_any_batch_and_size(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "guided.pt2"
+    lines = export(weights.as_uri(), out, "pt2")
+    assert [line.partition(":")[0] for line in lines] == ["1 of 128×72 px", "3 of 80×104 px"]
+    extra = {"metadata.json": ""}
+    exported = torch.export.load(out, extra_files=extra).module()
+    assert json.loads(extra["metadata.json"])["licence"] == "ours"
+    generator = load_generator(str(weights))
+    for size in ((1, 24, 24), (5, 32, 40)):
+        inputs = pictures(*size)
+        for ours, theirs in zip(generator(*inputs), exported(*inputs), strict=True):
+            torch.testing.assert_close(theirs, ours, atol=ROUNDING, rtol=0)
+    assert zipfile.is_zipfile(out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [out.name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a minute of processor time
+@torch.no_grad()
+def test_onnx_takes_any_batch_and_size(weights: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "guided.onnx"
+    assert len(export(weights, out, "onnx")) == 2
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["licence"] == "ours"
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    assert shapes["incomplete"] == ["batch", 3, "height", "width"]
+    assert list(shapes) == ["incomplete", "mask", "sketch"]
+    generator = load_generator(str(weights))
+    for size in ((1, 24, 24), (5, 32, 40)):
+        inputs = pictures(*size)
+        feeds = {name: value.numpy() for name, value in zip(shapes, inputs, strict=True)}
+        for ours, theirs in zip(generator(*inputs), session.run(None, feeds), strict=True):
+            torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=ROUNDING, rtol=0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [out.name]

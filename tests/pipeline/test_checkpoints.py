@@ -1,0 +1,334 @@
+"""Checkpoints: finished or invisible, checked byte for byte, kept by number and by merit."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.storage import StorageError, Store, join, open_store
+from pipeline import checkpoints as checkpoint
+from pipeline.checkpoints import CheckpointError, CheckpointStore, Mode
+
+FILES = {"generator.safetensors": b"G" * 1000, "state.json": b"{}", "empty.bin": b""}
+BEST: tuple[str, Mode] = ("val/l1", "min")
+
+
+@pytest.fixture
+def run(store: Store) -> Store:
+    """The store of one run's checkpoints."""
+    return open_store(join(store.url, "runs/one/checkpoints"))
+
+
+@pytest.fixture
+def checkpoints(run: Store) -> Iterator[CheckpointStore]:
+    checkpoints = CheckpointStore(run)
+    yield checkpoints
+    checkpoints.close()
+
+
+def save(
+    checkpoints: CheckpointStore,
+    step: int,
+    l1: float = 0.5,
+    other: Mapping[str, bytes] | None = None,
+) -> None:
+    files = FILES | dict(other or {})
+    checkpoints.save(step, files, manifest={"metrics": {"val/l1": l1}})
+    checkpoints.wait()
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(checkpoints: CheckpointStore, run: Store) -> None:
+    save(checkpoints, 12000)
+    assert checkpoints.newest() == 12000
+    assert checkpoints.load(12000) == FILES
+    assert checkpoints.read(12000, "state.json") == b"{}"
+    assert checkpoints.verify(12000) == []
+    manifest = json.loads(run.get("step-00012000/manifest.json"))
+    assert manifest["step"] == 12000
+    assert manifest["metrics"] == {"val/l1": 0.5}
+    assert manifest["files"]["generator.safetensors"]["bytes"] == 1000
+    assert len(manifest["files"]["generator.safetensors"]["sha256"]) == 64
+
+
+def test_nothing_saved_is_nothing_found(checkpoints: CheckpointStore) -> None:
+    assert checkpoints.steps() == []
+    assert checkpoints.newest() is None
+    assert checkpoints.best(*BEST) is None
+    assert checkpoints.load_newest() is None
+
+
+class Killed(BaseException):
+    """What stands for kill -9 at a write: nothing after it happens."""
+
+
+def fail_on(number: int, real: Callable[..., None]) -> tuple[Callable[..., None], list[str]]:
+    """``real``, until its call ``number`` (from 0), which never happens, nor do later ones."""
+    done: list[str] = []
+    lock = threading.Lock()
+
+    def failing(key: str, *data: bytes) -> None:
+        with lock:
+            if len(done) >= number:
+                raise Killed(key)
+            done.append(key)
+        real(key, *data)
+
+    return failing, done
+
+
+@pytest.mark.parametrize("number", range(len(FILES) + 1))
+def test_a_save_killed_at_any_write_leaves_the_one_before_newest(
+    run: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = CheckpointStore(run)
+    save(before, 10)
+    failing, done = fail_on(number, run.put)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "put", failing)
+        with pytest.raises(Killed):
+            save(before, 20, 0.1, {"generator.safetensors": b"other"})
+    assert len(done) == number
+    assert before.steps() == [10]
+
+    after = CheckpointStore(run)  # the process that comes next
+    assert after.newest() == 10
+    assert after.load_newest() == (10, FILES)
+    save(after, 20)
+    assert after.steps() == [10, 20]
+    assert after.verify(20) == []
+
+
+@pytest.mark.parametrize("number", range(len(FILES) + 1))
+def test_a_deletion_killed_at_any_point_leaves_no_half_checkpoint(
+    run: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = CheckpointStore(run)
+    save(before, 10)
+    save(before, 20)
+    failing, _ = fail_on(number, run.delete)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "delete", failing)
+        with pytest.raises(Killed):
+            before.delete(10)
+    after = CheckpointStore(run)
+    for step in after.steps():
+        assert after.verify(step) == []
+    assert after.steps() == ([10, 20] if number == 0 else [20])
+    save(after, 30)  # takes the leftovers away
+    if number:
+        assert not run.list_keys("step-00000010/")
+
+
+def test_a_save_again_of_a_step_replaces_it_whole(checkpoints: CheckpointStore, run: Store) -> None:
+    save(checkpoints, 10, other={"gone.bin": b"1"})
+    save(checkpoints, 10, other={"state.json": b"new"})
+    assert checkpoints.load(10) == FILES | {"state.json": b"new"}
+    assert not run.exists("step-00000010/gone.bin")
+
+
+def test_saving_goes_on_behind_and_its_error_comes_up_at_the_next_save(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, go_on, real = CheckpointStore(run), threading.Event(), run.put
+
+    def slow(key: str, data: bytes) -> None:
+        assert go_on.wait(10)
+        if key.startswith("step-00000020"):
+            raise StorageError("the disk is full")
+        real(key, data)
+
+    monkeypatch.setattr(run, "put", slow)
+    checkpoints.save(10, FILES, manifest={})  # comes back although nothing can be written yet
+    assert checkpoints.steps() == []
+    go_on.set()
+    checkpoints.save(20, FILES, manifest={})  # waits for the first one
+    assert checkpoints.steps() == [10]
+    with pytest.raises(StorageError, match="the disk is full"):
+        checkpoints.save(30, FILES, manifest={})
+    checkpoints.save(40, FILES, manifest={})
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 40]
+
+
+def test_closing_raises_what_the_last_save_raised(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = CheckpointStore(run)
+    monkeypatch.setattr(run, "put", fail_on(0, run.put)[0])
+    checkpoints.save(10, FILES, manifest={})
+    with pytest.raises(Killed):
+        checkpoints.close()
+
+
+def test_the_newest_and_the_best_stay(run: Store) -> None:
+    checkpoints = CheckpointStore(run, keep=2, best=BEST)
+    for step, l1 in [(10, 0.4), (20, 0.1), (30, 0.3), (40, float("nan")), (50, 0.2)]:
+        save(checkpoints, step, l1)
+    assert checkpoints.steps() == [20, 40, 50]
+    assert checkpoints.best(*BEST) == 20
+    assert checkpoints.best("val/l1", "max") == 50
+    assert checkpoints.best("val/unknown", "min") is None
+    assert {key.partition("/")[0] for key in run.list_keys()} == {
+        "step-00000020",
+        "step-00000040",
+        "step-00000050",
+    }
+
+
+def test_of_equals_the_later_one_is_best(checkpoints: CheckpointStore) -> None:
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    assert checkpoints.best(*BEST) == 20
+
+
+def test_pruning_leaves_what_is_being_written_now(checkpoints: CheckpointStore, run: Store) -> None:
+    save(checkpoints, 20)
+    run.put("step-00000010/generator.safetensors", b"left behind")
+    run.put("step-00000030/generator.safetensors", b"on its way")
+    assert checkpoints.prune() == [10]
+    assert run.list_keys("step-00000010/") == []
+    assert run.list_keys("step-00000030/") != []
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (b"X" * 1000, "its sha256 is another"),
+        (b"G" * 999, "999 of 1000 bytes"),
+        (None, "it is missing"),
+    ],
+)
+def test_a_damaged_file_is_named_and_passed_over(
+    checkpoints: CheckpointStore, run: Store, tmp_path: Path, damage: bytes | None, reason: str
+) -> None:
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    key = "step-00000020/generator.safetensors"
+    if damage is None:
+        run.delete(key)
+    else:
+        run.put(key, damage)
+    (fault,) = checkpoints.verify(20)
+    assert fault.startswith(f"{run.url}/{key} is damaged: {reason}")
+    assert checkpoint.verify(run.url) == {10: [], 20: [fault]}
+    for use in (checkpoints.load, lambda step: checkpoints.pull(step, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"step-00000020/generator.safetensors"):
+            use(20)
+    assert not (tmp_path / "out" / "generator.safetensors").exists()
+    assert checkpoints.load_newest() == (10, FILES)
+    save(checkpoints, 15)  # what went on from 10 is the run now
+    assert checkpoints.steps() == [10, 15]
+
+
+def test_a_damaged_manifest_is_named(checkpoints: CheckpointStore, run: Store) -> None:
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    run.put("step-00000020/manifest.json", b'{"files": {"generator')
+    assert checkpoints.best(*BEST) == 10
+    assert checkpoints.load_newest() == (10, FILES)
+    (fault,) = checkpoints.verify(20)
+    assert "step-00000020/manifest.json is damaged" in fault
+    assert [found.step for found in checkpoint.listing(run.url)] == [10]
+
+
+def test_a_file_that_the_manifest_does_not_know_is_told(
+    checkpoints: CheckpointStore, run: Store
+) -> None:
+    save(checkpoints, 10)
+    run.put("step-00000010/stranger", b"")
+    assert checkpoints.verify(10) == [f"{run.url}/step-00000010/stranger is not in the manifest"]
+
+
+def test_all_damaged_is_an_error_and_no_fresh_start(
+    checkpoints: CheckpointStore, run: Store
+) -> None:
+    save(checkpoints, 10)
+    run.delete("step-00000010/state.json")
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):
+        checkpoints.load_newest()
+
+
+def test_a_step_that_is_not_there_is_told_with_those_that_are(checkpoints: CheckpointStore) -> None:
+    save(checkpoints, 10)
+    with pytest.raises(CheckpointError, match="no finished checkpoint of step 11: there are 10"):
+        checkpoints.load(11)
+    with pytest.raises(CheckpointError, match=r"no other\.bin: it has empty\.bin, generator"):
+        checkpoints.read(10, "other.bin")
+
+
+@pytest.mark.parametrize("form", ["", "/", "/checkpoints", "/checkpoints/step-00000010"])
+def test_a_run_its_checkpoints_and_one_of_them_can_be_named(
+    checkpoints: CheckpointStore, store: Store, tmp_path: Path, form: str
+) -> None:
+    save(checkpoints, 10, 0.9)
+    save(checkpoints, 20, 0.1)
+    save(checkpoints, 30, 0.5)
+    url = join(store.url, "runs/one") + form
+    single = form.endswith("10")
+    assert [found.step for found in checkpoint.listing(url)] == ([10] if single else [10, 20, 30])
+    for which, step in {"newest": 30, "best": 20, 30: 30}.items():
+        paths = checkpoint.pull(url, tmp_path / str(which), which, BEST)  # type: ignore[arg-type]
+        manifest = json.loads((tmp_path / str(which) / "manifest.json").read_text())
+        assert manifest["step"] == (10 if single else step)
+        assert {path.name: path.read_bytes() for path in paths[:-1]} == FILES
+    if single:
+        with pytest.raises(CheckpointError, match="single checkpoint"):
+            checkpoint.prune(url, keep=1, best=BEST)
+    else:
+        assert checkpoint.prune(url, keep=1, best=BEST) == [10]
+
+
+def test_a_place_without_checkpoints_is_told(store: Store) -> None:
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint: give a run's folder"):
+        checkpoint.listing(store.url)
+
+
+def test_a_pull_cut_short_is_finished_by_repeating_it(
+    checkpoints: CheckpointStore, run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(checkpoints, 10)
+    save(checkpoints, 20, other={"generator.safetensors": b"H" * 1000})
+    checkpoints.pull(10, tmp_path)
+    fetched: list[str] = []
+    real = run.download
+
+    def counting(key: str, path: Path) -> None:
+        fetched.append(key)
+        if "generator" in key and len(fetched) == 1:
+            raise Killed
+        real(key, path)
+
+    monkeypatch.setattr(run, "download", counting)
+    with pytest.raises(Killed):
+        checkpoints.pull(20, tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    checkpoints.pull(20, tmp_path)
+    assert fetched == ["step-00000020/generator.safetensors"] * 2  # the others were there
+    assert (tmp_path / "generator.safetensors").read_bytes() == b"H" * 1000
+    assert json.loads((tmp_path / "manifest.json").read_text())["step"] == 20
+
+
+def test_no_secret_of_the_environment_reaches_the_storage(
+    checkpoints: CheckpointStore, run: Store
+) -> None:
+    save(checkpoints, 10)
+    secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "unset")
+    for key in run.list_keys():
+        assert secret.encode() not in run.get(key)
+
+
+def test_keeping_none_is_refused(run: Store) -> None:
+    with pytest.raises(ValueError, match="keep=0"):
+        CheckpointStore(run, keep=0)
+
+
+def test_a_mode_that_is_none_is_refused(checkpoints: CheckpointStore) -> None:
+    mode: Any = "lowest"
+    with pytest.raises(ValueError, match="lowest"):
+        checkpoints.best("val/l1", mode)
