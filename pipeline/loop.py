@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from cluster.storage import open_store
@@ -29,11 +28,12 @@ from pipeline.engine import Adam, Engine, build_engine
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.ranks import Ranks
-from pipeline.run_storage import checkpoints_url, dataset_url, run_store, run_url
+from pipeline.run_storage import checkpoints_url, dataset_url, run_store
 from pipeline.state import Position, TrainingState
 from pipeline.step import train_step
 from pipeline.stop_request import StopRequest
-from pipeline.tracking import RunInfo, Tracker, open_tracker
+from pipeline.tracking import Tracker
+from pipeline.tracking.opening import open_run_tracker
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
         stack.callback(loader.close)
         tracker = stack.enter_context(open_run_tracker(cfg, dataset, position.step, ranks))
         if ranks.first and not state:
-            tracker.image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
+            tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
         worker = _Worker(
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
@@ -155,7 +155,7 @@ class _Worker:
                 clock.restart()  # its time is no training time
             if last or stopping:
                 break
-        self.tracker.end("FINISHED" if position.step >= cfg.steps else "KILLED")
+        self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")
         return position
 
     def _report(
@@ -171,7 +171,7 @@ class _Worker:
             )
         means |= clock.read()
         means["lr/generator"] = means["lr/discriminator"] = self.cfg.train.learning_rate
-        self.tracker.metrics(position.step, means)
+        self.tracker.log_metrics(position.step, means)
         left_s = (self.cfg.train.steps - position.step) / means["speed/steps_per_s"]
         log.info(
             "step=%d/%d epoch=%d l1=%.4f adversarial=%.4f discriminator=%.4f images_per_s=%.1f "
@@ -208,8 +208,8 @@ class _Worker:
                     "config": self.cfg.model_dump(mode="json"),
                 },
             )
-            self.tracker.metrics(position.step, figures)
-            self.tracker.image("samples", position.step, evaluation.sheet())
+            self.tracker.log_metrics(position.step, figures)
+            self.tracker.log_image("samples", position.step, evaluation.sheet())
             log.info(
                 "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stood_still_s=%.1f",
                 position.step,
@@ -260,28 +260,6 @@ class _Clock:
 
     def restart(self) -> None:
         self.steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
-
-
-def open_run_tracker(cfg: Config, dataset: Dataset, resume_from_step: int, ranks: Ranks) -> Tracker:
-    """The one tracker of the run; of each other machine one rank tells how that machine is."""
-    story = RunInfo(
-        name=cfg.name,
-        url=run_url(cfg),
-        params=cfg.flat(),
-        config_yaml=yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
-        dataset_name=dataset.name,
-        dataset_url=dataset.url,
-        dataset_digest=dataset.digest,
-    )
-    return open_tracker(
-        cfg.tracking.backend if ranks.local_rank == 0 else "none",
-        story,
-        store=run_store(cfg),
-        resume_from_step=resume_from_step,
-        experiment=cfg.tracking.experiment,
-        uri=cfg.tracking.uri,
-        node=ranks.machine,
-    )
 
 
 def refuse_other_model(cfg: Config, manifest: Mapping[str, Any]) -> None:

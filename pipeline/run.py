@@ -13,12 +13,12 @@ from pipeline.config import Config
 from pipeline.data.loaders import validation_batches
 from pipeline.evaluation.evaluator import Evaluation
 from pipeline.evaluation.evaluator import evaluate as measure
-from pipeline.loop import open_run_tracker
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.run_storage import checkpoints_url, dataset_url, run_store
 from pipeline.stop_request import sigterm_interrupts
 from pipeline.tracking import png
+from pipeline.tracking.opening import open_run_tracker
 from pipeline.train import train
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,9 @@ def evaluate(cfg: Config) -> dict[str, float]:
     # From the newest step, not from the best one: what training told after that stays.
     newest = max(checkpoints.steps())
     with open_run_tracker(cfg, dataset, newest, Ranks()) as tracker:
-        tracker.metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
-        tracker.image("evaluation", step, sheet)
-        tracker.end("FINISHED" if newest >= cfg.train.steps else "KILLED")
+        tracker.log_metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        tracker.log_image("evaluation", step, sheet)
+        tracker.finish("FINISHED" if newest >= cfg.train.steps else "KILLED")
     log.info("evaluated step=%d pictures=%d %s", step, len(evaluation.rows), _figures(metrics))
     return metrics
 

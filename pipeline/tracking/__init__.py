@@ -56,20 +56,20 @@ class Tracker(Protocol):
     """Takes values and never makes training wait, or fail, for whoever keeps them.
 
     As a context manager it ends the run: FAILED on an error, KILLED on an interruption, else as
-    ``end`` said, or FINISHED.
+    ``finish`` said, or FINISHED.
     """
 
     @property
     def run_id(self) -> str | None:
         """MLflow's name of the run, once it is known."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Keep one value for each name at ``step``; a step that was told before is not repeated."""
 
-    def image(self, key: str, step: int, pixels: np.ndarray) -> None:
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         """Keep an (H, W, 3) uint8 picture."""
 
-    def end(self, status: Status) -> None: ...
+    def finish(self, status: Status) -> None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -83,7 +83,7 @@ class Tracker(Protocol):
 
 def open_tracker(
     backend: Literal["mlflow", "jsonl", "none"],
-    story: RunInfo,
+    info: RunInfo,
     *,
     store: Store,
     resume_from_step: int,
@@ -105,10 +105,10 @@ def open_tracker(
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     if uri == DEFAULT_URI and "_ray_pkg_" in os.getcwd():
         log.warning("MLFLOW_TRACKING_URI is not set: what MLflow keeps goes with this job's folder")
-    spool = spool or _spool(story.url)
+    spool = spool or _spool(info.url)
     if node:
-        return NodeTracker(story, uri=uri, experiment=experiment, spool=spool, node=node)
-    return MlflowTracker(story, uri=uri, experiment=experiment, spool=spool)
+        return NodeTracker(info, uri=uri, experiment=experiment, spool=spool, node=node)
+    return MlflowTracker(info, uri=uri, experiment=experiment, spool=spool)
 
 
 def _spool(url: str) -> Path:
@@ -121,7 +121,7 @@ class _Ends:
 
     _status: Status = "FINISHED"
 
-    def end(self, status: Status) -> None:
+    def finish(self, status: Status) -> None:
         self._status = status
 
     def __enter__(self) -> Self:
@@ -148,9 +148,9 @@ class NullTracker(_Ends):
 
     run_id = None
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def image(self, key: str, step: int, pixels: np.ndarray) -> None: ...
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None: ...
 
 
 class JsonLinesTracker(_Ends):
@@ -172,12 +172,12 @@ class JsonLinesTracker(_Ends):
                     self._lines[values.pop("step")] = values
         self._written_at = time.monotonic()
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._lines.setdefault(step, {}).update(values)
         if time.monotonic() - self._written_at > 10.0:
             self._write()
 
-    def image(self, key: str, step: int, pixels: np.ndarray) -> None:
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         self._store.put(f"tracking/{key}-{step:08d}.png", png(pixels))
 
     def _close(self) -> None:
@@ -199,8 +199,8 @@ class MlflowTracker(_Ends):
     step, or at a later one, gets no second one: a resumed run repeats steps, but not its story.
     """
 
-    def __init__(self, story: RunInfo, *, uri: str, experiment: str, spool: Path) -> None:
-        self._run = _MlflowRun(story, uri, experiment)
+    def __init__(self, info: RunInfo, *, uri: str, experiment: str, spool: Path) -> None:
+        self._run = _MlflowRun(info, uri, experiment)
         self._events = _Spool(spool)
         self._courier = _Courier(self._run, self._events)
         self._machine = _Machine(0, uri, self._events)
@@ -209,10 +209,10 @@ class MlflowTracker(_Ends):
     def run_id(self) -> str | None:
         return self._run.id
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._events.add({"kind": "metrics", "step": step, "values": dict(values), "ms": _now_ms()})
 
-    def image(self, key: str, step: int, pixels: np.ndarray) -> None:
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         path = self._events.folder / f"{key}-{step:08d}.png"
         path.write_bytes(png(pixels))
         self._events.add({"kind": "image", "key": key, "step": step, "path": str(path)})
@@ -226,11 +226,9 @@ class MlflowTracker(_Ends):
 class NodeTracker(NullTracker):
     """How a further machine is, told to the run that rank 0 has opened; nothing else."""
 
-    def __init__(
-        self, story: RunInfo, *, uri: str, experiment: str, spool: Path, node: int
-    ) -> None:
+    def __init__(self, info: RunInfo, *, uri: str, experiment: str, spool: Path, node: int) -> None:
         events = _Spool(spool.with_name(f"{spool.name}-node-{node}"))
-        self._courier = _Courier(_MlflowRun(story, uri, experiment, opens=False), events)
+        self._courier = _Courier(_MlflowRun(info, uri, experiment, opens=False), events)
         self._machine = _Machine(node, uri, events)
 
     def _close(self) -> None:
@@ -418,10 +416,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 class _MlflowRun:
     """The run on the server: created or found once, then told events in order."""
 
-    def __init__(self, story: RunInfo, uri: str, experiment: str, *, opens: bool = True) -> None:
+    def __init__(self, info: RunInfo, uri: str, experiment: str, *, opens: bool = True) -> None:
         self.id: str | None = None
         self.place = _without_password(uri)
-        self._story, self._uri, self._experiment, self._opens = story, uri, experiment, opens
+        self._info, self._uri, self._experiment, self._opens = info, uri, experiment, opens
         self._last_steps: dict[str, int] = {}
         self._readings = 0
 
@@ -432,10 +430,10 @@ class _MlflowRun:
         self._client = client = _mlflow("client").MlflowClient(tracking_uri=self._uri)
         experiment_id = self._experiment_id()
         known = client.search_runs(
-            [experiment_id], f"tags.`project.run` = '{self._story.url}'", max_results=1
+            [experiment_id], f"tags.`project.run` = '{self._info.url}'", max_results=1
         )
         if not known and not self._opens:
-            raise LookupError(f"rank 0 has not opened the run of {self._story.url} yet")
+            raise LookupError(f"rank 0 has not opened the run of {self._info.url} yet")
         if known:
             # The newest step of each metric, without its whole history.
             self._last_steps = {metric.key: metric.step for metric in known[0].data._metric_objs}
@@ -444,20 +442,20 @@ class _MlflowRun:
         if not self._opens:
             self.id = known[0].info.run_id
             return
-        params = {key: str(value)[:PARAM_LENGTH] for key, value in self._story.params.items()}
+        params = {key: str(value)[:PARAM_LENGTH] for key, value in self._info.params.items()}
         run = (
             known[0]
             if known
             else client.create_run(
                 experiment_id,
-                run_name=self._story.name,
-                tags={"project.run": self._story.url, "project.attempt": "0"},
+                run_name=self._info.name,
+                tags={"project.run": self._info.url, "project.attempt": "0"},
             )
         )
         attempt = int(run.data.tags.get("project.attempt", "0")) + 1
         tags = _surroundings() | {"project.attempt": str(attempt)}
-        if self._story.dataset_digest:
-            tags["project.dataset.digest"] = self._story.dataset_digest
+        if self._info.dataset_digest:
+            tags["project.dataset.digest"] = self._info.dataset_digest
         told = run.data.params
         for key, value in params.items():
             if key in told and told[key] != value:
@@ -467,9 +465,9 @@ class _MlflowRun:
             client.log_batch(run.info.run_id, params=new[start : start + 100])
         client.log_batch(run.info.run_id, tags=[entities.RunTag(*tag) for tag in tags.items()])
         client.update_run(run.info.run_id, status="RUNNING")
-        if self._story.config_yaml:
-            client.log_text(run.info.run_id, self._story.config_yaml, "config/resolved.yaml")
-        if self._story.dataset_digest and not run.inputs.dataset_inputs:
+        if self._info.config_yaml:
+            client.log_text(run.info.run_id, self._info.config_yaml, "config/resolved.yaml")
+        if self._info.dataset_digest and not run.inputs.dataset_inputs:
             self._log_dataset(run.info.run_id)
         self.id = run.info.run_id
 
@@ -519,10 +517,10 @@ class _MlflowRun:
     def _log_dataset(self, run_id: str) -> None:
         entities = _mlflow("entities")
         dataset = entities.Dataset(
-            name=self._story.dataset_name,
-            digest=self._story.dataset_digest[:DIGEST_LENGTH],
+            name=self._info.dataset_name,
+            digest=self._info.dataset_digest[:DIGEST_LENGTH],
             source_type="uri",
-            source=json.dumps({"uri": self._story.dataset_url}),
+            source=json.dumps({"uri": self._info.dataset_url}),
         )
         context = entities.InputTag("mlflow.data.context", "training")
         self._client.log_inputs(run_id, [entities.DatasetInput(dataset, [context])])
