@@ -27,6 +27,7 @@ from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, Engine, build_engine
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.progress import format_duration
 from pipeline.ranks import Ranks
 from pipeline.run_storage import checkpoints_url, dataset_url, run_store
 from pipeline.state import Position, TrainingState
@@ -183,7 +184,7 @@ class _Worker:
             means["loss/adversarial"],
             means["loss/discriminator"],
             means["speed/images_per_s"],
-            time.strftime("%H:%M:%S", time.gmtime(left_s)),
+            format_duration(left_s),
         )
         return stopping
 

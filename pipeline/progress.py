@@ -27,6 +27,15 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int, failed: int = 0) -> None: ...
 
 
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds as ``11:16:02``, from a day on as ``5d 11:16:02``."""
+    minutes, second = divmod(max(round(seconds), 0), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour:02d}:{minute:02d}:{second:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
 @contextmanager
 def progress(what: str, unit: str) -> Iterator[Advance]:
     """Show ``what`` advancing, in ``unit`` per second with the time left, while the block runs."""
@@ -58,16 +67,16 @@ def _bar(what: str, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def _lines(what: str, unit: str) -> Iterator[Advance]:
-    clock, told_at = _Rate(), time.monotonic()
+    clock, logged_at = _Rate(), time.monotonic()
 
     def advance(done: int, total: int, failed: int = 0) -> None:
-        nonlocal told_at
+        nonlocal logged_at
         now, rate = time.monotonic(), clock.rate(done)
-        if done < total and now - told_at < LINE_EVERY_S:
+        if done < total and now - logged_at < LINE_EVERY_S:
             return
-        told_at = now
+        logged_at = now
         speed = "" if rate is None else f" {unit}_per_s={rate:.1f}"
-        left = time.strftime(" left=%H:%M:%S", time.gmtime((total - done) / rate)) if rate else ""
+        left = f" left={format_duration((total - done) / rate)}" if rate else ""
         log.info("%s done=%d/%d failed=%d%s%s", what, done, total, failed, speed, left)
 
     yield advance
