@@ -15,8 +15,25 @@ losses; then what uses them: inference, inspection, weights. ``upsampling`` is g
 The same without anything made fast is in ``benchmarks/reference``; the tests compare the two.
 """
 
-from models.attention import contextual_attention
-from models.discriminator import Discriminator
-from models.generator import Generator
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.attention import contextual_attention
+    from models.discriminator import Discriminator
+    from models.generator import Generator
+else:
+    _MODULES = {
+        "Discriminator": "models.discriminator",
+        "Generator": "models.generator",
+        "contextual_attention": "models.attention",
+    }
+
+    def __getattr__(name: str) -> object:
+        # On first use: a recipe is read without torch, whose import takes seconds.
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)
+
 
 __all__ = ["Discriminator", "Generator", "contextual_attention"]

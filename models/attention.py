@@ -16,7 +16,7 @@ matrix is made in bands of query rows, so its memory can be bounded.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.masking import valid_keys
+from models.options import AttentionPreset
 from models.sampling import shrink
 from models.types import Features, Mask
 
-Preset = Literal["official", "renormalised"]
 Pairs = Float[Tensor, "batch queries keys"]
 
 SOFTMAX_SCALE = 10.0
@@ -41,7 +41,7 @@ def contextual_attention(
     mask: Mask,
     *,
     fuse: bool = True,
-    preset: Preset = "official",
+    preset: AttentionPreset = "official",
     max_bytes: int | None = None,
 ) -> Features:
     """``features`` rebuilt from patches of their known part; zeros where a mask leaves no key.
@@ -49,7 +49,7 @@ def contextual_attention(
     ``mask`` is at the size of ``features``, whose sides are even. ``fuse`` prefers coherent
     patches. "official" is the authors' code: a masked score becomes 0 before the softmax, what it
     attracts is lost, and overlapping patches are divided by 4 even at the border where fewer meet.
-    "renormalised" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory
+    "renormalized" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory
     that the matrix of pairs takes; ``ValueError`` if a single row of queries needs more.
     """
     height, width = features.shape[2] // 2, features.shape[3] // 2
@@ -97,7 +97,7 @@ def _attend(
     features: Features,
     valid: Bool[Tensor, "batch keys"],
     fuse: bool,
-    preset: Preset,
+    preset: AttentionPreset,
     rows: int,
 ) -> Features:
     """The mixture of patches, overlaps added up."""
@@ -123,7 +123,7 @@ def _attend(
     return painted.reshape(batch, channels, 2 * height, 2 * width)
 
 
-def _masked(scores: Pairs, valid: Bool[Tensor, "batch keys"], preset: Preset) -> Pairs:
+def _masked(scores: Pairs, valid: Bool[Tensor, "batch keys"], preset: AttentionPreset) -> Pairs:
     if preset == "official":
         return scores * (SOFTMAX_SCALE * valid[:, None].float())
     lowest = torch.finfo(scores.dtype).min
@@ -260,13 +260,13 @@ def _moved_back(even: Tensor, odd: Tensor, step: int) -> Tensor:
     return total
 
 
-def _overlaps(mixed: Tensor, preset: Preset) -> Tensor:
+def _overlaps(mixed: Tensor, preset: AttentionPreset) -> Tensor:
     """How many patches every pixel is divided by, (h, w)."""
     height, width = mixed.shape[2:]
     counts = []
     for size in (height, width):
         count = mixed.new_full((size,), 2.0)
-        if preset == "renormalised":
+        if preset != "official":
             count[0] = count[-1] = 1.0
         counts.append(count)
     return counts[0][:, None] * counts[1]

@@ -1,13 +1,12 @@
 """SN-PatchGAN (paper, section 3.2): spectrally normalised convolutions that score patches."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from models.gated_conv import Conv
+from models.options import DiscriminatorHead
 from models.types import Image, Mask, Scores, Sketch
 
 CHANNELS = (64, 128, 256, 256, 256, 256)
@@ -26,7 +25,7 @@ class Discriminator(nn.Module):
         guided: bool = False,
         *,
         image_channels: int = 3,
-        head: Literal["leaky", "linear"] = "leaky",
+        head: DiscriminatorHead = "leaky",
     ) -> None:
         super().__init__()
         self.guided, self.head = guided, head

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.options import ConvolutionKind, Padding
 from models.types import Features, Mask
 from models.upsampling import Interleave, for_phases, upsampled_conv3
 
-Padding = Literal["same", "symmetric", "reflect"]
 Activation = Literal["elu", "relu"]
 NewFeatures = Float[Tensor, "batch new_channels new_height new_width"]
 NewMask = Float[Tensor, "batch 1 new_height new_width"]
@@ -154,6 +154,14 @@ class PartialConv(Convolution):
         if self.activation is not None:
             outputs = ACTIVATIONS[self.activation](outputs)
         return outputs, any_known
+
+
+CONVOLUTIONS: dict[ConvolutionKind, type[Convolution]] = {
+    "gated": GatedConv,
+    "partial": PartialConv,
+    "vanilla": Conv,
+}
+"""Every kind of convolution that a generator can be made of, by its name in a recipe."""
 
 
 def gated(raw: Tensor, activation: Activation | None) -> Tensor:

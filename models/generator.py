@@ -2,36 +2,29 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Preset, contextual_attention
-from models.gated_conv import Activation, Conv, Convolution, GatedConv, Padding, PartialConv
+from models.attention import contextual_attention
+from models.gated_conv import CONVOLUTIONS, Activation, Conv, Convolution, PartialConv
 from models.masking import known, paste
+from models.options import AttentionPreset, ConvolutionKind, Padding
 from models.sampling import shrink
 from models.types import Features, Image, Mask, Sketch
 
 SEGMENT = 6  # layers between kept activations where the others are computed again
 STRIDE = 8  # ÷4 in the encoders, ÷2 in the attention: both sides must be multiples of it
 
-Kind = Literal["gated", "partial", "vanilla"]
-KINDS: dict[Kind, type[Convolution]] = {
-    "gated": GatedConv,
-    "partial": PartialConv,
-    "vanilla": Conv,
-}
-
 
 @dataclass(frozen=True)
 class Style:
     """What all layers have in common."""
 
-    convolution: Kind = "gated"
+    convolution: ConvolutionKind = "gated"
     padding: Padding = "same"
-    attention: Preset = "official"
+    attention: AttentionPreset = "official"
     recompute: bool = False
 
 
@@ -48,7 +41,7 @@ class Layer:
     activation: Activation = "elu"
 
     def build(self, inputs: int, style: Style) -> Convolution:
-        return KINDS[style.convolution](
+        return CONVOLUTIONS[style.convolution](
             inputs,
             self.outputs,
             kernel=self.kernel,
@@ -232,9 +225,9 @@ class Generator(nn.Module):
         width: int = 24,
         image_channels: int = 3,
         refine_mask: bool = False,
-        convolution: Kind = "gated",
+        convolution: ConvolutionKind = "gated",
         padding: Padding = "same",
-        attention: Preset = "official",
+        attention: AttentionPreset = "official",
         recompute: bool = False,
     ) -> None:
         super().__init__()

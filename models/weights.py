@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.discriminator import Discriminator
-from models.gated_conv import Padding
 from models.generator import Generator
+from models.options import Padding
 
 Loaded = TypeVar("Loaded")
 Colours = Literal["bgr", "rgb"]

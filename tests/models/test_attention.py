@@ -200,6 +200,6 @@ def test_renormalised_attention_loses_nothing_to_masked_keys_and_borders(holes: 
     features = torch.randn(2, 3, 16, 12)
     mask = (torch.rand(2, 1, 16, 12) < holes).float()
     expected = reference.contextual_attention(features, mask, renormalised=True)
-    mixed = contextual_attention(features, mask, preset="renormalised")
+    mixed = contextual_attention(features, mask, preset="renormalized")
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(mixed, contextual_attention(features, mask)) or holes == 1

@@ -10,10 +10,10 @@ from models.gated_conv import (
     Conv,
     Convolution,
     GatedConv,
-    Padding,
     PartialConv,
     same_padding,
 )
+from models.options import Padding
 
 
 @pytest.mark.parametrize(

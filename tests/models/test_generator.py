@@ -7,8 +7,8 @@ from torch import nn
 from benchmarks.reference.networks import Generator as Reference
 from models import Generator
 from models.gated_conv import Convolution, GatedConv
-from models.generator import Kind
 from models.masking import erase
+from models.options import ConvolutionKind
 from tests.models.golden import fill_generator
 
 
@@ -270,7 +270,7 @@ def test_mistakes_are_told_in_one_line(narrow: Generator) -> None:
 @pytest.mark.parametrize(("guided", "count"), [(False, 2_026_566), (True, 2_027_166)])
 @pytest.mark.parametrize("convolution", ["partial", "vanilla"])
 def test_without_gates_the_features_keep_their_width(
-    convolution: Kind, guided: bool, count: int
+    convolution: ConvolutionKind, guided: bool, count: int
 ) -> None:
     generator = Generator(guided, convolution=convolution)
     assert parameters(generator) == count
@@ -278,7 +278,7 @@ def test_without_gates_the_features_keep_their_width(
 
 
 @pytest.mark.parametrize("convolution", ["gated", "partial", "vanilla"])
-def test_every_convolution_trains_all_its_weights(convolution: Kind) -> None:
+def test_every_convolution_trains_all_its_weights(convolution: ConvolutionKind) -> None:
     torch.manual_seed(0)
     generator = Generator(width=4, convolution=convolution)
     image, mask = torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
@@ -335,7 +335,7 @@ def test_a_warm_start_keeps_every_option() -> None:
         refine_mask=True,
         convolution="vanilla",
         padding="symmetric",
-        attention="renormalised",
+        attention="renormalized",
     )
     guided = Generator.guided_from(unguided)
     image, mask = torch.rand(1, 1, 16, 24), (torch.rand(1, 1, 16, 24) > 0.5).float()
@@ -367,7 +367,7 @@ def test_the_network_and_its_gradients_equal_the_slow_reference(guided: bool) ->
 
 
 @pytest.mark.parametrize("convolution", ["gated", "partial"])
-def test_activations_computed_again_give_the_same_gradients(convolution: Kind) -> None:
+def test_activations_computed_again_give_the_same_gradients(convolution: ConvolutionKind) -> None:
     kept = Generator(width=4, convolution=convolution)
     again = Generator(width=4, convolution=convolution, recompute=True)
     fill_generator(kept)

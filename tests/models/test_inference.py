@@ -5,10 +5,9 @@ from hypothesis import strategies as st
 
 from models import Generator
 from models.attention import attention_bytes
-from models.gated_conv import Padding
-from models.generator import Kind
 from models.inference import KEPT_BYTES, fill, memory_bytes
 from models.masking import erase
+from models.options import ConvolutionKind, Padding
 from tests.models.golden import fill_generator
 from tests.models.live import LiveBytes
 
@@ -100,7 +99,7 @@ def test_attention_keeps_to_what_the_features_leave(generator: Generator) -> Non
 @pytest.mark.parametrize("padding", ["same", "reflect"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_picture_takes_no_more_than_estimated(
-    convolution: Kind, padding: Padding, precision: torch.dtype
+    convolution: ConvolutionKind, padding: Padding, precision: torch.dtype
 ) -> None:
     generator = Generator(True, convolution=convolution, padding=padding, refine_mask=True).eval()
     image, mask = torch.rand(1, 3, 128, 256), torch.zeros(1, 1, 128, 256)
