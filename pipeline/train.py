@@ -17,11 +17,10 @@ from data_prep.shards import Dataset
 from pipeline import ranks as distributed
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import Config
-from pipeline.data.loaders import train_loader
+from pipeline.data.sample_order import dataset_misfits
 from pipeline.errors import TrainingError
 from pipeline.loop import refuse_other_model, train_worker
 from pipeline.networks import starting_weights
-from pipeline.ranks import Ranks
 from pipeline.run_storage import checkpoints_url, dataset_url, run_store
 from pipeline.stop_request import (
     STOP_KEY,
@@ -54,17 +53,19 @@ def train(cfg: Config) -> bool:
 def _refuse_early(cfg: Config) -> None:
     """Tell before any machine starts what would stop every worker."""
     dataset = Dataset.open(dataset_url(cfg))
-    if not sum(shard.samples for shard in dataset.shards("val")):
-        raise ValueError(
-            f"{dataset.url} holds no held-out pictures: raise data.val_fraction "
-            f"(now {cfg.data.val_fraction})"
-        )
-    if (stored_px := dataset.settings["shaping"]["stored_px"]) < cfg.train.size_px:
-        raise ValueError(
-            f"{dataset.url} holds pictures of {stored_px} pixels, fewer than train.size_px "
-            f"{cfg.train.size_px}: prepare larger ones, or train on smaller crops"
-        )
-    train_loader(cfg, dataset, Ranks()).close()
+    samples = {
+        split: sum(shard.samples for shard in dataset.shards(split)) for split in ("train", "val")
+    }
+    faults = dataset_misfits(
+        train_samples=samples["train"],
+        val_samples=samples["val"],
+        stored_px=dataset.settings["shaping"]["stored_px"],
+        size_px=cfg.train.size_px,
+        streams=cfg.train.streams,
+        global_batch=cfg.train.global_batch,
+    )
+    if faults:
+        raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
     checkpoints = CheckpointStore(open_store(checkpoints_url(cfg)))
     if (step := checkpoints.newest()) is not None:
         refuse_other_model(cfg, checkpoints.manifest(step))

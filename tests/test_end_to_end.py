@@ -212,7 +212,7 @@ def test_training_without_a_data_set_says_what_to_do(settings):
         ("train.global_batch=64", "64"),
         (
             "data.stored_px=96 train.size_px=80",
-            "pictures of 72 pixels, fewer than train.size_px 80",
+            "stored at 72 pixels, fewer than train.size_px 80",
         ),
         ("name=new train.start_from=nowhere.safetensors", "nowhere.safetensors is not there"),
     ],

@@ -103,6 +103,10 @@ class Store(Protocol):
         """Bytes under ``key``. Raises MissingKeyError."""
         ...
 
+    def local_path(self, key: str) -> Path | None:
+        """The file of ``key`` on a disk of this machine; None where values are elsewhere."""
+        ...
+
     def delete(self, key: str) -> None:
         """Remove ``key``; one that is missing is fine."""
         ...
@@ -278,6 +282,9 @@ class FileStore:
         with self._explained(key):
             return self._path(key).stat().st_size
 
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._explained(key):
@@ -404,6 +411,9 @@ class S3Store:
         with self._explained(key):
             head = self._client.head_object(Bucket=self._bucket, Key=self._full(key))
         return head["ContentLength"]
+
+    def local_path(self, key: str) -> Path | None:
+        return None
 
     def delete(self, key: str) -> None:
         with self._explained(key):

@@ -2,81 +2,26 @@
 
 import io
 import itertools
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-import simplejpeg
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from cluster.storage import open_store
 from data_prep.masks import MaskSampler
-from data_prep.shards import (
-    FORMAT,
-    Dataset,
-    RawSample,
-    Shard,
-    ShardError,
-    Split,
-    index_entry,
-    write_shard,
-)
+from data_prep.shards import Dataset, ShardError
 from pipeline.data.batch import Batch
-from pipeline.data.batches import SampleOrder, TrainLoader, val_batches
+from pipeline.data.batches import TrainLoader, val_batches
+from tests.pipeline.data.tiny_dataset import copied, image_of, sample_of, shards_of, write_dataset
 
 SIZE = 32
-SHARD_COUNTS = (9, 4, 13, 8, 7)  # 41 pictures
+SHARD_COUNTS = (9, 4, 13, 8, 7)  # 41 images
 GLOBAL_BATCH = 8
 STEPS_PER_EPOCH = 5
-
-
-def picture_of(number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth picture that tells its number, and a sketch of its bright half."""
-    y, x = np.mgrid[:height, :width]
-    image = np.stack([x * 200 / width, y * 200 / height, np.full_like(x, number * 3)], -1)
-    return image.astype(np.uint8), ((x * 2 > width) * 255).astype(np.uint8)
-
-
-def sample_of(number: int, height: int = 40, width: int = 56) -> RawSample:
-    image, sketch = picture_of(number, height, width)
-    return RawSample(
-        key=f"class/p{number:03d}",
-        jpg=simplejpeg.encode_jpeg(image, quality=98, colorsubsampling="444"),
-        sketch=cv2.imencode(".png", sketch, [cv2.IMWRITE_PNG_BILEVEL, 1])[1].tobytes(),
-        meta=b"{}",
-    )
-
-
-def write_dataset(url: str, folder: Path, shards: Sequence[tuple[Split, list[RawSample]]]) -> None:
-    """A data set as readers see it: tars, the index, and dataset.json."""
-    store, index = open_store(url), []
-    folder.mkdir(exist_ok=True)
-    for number, (split, samples) in enumerate(shards):
-        name = f"tiny-{split}-{number:06d}.tar"
-        index.append(write_shard(folder / name, samples, split=split, name=name))
-        store.upload(folder / name, name)
-    write_index(url, index)
-
-
-def write_index(url: str, index: Sequence[Shard]) -> None:
-    store = open_store(url)
-    entries = [index_entry(shard) for shard in index]
-    store.put("index.json", json.dumps({"shardlist": entries}).encode())
-    record = {"format": FORMAT, "name": "tiny", "digest": "", "settings": {}, "counts": {}}
-    store.put("dataset.json", json.dumps(record | {"files": {}}).encode())
-
-
-def shards_of(counts: Sequence[int], split: Split) -> list[tuple[Split, list[RawSample]]]:
-    numbers = itertools.count()
-    return [(split, [sample_of(next(numbers)) for _ in range(count)]) for count in counts]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +113,7 @@ def test_positions_count_steps_within_epochs(undisturbed: list[Step]) -> None:
     assert [(epoch, step) for epoch, step, _ in undisturbed] == expected
 
 
-def test_an_epoch_shows_no_picture_twice_and_leaves_out_less_than_a_batch(
+def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(
     undisturbed: list[Step],
 ) -> None:
     for epoch in (0, 1):
@@ -193,7 +138,7 @@ def test_epochs_differ_in_order_crops_and_masks(undisturbed: list[Step]) -> None
     assert sum(torch.equal(first[key][1], second[key][1]) for key in both) < len(both) / 4
 
 
-def test_crop_and_mask_of_a_picture_depend_on_its_key_and_epoch_alone(
+def test_crop_and_mask_of_a_image_depend_on_its_key_and_epoch_alone(
     dataset: Dataset, undisturbed: list[Step]
 ) -> None:
     def by_key(steps: list[Step]) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -226,7 +171,7 @@ def test_one_mask_for_the_whole_global_batch_where_asked(dataset: Dataset) -> No
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_crops_show_what_is_stored_and_the_sketch_moves_with_the_picture(
+def test_crops_show_what_is_stored_and_the_sketch_moves_with_the_image(
     dataset: Dataset, undisturbed: list[Step]
 ) -> None:
     mirrored = 0
@@ -234,7 +179,7 @@ def test_crops_show_what_is_stored_and_the_sketch_moves_with_the_picture(
         for image, sketch, key in zip(batch.image, batch.sketch, batch.keys, strict=True):
             number = int(key[-3:])
             assert float(image[..., 2].double().mean()) == pytest.approx(number * 3, abs=2)
-            whole, strokes = picture_of(number, 40, 56)
+            whole, strokes = image_of(number, 40, 56)
             flip = bool(image[0, 0, 0] > image[0, -1, 0])
             mirrored += flip
             if flip:
@@ -251,7 +196,7 @@ def test_crops_show_what_is_stored_and_the_sketch_moves_with_the_picture(
     assert 10 < mirrored < 30
 
 
-def test_pictures_smaller_than_the_crop_are_scaled_up(tmp_path: Path) -> None:
+def test_images_smaller_than_the_crop_are_scaled_up(tmp_path: Path) -> None:
     samples = [sample_of(i, height=20, width=30) for i in range(4)]
     write_dataset(str(tmp_path / "set"), tmp_path / "made", [("train", samples)])
     loader = loader_of(Dataset.open(str(tmp_path / "set")), global_batch=4, flip=False)
@@ -262,49 +207,12 @@ def test_pictures_smaller_than_the_crop_are_scaled_up(tmp_path: Path) -> None:
     assert whole[-1] > 180
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    counts=st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda c: sum(c) >= 12),
-    streams=st.sampled_from([1, 2, 3, 4, 6]),
-    shuffle_block=st.integers(1, 40),
-    epoch=st.integers(0, 5),
-    seed=st.integers(0, 9),
-)
-def test_the_order_deals_every_sample_once_and_knows_its_shards_ahead(
-    counts: list[int], streams: int, shuffle_block: int, epoch: int, seed: int
-) -> None:
-    def new_order() -> SampleOrder:
-        return SampleOrder(
-            counts, streams=streams, global_batch=12, shuffle_block=shuffle_block, seed=seed
-        )
-
-    order, places = new_order(), []
-    for step in range(order.steps):
-        for stream in range(streams):
-            given = order.samples(epoch, step, stream)
-            assert len(given) == 12 // streams
-            assert {place.shard for place in given} <= set(order.shards_ahead(epoch, step, stream))
-            assert given == new_order().samples(epoch, step, stream)  # found without what is before
-            places += given
-    assert len(places) == len(set(places)) == sum(counts) // 12 * 12
-    assert all(place.sample < counts[place.shard] for place in places)
-    last = order.shards_ahead(epoch, order.steps - 1, 0)
-    assert {place.shard for place in order.samples(epoch + 1, 0, 0)} <= set(last)
-
-
-def test_a_stream_reads_its_shards_one_after_the_other() -> None:
-    order = SampleOrder([100] * 16, streams=4, global_batch=8, shuffle_block=50, seed=0)
-    for stream in range(4):
-        widths = [len(set(order.shards_ahead(0, step, stream))) for step in range(150)]
-        assert max(widths) <= 2
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"world_size": 3}, "3 ranks cannot share 4 streams"),
         ({"global_batch": 6}, "a global batch of 6 cannot take equally many samples"),
-        ({"global_batch": 64}, "41 training pictures cannot fill one global batch of 64"),
+        ({"global_batch": 64}, "41 training images cannot fill one global batch of 64"),
     ],
 )
 def test_numbers_that_do_not_divide_are_refused(
@@ -330,7 +238,7 @@ def test_closing_ends_the_threads(dataset: Dataset) -> None:
 
 
 def damaged(dataset: Dataset, folder: Path, change: Any) -> Dataset:
-    """A copy of the data set with one train shard's bytes changed."""
+    """A copy of the dataset with one train shard's bytes changed."""
     for path in Path(dataset.url).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     shard = folder / "tiny-train-000002.tar"
@@ -361,7 +269,7 @@ def test_a_shard_with_too_few_samples_is_an_error_that_names_it(
         all_batches(short)
 
 
-def test_a_damaged_picture_is_an_error_that_names_shard_and_key(
+def test_a_damaged_image_is_an_error_that_names_shard_and_key(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     def overwritten(data: bytes) -> bytes:
@@ -369,7 +277,7 @@ def test_a_damaged_picture_is_an_error_that_names_shard_and_key(
         return data[:begin] + bytes(400) + data[begin + 400 :]
 
     broken = damaged(dataset, tmp_path, overwritten)
-    with pytest.raises(ShardError, match=r"tiny-train-000002\.tar: the picture of class/p015 is"):
+    with pytest.raises(ShardError, match=r"tiny-train-000002\.tar: the image of class/p015 is"):
         all_batches(broken, global_batch=41, streams=1)
 
 
@@ -388,47 +296,12 @@ def test_a_damaged_sketch_is_an_error_that_names_shard_and_key(
 # S3
 
 
-@pytest.fixture
-def remote(dataset: Dataset, s3_url: str) -> Dataset:
-    store = open_store(s3_url)
-    for path in Path(dataset.url).iterdir():
-        store.put(path.name, path.read_bytes())
-    return Dataset.open(s3_url)
-
-
-def test_shards_on_s3_give_the_same_batches_and_are_fetched_once(
-    remote: Dataset, undisturbed: list[Step], tmp_path: Path
+def test_shards_on_s3_give_the_same_batches(
+    dataset: Dataset, undisturbed: list[Step], s3_url: str, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    for expected, found in zip(
-        undisturbed, first_batches(loader_of(remote, cache=cache), 12), strict=True
-    ):
+    remote = loader_of(copied(dataset, s3_url), cache=tmp_path / "cache")
+    for expected, found in zip(undisturbed, first_batches(remote, 12), strict=True):
         assert_same(found[2], expected[2])
-    assert len(list(cache.iterdir())) == len(SHARD_COUNTS)
-    for shard in remote.shards("train"):
-        remote.store.delete(shard.name)
-    again = first_batches(loader_of(remote, cache=cache), 12)
-    assert_same(again[-1][2], undisturbed[-1][2])
-
-
-def test_the_copies_of_shards_stay_within_their_bound(remote: Dataset, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    largest = max(shard.bytes for shard in remote.shards("train"))
-    steps = first_batches(loader_of(remote, cache=cache, cache_bytes=largest + 1), 12)
-    assert len(steps) == 12
-    assert sum(path.stat().st_size for path in cache.iterdir()) <= largest
-
-
-def test_a_shard_that_changed_on_s3_is_an_error_that_names_it(
-    remote: Dataset, tmp_path: Path
-) -> None:
-    name = remote.shards("train")[1].name
-    data = bytearray(remote.store.get(name))
-    data[700] ^= 1
-    remote.store.put(name, bytes(data))
-    with pytest.raises(ShardError, match=f"{name} has other content than was written"):
-        all_batches(remote, cache=tmp_path / "cache")
-    assert remote.shards("train")[1].sha256 not in {p.stem for p in (tmp_path / "cache").iterdir()}
 
 
 # Validation
@@ -445,7 +318,7 @@ def val_of(dataset: Dataset, **changes: Any) -> Iterator[Batch]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
-def test_ranks_share_the_held_out_pictures_without_duplicates(
+def test_ranks_share_the_held_out_images_without_duplicates(
     dataset: Dataset, world_size: int
 ) -> None:
     alone = joined(list(val_of(dataset, batch=11)))
@@ -458,18 +331,18 @@ def test_ranks_share_the_held_out_pictures_without_duplicates(
     assert len(set(alone.keys)) == 11
 
 
-def test_held_out_pictures_are_centre_crops_of_what_is_stored(dataset: Dataset) -> None:
+def test_held_out_images_are_center_crops_of_what_is_stored(dataset: Dataset) -> None:
     batch = next(val_of(dataset))
     sample = next(iter(dataset.read(dataset.shards("val")[0])))
     whole = np.asarray(Image.open(io.BytesIO(sample.jpg)))
-    centre = whole[4 : 4 + SIZE, 12 : 12 + SIZE].astype(int)
+    center = whole[4 : 4 + SIZE, 12 : 12 + SIZE].astype(int)
     assert (
-        np.abs(batch.image[0].numpy().astype(int) - centre).max() <= 4
+        np.abs(batch.image[0].numpy().astype(int) - center).max() <= 4
     )  # decoders differ a little
     assert batch.keys[0] == sample.key
 
 
-def test_only_so_many_held_out_pictures_where_a_limit_is_given(dataset: Dataset) -> None:
+def test_only_so_many_held_out_images_where_a_limit_is_given(dataset: Dataset) -> None:
     assert [len(batch.keys) for batch in val_of(dataset, limit=5)] == [2, 2, 1]
     assert not list(val_of(dataset, limit=0))
 

@@ -1,0 +1,136 @@
+"""Shards as memory maps: a dataset's own files, or checked copies of what is on S3."""
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from cluster.storage import join
+from data_prep.shards import BLOCK, Dataset, RawSample, Shard, ShardError, read_samples
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 32 * 2**30
+ABANDONED_S = 3600  # an incomplete copy that nobody has written to for so long is never completed
+DOWNLOADS = 4  # shards at a time; a big one comes in parallel parts besides
+
+
+class OpenShard(NamedTuple):
+    """A shard that is mapped into memory."""
+
+    url: str
+    samples: list[RawSample]
+    """Their bytes are views of the mapped file."""
+
+
+class ShardCache:
+    """Opens shards of ``dataset`` ahead of their use, in background threads.
+
+    Shards on this machine's disk are mapped in place: their size is checked, and
+    ``dataset verify`` reads their bytes. Others are copied to the folder ``cache`` first and
+    checked against their SHA-256. Copies are named by that SHA-256, so ranks, runs and datasets
+    share them. Beyond ``cache_bytes`` the copies that were used longest ago are removed; a process
+    that still reads one is not disturbed. What is left serves the next run.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, cache: Path | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._store, self._url = dataset.store, dataset.url
+        default = Path(tempfile.gettempdir(), f"deepfill-shards-{os.getuid()}")
+        self._cache, self._cache_bytes = cache or default, cache_bytes
+        self._openers = ThreadPoolExecutor(DOWNLOADS, "shard")
+        self._opened: dict[str, Future[OpenShard]] = {}
+
+    def open(self, shards: Iterable[Shard]) -> dict[str, Future[OpenShard]]:
+        """Start to open ``shards``, in this order, and release all others; futures by shard name.
+
+        A future raises ShardError for a damaged shard and StorageError where storage fails.
+        """
+        opened: dict[str, Future[OpenShard]] = {}
+        for shard in shards:
+            if shard.name not in opened:
+                known = self._opened.get(shard.name)
+                opened[shard.name] = known or self._openers.submit(self._open, shard)
+        self._opened = opened
+        return opened
+
+    def file(self, shard: Shard) -> BinaryIO:
+        """``shard`` as a local file, open for reading; a copy is fetched where there is none."""
+        if self._store.local_path(shard.name) is not None:
+            return self._store.open(shard.name)
+        path = self._cache / f"{shard.sha256}.tar"
+        try:
+            os.utime(path)  # used now, so removed last
+            return path.open("rb")
+        except FileNotFoundError:
+            return self._fetched(shard, path)
+
+    def close(self) -> None:
+        """End the threads; shards that wait to be opened are dropped."""
+        self._openers.shutdown(cancel_futures=True)
+        self._opened = {}
+
+    def _open(self, shard: Shard) -> OpenShard:
+        url = join(self._url, shard.name)
+        with self.file(shard) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.bytes:
+                raise ShardError(f"{url} has {size} bytes instead of {shard.bytes}")
+            # The views in the samples keep the map alive, and nothing else does.
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        samples = list(read_samples(_Views(content), name=url))
+        if len(samples) != shard.samples:
+            raise ShardError(f"{url} has {len(samples)} samples instead of {shard.samples}")
+        return OpenShard(url, samples)
+
+    def _fetched(self, shard: Shard, path: Path) -> BinaryIO:
+        url, started = join(self._url, shard.name), time.perf_counter()
+        self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        arriving = path.with_suffix(f".{os.getpid()}")
+        self._store.download(shard.name, arriving)
+        file = arriving.open("rb")
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            file.close()
+            arriving.unlink()
+            raise ShardError(f"{url} has other content than was written (SHA-256 differs)")
+        file.seek(0)
+        arriving.replace(path)
+        log.debug("shard fetched url=%s seconds=%.1f", url, time.perf_counter() - started)
+        self._evict()
+        return file
+
+    def _evict(self) -> None:
+        """Remove the copies that were used longest ago, beyond ``cache_bytes``."""
+        copies = []
+        for path in self._cache.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                status = path.stat()
+                if path.suffix == ".tar":
+                    copies.append((status.st_mtime, status.st_size, path))
+                elif time.time() - status.st_mtime > ABANDONED_S:
+                    path.unlink()
+        used = 0
+        for _, size, path in sorted(copies, reverse=True):
+            used += size
+            if used > self._cache_bytes:
+                path.unlink(missing_ok=True)
+
+
+class _Views:
+    """A file in memory whose reads are views of it: only the tar's headers are copied."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._position = content, 0
+
+    def read(self, size: int, /) -> bytes:
+        piece = self._content[self._position : self._position + size]
+        self._position += len(piece)
+        return bytes(piece) if size == BLOCK else cast(bytes, piece)
