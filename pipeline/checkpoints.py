@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cluster.storage import MissingKeyError, Store, join, open_store
+from pipeline.config import Model
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRANSFERS = 4  # files on their way at the same time; big ones go in parts besides
-Mode = Literal["min", "max"]
-Which = int | Literal["newest", "best"]
-BEST: tuple[str, Mode] = ("val/l1_percent", "min")
-"""What makes a checkpoint of ours the best one."""
+MetricMode = Literal["min", "max"]
+CheckpointChoice = int | Literal["newest", "best"]
+"""A step, or which one of a run's."""
+BEST: tuple[str, MetricMode] = ("val/l1_percent", "min")
+"""The metric by which a checkpoint is the best one of its run."""
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, store: Store, *, keep: int = 3, best: tuple[str, Mode] | None = None
+        self, store: Store, *, keep: int = 3, best: tuple[str, MetricMode] | None = None
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints: at least the newest one has to stay")
@@ -82,7 +84,7 @@ class CheckpointStore:
     def newest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def best(self, metric: str, mode: Mode) -> int | None:
+    def best(self, metric: str, mode: MetricMode) -> int | None:
         """The step whose manifest has the best finite value; the later one of equals."""
         if mode not in ("min", "max"):
             raise ValueError(f"mode {mode!r} is neither 'min' nor 'max'")
@@ -293,7 +295,20 @@ class CheckpointInfo:
     metrics: Mapping[str, float]
 
 
-def find(url: str) -> tuple[CheckpointStore, int | None]:
+def refuse_other_model(run: str, manifest: Mapping[str, Any], model: Model) -> None:
+    """A run keeps its model: CheckpointError where a checkpoint's ``manifest`` has another."""
+    saved = Model.model_validate(manifest["config"]["model"])
+    differing = [
+        name for name in Model.model_fields if getattr(saved, name) != getattr(model, name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"run {run} at step {manifest['step']} has another model "
+            f"({', '.join(differing)} differ): give the recipe a new name, or the old settings back"
+        )
+
+
+def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
     """The checkpoints at ``url``: a run's folder, its ``checkpoints`` folder, or one step's.
 
     The step is None unless ``url`` names one. Raises CheckpointError where there are none.
@@ -310,9 +325,9 @@ def find(url: str) -> tuple[CheckpointStore, int | None]:
     )
 
 
-def listing(url: str) -> list[CheckpointInfo]:
+def list_checkpoints(url: str) -> list[CheckpointInfo]:
     """Every finished checkpoint at ``url``, oldest first."""
-    checkpoints, only = find(url)
+    checkpoints, only = find_checkpoints(url)
     manifests = checkpoints.manifests() if only is None else {only: checkpoints.manifest(only)}
     return [
         CheckpointInfo(
@@ -326,9 +341,11 @@ def listing(url: str) -> list[CheckpointInfo]:
     ]
 
 
-def choose(url: str, which: Which, best: tuple[str, Mode]) -> tuple[CheckpointStore, int]:
+def choose_checkpoint(
+    url: str, which: CheckpointChoice, best: tuple[str, MetricMode]
+) -> tuple[CheckpointStore, int]:
     """The checkpoint that ``which`` means at ``url``; a URL that names a step settles it."""
-    checkpoints, step = find(url)
+    checkpoints, step = find_checkpoints(url)
     if step is None:
         if which == "newest":
             step = checkpoints.newest()
@@ -341,22 +358,24 @@ def choose(url: str, which: Which, best: tuple[str, Mode]) -> tuple[CheckpointSt
     return checkpoints, step
 
 
-def pull(url: str, to: Path, which: Which, best: tuple[str, Mode]) -> list[Path]:
+def pull_checkpoint(
+    url: str, to: Path, which: CheckpointChoice, best: tuple[str, MetricMode]
+) -> list[Path]:
     """Copy one checkpoint into the folder ``to``; see ``CheckpointStore.pull``."""
-    checkpoints, step = choose(url, which, best)
+    checkpoints, step = choose_checkpoint(url, which, best)
     return checkpoints.pull(step, to)
 
 
-def verify(url: str) -> dict[int, list[str]]:
+def verify_checkpoints(url: str) -> dict[int, list[str]]:
     """The faults of every checkpoint at ``url``, by step; every byte is read."""
-    checkpoints, only = find(url)
+    checkpoints, only = find_checkpoints(url)
     steps = checkpoints.steps() if only is None else [only]
     return {step: checkpoints.verify(step) for step in steps}
 
 
-def prune(url: str, *, keep: int, best: tuple[str, Mode]) -> list[int]:
+def prune_checkpoints(url: str, *, keep: int, best: tuple[str, MetricMode]) -> list[int]:
     """Delete all but the newest ``keep`` and the best at ``url``; returns the steps that went."""
-    checkpoints, only = find(url)
+    checkpoints, only = find_checkpoints(url)
     if only is not None:
         raise CheckpointError(f"{url} is a single checkpoint: prune a run's folder")
     return CheckpointStore(open_store(checkpoints.url), keep=keep, best=best).prune()

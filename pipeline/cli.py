@@ -232,9 +232,12 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from pipeline.run import prepare
+    from pipeline.run_storage import RunStorage
 
+    cfg = _load(arguments)
     prepare(
-        _load(arguments),
+        cfg,
+        RunStorage.open(cfg),
         replace=arguments.replace,
         update=arguments.update,
         retry_failed=arguments.retry_failed,
@@ -243,22 +246,28 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from pipeline.run_storage import RunStorage
     from pipeline.train import train
 
-    return DONE if train(_load(arguments)) else STOPPED
+    cfg = _load(arguments)
+    return DONE if train(cfg, RunStorage.open(cfg)) else STOPPED
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from pipeline.run import evaluate
+    from pipeline.evaluation.job import evaluate_run
+    from pipeline.run_storage import RunStorage
 
-    evaluate(_load(arguments))
+    cfg = _load(arguments)
+    evaluate_run(cfg, RunStorage.open(cfg))
     return DONE
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline.run import run
+    from pipeline.run_storage import RunStorage
 
-    return DONE if run(_load(arguments)) else STOPPED
+    cfg = _load(arguments)
+    return DONE if run(cfg, RunStorage.open(cfg)) else STOPPED
 
 
 def _inpaint(arguments: argparse.Namespace) -> int:

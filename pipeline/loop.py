@@ -1,25 +1,24 @@
-"""The loop that every rank runs: batches, updates, figures, checkpoints."""
+"""The training loop of one rank: batches, updates, metrics, checkpoints."""
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cluster.storage import open_store
 from data_prep.images import decode
 from data_prep.shards import Dataset
 from models import Generator
 from models.gated_conv import fuse_gates
 from pipeline import networks
 from pipeline import ranks as distributed
-from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
+from pipeline.checkpoints import BEST, CheckpointStore, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches
@@ -29,7 +28,7 @@ from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.progress import format_duration
 from pipeline.ranks import Ranks
-from pipeline.run_storage import checkpoints_url, dataset_url, run_store
+from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState
 from pipeline.step import train_step
 from pipeline.stop_request import StopRequest
@@ -43,11 +42,14 @@ T = TypeVar("T")
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
+def train_on_rank(
+    cfg: Config, storage: RunStorage, dataset: Dataset, ranks: Ranks, stop: StopRequest
+) -> Position:
     """What every rank runs, whoever launched it; collective from the first line to the last.
 
-    Goes on from the newest checkpoint, ends at ``cfg.train.steps`` or at a log interval after
-    ``stop`` was made on any rank, and has saved in both cases. Returns where it ended.
+    Resumes from the newest checkpoint and ends at ``cfg.train.steps``, or at a log interval after
+    ``stop`` was requested on any rank. Everything is saved in both cases. Returns the last
+    position.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -57,29 +59,24 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
         logging.getLogger().setLevel(logging.WARNING)
     torch.manual_seed(cfg.seed)  # equal initial weights on all ranks
 
-    dataset = Dataset.open(dataset_url(cfg))
-    checkpoints = CheckpointStore(
-        open_store(checkpoints_url(cfg)),
-        keep=cfg.train.keep_checkpoints,
-        best=BEST,
-    )
+    checkpoints = CheckpointStore(storage.checkpoints, keep=cfg.train.keep_checkpoints, best=BEST)
     if ranks.first:
-        run_store(cfg).clear_unfinished()
+        storage.run.clear_unfinished()
     state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
 
-    learning = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
-    critic = networks.discriminator(cfg.model).to(device)
+    generator_module = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
+    discriminator_module = networks.discriminator(cfg.model).to(device)
     if not state:
-        _start(cfg, generator=learning, discriminator=critic)
-    average = ExponentialMovingAverage(learning, cfg.train.ema_decay, position.step)
+        _load_initial_weights(cfg, generator=generator_module, discriminator=discriminator_module)
+    average = ExponentialMovingAverage(generator_module, cfg.train.ema_decay, position.step)
     if state:
         average.module.load_state_dict(state.ema)
     if cfg.train.compile and device.type == "cuda":
-        learning.compile()
-        critic.compile()
+        generator_module.compile()
+        discriminator_module.compile()
     elif cfg.train.compile:
-        fuse_gates(learning)  # oneDNN's convolutions are not compiled to advantage
+        fuse_gates(generator_module)  # compiling oneDNN's convolutions gains nothing
     engine = partial(
         build_engine,
         cfg.train.engine,
@@ -88,25 +85,25 @@ def train_worker(cfg: Config, ranks: Ranks, stop: StopRequest) -> Position:
         zero_stage=cfg.train.zero_stage,
         batch_per_rank=cfg.train.global_batch // ranks.world_size,
     )
-    generator = engine(learning, state=state.generator if state else None)
-    discriminator = engine(critic, state=state.discriminator if state else None)
+    generator = engine(generator_module, state=state.generator if state else None)
+    discriminator = engine(discriminator_module, state=state.discriminator if state else None)
     with ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
-        tracker = stack.enter_context(open_run_tracker(cfg, dataset, position.step, ranks))
+        tracker = stack.enter_context(open_run_tracker(cfg, storage, dataset, position.step, ranks))
         if ranks.first and not state:
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
-        worker = _Worker(
+        loop = TrainingLoop(
             cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
         )
-        return worker.run(loader, position, stop)
+        return loop.run(loader, position, stop)
 
 
-def _start(cfg: Config, **fresh: nn.Module) -> None:
-    """Put in the trained weights that the recipe names."""
+def _load_initial_weights(cfg: Config, **modules: nn.Module) -> None:
+    """Load the trained weights that the recipe names into fresh modules."""
     for name, weights in networks.starting_weights(cfg).items():
-        fresh[name].load_state_dict(weights)
+        modules[name].load_state_dict(weights)
     log.info(
         "starting run=%s generator=%s discriminator=%s",
         cfg.name,
@@ -116,8 +113,8 @@ def _start(cfg: Config, **fresh: nn.Module) -> None:
 
 
 @dataclass
-class _Worker:
-    """The loop's parts, gathered so that its steps read in order."""
+class TrainingLoop:
+    """One rank's engines and outputs, and the loop over batches."""
 
     cfg: Config
     ranks: Ranks
@@ -153,7 +150,7 @@ class _Worker:
                 stopping = self._report(position, losses, clock, stop)
             if last or stopping or position.step % cfg.save_every_steps == 0:
                 self._save(position)
-                clock.restart()  # its time is no training time
+                clock.restart()  # saving is no training time
             if last or stopping:
                 break
         self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")
@@ -162,8 +159,8 @@ class _Worker:
     def _report(
         self, position: Position, losses: dict[str, Tensor], clock: "_Clock", stop: StopRequest
     ) -> bool:
-        """Read and log the losses, averaged over ranks; whether any rank was asked to stop."""
-        means = distributed.mean(losses | {"stop": float(stop.made)}, self.ranks.device)
+        """Log the losses averaged over ranks; whether a stop was requested on any rank."""
+        means = distributed.mean(losses | {"stop": float(stop.requested)}, self.ranks.device)
         stopping = means.pop("stop") > 0
         if not all(math.isfinite(value) for value in means.values()):
             raise TrainingError(
@@ -189,33 +186,33 @@ class _Worker:
         return stopping
 
     def _save(self, position: Position) -> None:
-        """Validate the averaged generator and write a checkpoint that carries its figures."""
+        """Validate the averaged generator and write a checkpoint that carries the metrics."""
         started = time.perf_counter()
         evaluation = self._validate()
-        figures = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
-        # Collective at ZeRO stages 1 and 2, so on every rank; only the first one writes.
+        metrics = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
+        # Collective at ZeRO stages 1 and 2, so on every rank; only rank 0 writes.
         state = TrainingState(
             position, self.generator.state(), self.discriminator.state(), self.average.weights()
         )
         if self.ranks.first:
             self.checkpoints.save(
                 position.step,
-                state.files(networks.weights_header(self.cfg.model), metrics=figures),
+                state.files(networks.weights_header(self.cfg.model), metrics=metrics),
                 manifest={
-                    "metrics": figures,
+                    "metrics": metrics,
                     "dataset_digest": self.dataset.digest,
                     "mlflow_run": self.tracker.run_id,
                     "config_digest": self.cfg.digest(),
                     "config": self.cfg.model_dump(mode="json"),
                 },
             )
-            self.tracker.log_metrics(position.step, figures)
+            self.tracker.log_metrics(position.step, metrics)
             self.tracker.log_image("samples", position.step, evaluation.sheet())
             log.info(
-                "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stood_still_s=%.1f",
+                "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stall_s=%.1f",
                 position.step,
-                figures["val/l1_percent"],
-                figures["val/psnr_db"],
+                metrics["val/l1_percent"],
+                metrics["val/psnr_db"],
                 time.perf_counter() - started,
             )
 
@@ -232,7 +229,7 @@ class _Worker:
 
 
 class _Clock:
-    """Speed since the last reading, without the time that saving took."""
+    """Speed since the last reading; saving does not count."""
 
     def __init__(self, global_batch: int) -> None:
         self.steps = 0
@@ -241,7 +238,7 @@ class _Clock:
         self._since = time.perf_counter()
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """``batches``, with the time noted that each one kept us waiting."""
+        """Yield from ``batches`` and measure the wait for each one."""
         while True:
             started = time.perf_counter()
             batch = next(batches)
@@ -263,17 +260,6 @@ class _Clock:
         self.steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
 
 
-def refuse_other_model(cfg: Config, manifest: Mapping[str, Any]) -> None:
-    """A run keeps its model: CheckpointError where a checkpoint's ``manifest`` has another."""
-    saved, wanted = manifest["config"]["model"], cfg.model.model_dump(mode="json")
-    if saved != wanted:
-        differing = sorted(key for key in wanted if saved.get(key) != wanted[key])
-        raise CheckpointError(
-            f"run {cfg.name} at step {manifest['step']} has another model "
-            f"({', '.join(differing)} differ): give the recipe a new name, or the old settings back"
-        )
-
-
 def _newest(
     cfg: Config, checkpoints: CheckpointStore, dataset: Dataset, ranks: Ranks
 ) -> TrainingState | None:
@@ -283,8 +269,8 @@ def _newest(
     if step is None:
         return None
     manifest = checkpoints.manifest(step)
-    refuse_other_model(cfg, manifest)
+    refuse_other_model(cfg.name, manifest, cfg.model)
     if manifest["dataset_digest"] != dataset.digest:
-        log.warning("the data set changed since step %d: the order of training is another", step)
-    log.info("going on run=%s step=%d", cfg.name, step)
+        log.warning("the dataset changed after step %d: training continues in another order", step)
+    log.info("resuming run=%s step=%d", cfg.name, step)
     return TrainingState.read(found[1] if found else checkpoints.load(step))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
-from pipeline.checkpoints import BEST, choose
+from pipeline.checkpoints import BEST, choose_checkpoint
 from pipeline.config import Config, ConfigError, Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -145,7 +145,7 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
                 f"{source} should be a .safetensors file or a checkpoint's folder: "
                 "`python -m pipeline weights import` makes one of other codes' weights"
             )
-        checkpoints, step = choose(source, "best", BEST)
+        checkpoints, step = choose_checkpoint(source, "best", BEST)
         return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
     folder, file = folder_and_name(source)
     try:

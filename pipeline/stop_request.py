@@ -1,4 +1,4 @@
-"""Stop on request with everything saved: Ctrl-C, SIGTERM, or a key in the run's folder."""
+"""Requests to stop with everything saved: Ctrl-C, SIGTERM, or a key in the run's folder."""
 
 import contextlib
 import logging
@@ -18,29 +18,33 @@ POLL_INTERVAL_S = 2.0
 
 
 class StopRequest(Protocol):
+    """Whether somebody asked the run to stop."""
+
     @property
-    def made(self) -> bool: ...
+    def requested(self) -> bool: ...
 
 
 class NoStop:
-    made = False
+    """Never requested: for ranks that hear of a stop through rank 0."""
+
+    requested = False
 
 
 class SignalStop:
-    """Set by the first SIGINT or SIGTERM to this process; a second one interrupts as usual."""
+    """Requested by the first SIGINT or SIGTERM; a second one interrupts as usual."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.requested = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.made:
+        if self.requested:
             raise KeyboardInterrupt
-        self.made = True
-        log.warning("stopping on request: saving first (a second signal stops at once)")
+        self.requested = True
+        log.warning("stop requested: saving a checkpoint first (a second signal stops at once)")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["SignalStop"]:
-        """Take over SIGINT and SIGTERM for a block; only in the main thread."""
+        """Handle SIGINT and SIGTERM inside the block; only in the main thread."""
         before = {name: signal.signal(name, self) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -51,7 +55,7 @@ class SignalStop:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM as Ctrl-C for a block: how `ray job stop` ends a stage that saves as it goes."""
+    """SIGTERM acts as Ctrl-C in the block: `ray job stop` ends a stage that saves as it runs."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -64,13 +68,13 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 class StoredStop:
-    """Whether the run's folder holds the key ``stop``: how a driver reaches its workers.
+    """Whether the run's folder holds the key ``stop``: how a driver reaches its ranks.
 
-    Asked of the storage every two seconds in a thread of its own, so training never waits for it.
+    A thread polls the storage every ``POLL_INTERVAL_S``, so training never waits for it.
     """
 
     def __init__(self, run: Store) -> None:
-        self.made = False
+        self.requested = False
         self._run = run
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
@@ -83,10 +87,11 @@ class StoredStop:
     def _watch(self) -> None:
         while not self._done.wait(POLL_INTERVAL_S):
             try:
-                self.made = self.made or self._run.exists(STOP_KEY)
-            except OSError as error:  # storage being away for a while is no reason to stop
-                log.warning("stop request could not be looked up: %s", error)
+                self.requested = self.requested or self._run.exists(STOP_KEY)
+            except OSError as error:  # training continues while storage is away
+                log.warning("stop request could not be read: %s", error)
 
 
 def request_stop(run: Store) -> None:
+    """Write the key ``stop`` into the run's folder; :class:`StoredStop` reads it."""
     run.put(STOP_KEY, time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()).encode())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline import config
 from pipeline.cli import DONE, MISTAKE, STOPPED
 from pipeline.config import Model
-from pipeline.run_storage import checkpoints_url, dataset_url, run_url
+from pipeline.run_storage import RunStorage
 from tests.weights import write_weights
 
 RECIPE = "pipeline/recipes/demo.yaml"
@@ -82,8 +82,12 @@ def left_alone(settings) -> config.Config:
     return config.load(Path(RECIPE), overrides)
 
 
+def checkpoints(cfg: config.Config) -> Path:
+    return Path(RunStorage.open(cfg).checkpoints.url)
+
+
 def weights(cfg: config.Config) -> bytes:
-    folder = Path(checkpoints_url(cfg)) / f"step-{STEPS:08d}"
+    folder = checkpoints(cfg) / f"step-{STEPS:08d}"
     return b"".join(
         (folder / f"{name}.safetensors").read_bytes()
         for name in ("generator", "ema", "discriminator", "optimizer")
@@ -91,20 +95,22 @@ def weights(cfg: config.Config) -> bytes:
 
 
 def test_the_job_leaves_a_data_set_checkpoints_and_an_evaluation(left_alone):
-    assert (Path(dataset_url(left_alone)) / "dataset.json").exists()
-    manifest = json.loads(
-        (Path(checkpoints_url(left_alone)) / f"step-{STEPS:08d}/manifest.json").read_text()
-    )
+    assert (Path(RunStorage.open(left_alone).dataset_url) / "dataset.json").exists()
+    manifest = json.loads((checkpoints(left_alone) / f"step-{STEPS:08d}/manifest.json").read_text())
     assert manifest["metrics"]["val/psnr_db"] > 5
     assert len(manifest["dataset_digest"]) == 64
-    (evaluated,) = (Path(run_url(left_alone)) / "evaluation").iterdir()
+    (evaluated,) = (Path(RunStorage.open(left_alone).run_url) / "evaluation").iterdir()
     assert json.loads((evaluated / "metrics.json").read_text())["pictures"] == 4
     with Image.open(evaluated / "samples.png") as sheet:
         assert sheet.width > 300
 
 
 def test_the_story_has_every_step_also_after_an_evaluation_of_an_earlier_best_one(left_alone):
-    told = (Path(run_url(left_alone)) / "tracking/metrics.jsonl").read_text().splitlines()
+    told = (
+        (Path(RunStorage.open(left_alone).run_url) / "tracking/metrics.jsonl")
+        .read_text()
+        .splitlines()
+    )
     lines = [json.loads(line) for line in told]
     assert [line["step"] for line in lines[:-1]] == list(range(1, STEPS + 1))
     assert all("loss/l1_refined" in line for line in lines[:-1])
@@ -127,7 +133,7 @@ def test_a_run_stopped_half_way_ends_where_the_undisturbed_one_does(left_alone, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(Path(checkpoints_url(cfg)) / "step-00000002/manifest.json", process)
+    wait_for(checkpoints(cfg) / "step-00000002/manifest.json", process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == STOPPED
     succeeded("train", RECIPE, *overrides)
@@ -147,7 +153,7 @@ def test_a_run_whose_processes_were_all_killed_ends_there_too(left_alone, settin
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    wait_for(Path(checkpoints_url(cfg)) / "step-00000002/manifest.json", process)
+    wait_for(checkpoints(cfg) / "step-00000002/manifest.json", process)
     # torchrun gives its workers sessions of their own, so they are found by their parent.
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         victim.kill()
@@ -171,10 +177,10 @@ def test_the_job_runs_on_a_folder_of_faces(photographs, settings):
     ]
     cfg = config.load(Path(RECIPE), overrides)
     succeeded("run", RECIPE, *overrides)
-    record = json.loads((Path(dataset_url(cfg)) / "dataset.json").read_text())
+    record = json.loads((Path(RunStorage.open(cfg).dataset_url) / "dataset.json").read_text())
     assert record["counts"]["pictures"]["failed"] == 0
     assert record["counts"]["sketches"] == {"landmarks68": 49}
-    assert (Path(checkpoints_url(cfg)) / "step-00000002/manifest.json").exists()
+    assert (checkpoints(cfg) / "step-00000002/manifest.json").exists()
 
 
 def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings, tmp_path):
@@ -189,7 +195,7 @@ def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings
     assert started.returncode == DONE, started.stderr[-4000:]
     assert f"generator={given} discriminator=fresh" in started.stderr
     for name in ("generator", "ema"):
-        found = load_file(Path(checkpoints_url(cfg)) / f"step-00000001/{name}.safetensors")
+        found = load_file(checkpoints(cfg) / f"step-00000001/{name}.safetensors")
         for key, value in unguided.items():
             if key == "coarse.conv01.weight":  # its fourth channel is the sketch's
                 found[key] = found[key][:, [0, 1, 2, 4, 5]]

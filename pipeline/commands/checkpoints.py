@@ -12,15 +12,23 @@ from data_prep.download import OFFICIAL, check_archives, fetch
 from data_prep.manifest import describe
 from data_prep.shards import Dataset
 from data_prep.shards import verify as verify_dataset
-from pipeline import checkpoints as checkpoint
-from pipeline.checkpoints import BEST, CheckpointError, Which
+from pipeline.checkpoints import (
+    BEST,
+    CheckpointChoice,
+    CheckpointError,
+    choose_checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    pull_checkpoint,
+    verify_checkpoints,
+)
 from pipeline.progress import progress
 
 Action = Callable[[argparse.Namespace], bool]
 """Does what was typed; False where faults were found."""
 
 
-def _which(text: str) -> Which:
+def _which(text: str) -> CheckpointChoice:
     if text in ("newest", "best"):
         return text  # type: ignore[return-value]
     if text.isdecimal():
@@ -29,7 +37,7 @@ def _which(text: str) -> Which:
 
 
 def _ls(arguments: argparse.Namespace) -> bool:
-    listed = checkpoint.listing(arguments.url)
+    listed = list_checkpoints(arguments.url)
     names = sorted({name for found in listed for name in found.metrics})
     table = Table("step", "saved", "MB", *names, box=None, pad_edge=False)
     for found in listed:
@@ -45,19 +53,19 @@ def _print(table: Table) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> bool:
-    checkpoints, step = checkpoint.choose(arguments.url, _which(arguments.step), BEST)
+    checkpoints, step = choose_checkpoint(arguments.url, _which(arguments.step), BEST)
     print(json.dumps(checkpoints.manifest(step), indent=1))
     return True
 
 
 def _pull(arguments: argparse.Namespace) -> bool:
-    for path in checkpoint.pull(arguments.url, arguments.out, _which(arguments.step), BEST):
+    for path in pull_checkpoint(arguments.url, arguments.out, _which(arguments.step), BEST):
         print(path)
     return True
 
 
 def _verify(arguments: argparse.Namespace) -> bool:
-    faults = checkpoint.verify(arguments.url)
+    faults = verify_checkpoints(arguments.url)
     for step, found in faults.items():
         print(f"step {step}: {'as written' if not found else ''}")
         for fault in found:
@@ -66,7 +74,7 @@ def _verify(arguments: argparse.Namespace) -> bool:
 
 
 def _prune(arguments: argparse.Namespace) -> bool:
-    deleted = checkpoint.prune(arguments.url, keep=arguments.keep, best=BEST)
+    deleted = prune_checkpoints(arguments.url, keep=arguments.keep, best=BEST)
     for step in deleted:
         print(f"deleted step {step}")
     if not deleted:

@@ -17,10 +17,10 @@ from PIL import Image
 from cluster.services import start_s3
 from cluster.session import local_ray
 from cluster.submit import submit
-from data_prep.shards import Dataset, read_samples
+from data_prep.shards import read_samples
 from pipeline import config
 from pipeline.data.loaders import mask_sampler
-from pipeline.run_storage import dataset_url, run_store, run_url
+from pipeline.run_storage import RunStorage
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +61,17 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
         if code:
             return code
         os.environ.update(environment)  # the storage is ours to read now
+        storage = RunStorage.open(cfg)
         checkpoint = folder / "checkpoint"
-        _type("checkpoints", "pull", run_url(cfg), "--step", "best", "--out", str(checkpoint))
-        picture, hole, strokes = _held_out(cfg, folder / "inpaint")
+        _type("checkpoints", "pull", storage.run_url, "--step", "best", "--out", str(checkpoint))
+        picture, hole, strokes = _held_out(cfg, storage, folder / "inpaint")
         filled = folder / "inpaint" / "filled.png"
         _type(
             *("inpaint", str(checkpoint / "ema.safetensors"), str(picture), str(hole)),
             *(["--sketch", str(strokes)] if cfg.model.guided else []),
             *("--out", str(filled)),
         )
-        sheet = _evaluation_sheet(cfg, folder)
+        sheet = _evaluation_sheet(storage, folder)
     _summary(folder, database, checkpoint, filled, sheet, time.monotonic() - started)
     return 0
 
@@ -83,10 +84,10 @@ def _type(*arguments: str) -> None:
         raise SystemExit(code)
 
 
-def _held_out(cfg: config.Config, folder: Path) -> tuple[Path, Path, Path]:
+def _held_out(cfg: config.Config, storage: RunStorage, folder: Path) -> tuple[Path, Path, Path]:
     """A picture that training never saw, a hole, and the picture's sketch, as files."""
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset.open(dataset_url(cfg))
+    dataset = storage.open_dataset()
     first = dataset.shards("val")[0]
     sample = next(iter(read_samples(dataset.store.get(first.name))))
     picture, hole, strokes = (folder / f"{name}.png" for name in ("picture", "mask", "sketch"))
@@ -98,12 +99,13 @@ def _held_out(cfg: config.Config, folder: Path) -> tuple[Path, Path, Path]:
     return picture, hole, strokes
 
 
-def _evaluation_sheet(cfg: config.Config, folder: Path) -> Path:
+def _evaluation_sheet(storage: RunStorage, folder: Path) -> Path:
     """The newest sheet of samples of the evaluation, copied out of the storage."""
-    run = run_store(cfg)
-    newest = [key for key in run.list_keys("evaluation/") if key.endswith("samples.png")][-1]
+    newest = [key for key in storage.run.list_keys("evaluation/") if key.endswith("samples.png")][
+        -1
+    ]
     sheet = folder / "samples.png"
-    run.download(newest, sheet)
+    storage.run.download(newest, sheet)
     return sheet
 
 

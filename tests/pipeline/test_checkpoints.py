@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 
 from cluster.storage import StorageError, Store, join, open_store
-from pipeline import checkpoints as checkpoint
-from pipeline.checkpoints import CheckpointError, CheckpointStore, Mode
+from pipeline.checkpoints import (
+    CheckpointError,
+    CheckpointStore,
+    MetricMode,
+    list_checkpoints,
+    prune_checkpoints,
+    pull_checkpoint,
+    verify_checkpoints,
+)
 
 FILES = {"generator.safetensors": b"G" * 1000, "state.json": b"{}", "empty.bin": b""}
-BEST: tuple[str, Mode] = ("val/l1", "min")
+BEST: tuple[str, MetricMode] = ("val/l1", "min")
 
 
 @pytest.fixture
@@ -216,7 +223,7 @@ def test_a_damaged_file_is_named_and_passed_over(
         run.put(key, damage)
     (fault,) = checkpoints.verify(20)
     assert fault.startswith(f"{run.url}/{key} is damaged: {reason}")
-    assert checkpoint.verify(run.url) == {10: [], 20: [fault]}
+    assert verify_checkpoints(run.url) == {10: [], 20: [fault]}
     for use in (checkpoints.load, lambda step: checkpoints.pull(step, tmp_path / "out")):
         with pytest.raises(CheckpointError, match=r"step-00000020/generator.safetensors"):
             use(20)
@@ -234,7 +241,7 @@ def test_a_damaged_manifest_is_named(checkpoints: CheckpointStore, run: Store) -
     assert checkpoints.load_newest() == (10, FILES)
     (fault,) = checkpoints.verify(20)
     assert "step-00000020/manifest.json is damaged" in fault
-    assert [found.step for found in checkpoint.listing(run.url)] == [10]
+    assert [found.step for found in list_checkpoints(run.url)] == [10]
 
 
 def test_a_file_that_the_manifest_does_not_know_is_told(
@@ -271,22 +278,22 @@ def test_a_run_its_checkpoints_and_one_of_them_can_be_named(
     save(checkpoints, 30, 0.5)
     url = join(store.url, "runs/one") + form
     single = form.endswith("10")
-    assert [found.step for found in checkpoint.listing(url)] == ([10] if single else [10, 20, 30])
+    assert [found.step for found in list_checkpoints(url)] == ([10] if single else [10, 20, 30])
     for which, step in {"newest": 30, "best": 20, 30: 30}.items():
-        paths = checkpoint.pull(url, tmp_path / str(which), which, BEST)  # type: ignore[arg-type]
+        paths = pull_checkpoint(url, tmp_path / str(which), which, BEST)  # type: ignore[arg-type]
         manifest = json.loads((tmp_path / str(which) / "manifest.json").read_text())
         assert manifest["step"] == (10 if single else step)
         assert {path.name: path.read_bytes() for path in paths[:-1]} == FILES
     if single:
         with pytest.raises(CheckpointError, match="single checkpoint"):
-            checkpoint.prune(url, keep=1, best=BEST)
+            prune_checkpoints(url, keep=1, best=BEST)
     else:
-        assert checkpoint.prune(url, keep=1, best=BEST) == [10]
+        assert prune_checkpoints(url, keep=1, best=BEST) == [10]
 
 
 def test_a_place_without_checkpoints_is_told(store: Store) -> None:
     with pytest.raises(CheckpointError, match="holds no finished checkpoint: give a run's folder"):
-        checkpoint.listing(store.url)
+        list_checkpoints(store.url)
 
 
 def test_a_pull_cut_short_is_finished_by_repeating_it(

@@ -1,0 +1,76 @@
+"""The stage `evaluate`: measure a run's best checkpoint once, and keep the result in the run."""
+
+import json
+import logging
+
+from cluster.session import run_on_gpu
+from cluster.storage import Store
+from data_prep.shards import Dataset
+from pipeline import networks
+from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
+from pipeline.config import Config
+from pipeline.data.loaders import validation_batches
+from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.ranks import Ranks
+from pipeline.run_storage import RunStorage
+from pipeline.tracking import png
+from pipeline.tracking.opening import open_run_tracker
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
+    """Measure the best checkpoint's averaged generator on held-out images.
+
+    The metrics (see ``pipeline/evaluation/metrics.py``), one row per image, and a sheet of
+    samples are kept in ``<run>/evaluation/step-<step>/``; equal settings are measured once.
+    Raises CheckpointError where the run has no checkpoint.
+    """
+    checkpoints = CheckpointStore(storage.checkpoints)
+    step = checkpoints.best(*BEST)
+    if step is None:
+        raise CheckpointError(f"run {cfg.name} has no checkpoint yet: train it first")
+    dataset = storage.open_dataset()
+    run, folder = storage.run, f"evaluation/step-{step:08d}"
+    settings = {
+        "step": step,
+        "dataset_digest": dataset.digest,
+        "seed": cfg.seed,
+        "size_px": cfg.train.size_px,
+        "masks": cfg.masks.model_dump(mode="json"),
+        "samples": cfg.evaluate.samples,
+    }
+    if run.exists(f"{folder}/metrics.json"):
+        known = json.loads(run.get(f"{folder}/metrics.json"))
+        if known["settings"] == settings:
+            log.info("evaluated already step=%d %s", step, _fields(known["metrics"]))
+            return dict(known["metrics"])
+
+    evaluation = run_on_gpu(_measure, cfg, storage.checkpoints, step, dataset)
+    metrics, sheet = evaluation.means(), evaluation.sheet()
+    run.put(f"{folder}/samples.png", png(sheet))
+    run.put(f"{folder}/rows.csv", evaluation.csv().encode())
+    record = {"settings": settings, "pictures": len(evaluation.rows), "metrics": metrics}
+    run.put(f"{folder}/metrics.json", json.dumps(record, indent=1).encode())  # last: finished
+    # The tracker resumes from the newest step, so what training logged after the best one stays.
+    newest = max(checkpoints.steps())
+    with open_run_tracker(cfg, storage, dataset, newest, Ranks()) as tracker:
+        tracker.log_metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        tracker.log_image("evaluation", step, sheet)
+        tracker.finish("FINISHED" if newest >= cfg.train.steps else "KILLED")
+    log.info("evaluated step=%d images=%d %s", step, len(evaluation.rows), _fields(metrics))
+    return metrics
+
+
+def _measure(cfg: Config, checkpoints: Store, step: int, dataset: Dataset) -> Evaluation:
+    """The held-out images through the averaged generator of ``step``."""
+    device = Ranks().device
+    weights = CheckpointStore(checkpoints).read(step, networks.EMA)
+    generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)
+    limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
+    batches = validation_batches(cfg, dataset, Ranks(), limit)
+    return evaluate(generator, batches, device=device, keep=cfg.evaluate.sheet)
+
+
+def _fields(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
