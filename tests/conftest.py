@@ -1,4 +1,4 @@
-"""Shape checking for the tests, and the storages that many of them share."""
+"""Shape checking for the tests, the storages that many of them share, and their markers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
+
+from tests.markers import markers_of
+
+if TYPE_CHECKING:  # boto3 and the S3 server cost seconds that a pure test does not need
+    from cluster.services import S3Server
+    from cluster.storage import Store
 
 # A shell that runs us in the background has us ignore Ctrl-C, and all that we start with us.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,13 +25,20 @@ install_import_hook(
     ["models", "data_prep.masks", "pipeline.data.batch", "pipeline.step"], "beartype.beartype"
 )
 
-from cluster.services import S3Server, start_s3  # noqa: E402
-from cluster.storage import Store, open_store  # noqa: E402
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by what it starts, so that ``make unit`` can leave it out."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for marker in sorted(markers_of(item)):
+                item.add_marker(marker)
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One real S3 server for the whole run, on loopback; its credentials are in the environment."""
+    from cluster.services import start_s3
+
     folder = tmp_path_factory.mktemp("s3")
     with start_s3(folder) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
@@ -42,6 +56,8 @@ def s3_url(s3_server: S3Server) -> str:
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A directory, then an S3 prefix: a test that takes this runs on both."""
+    from cluster.storage import open_store
+
     if request.param == "file":
         return open_store(str(tmp_path / "store"))
     return open_store(request.getfixturevalue("s3_url"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ def test_the_cluster_runs_the_ray_that_is_tested() -> None:
 
 def test_the_image_has_the_torch_that_is_tested() -> None:
     assert f"torch=={version('torch').partition('+')[0]}" in DOCKERFILE
+
+
+def test_requires_python_the_image_and_the_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    image = re.search(r"^FROM python:(3\.\d+)-slim$", DOCKERFILE, re.MULTILINE)
+    assert image is not None
+    assert f"Programming Language :: Python :: {image[1]}" in project["classifiers"]
+    assert project["requires-python"] == ">=3.11"
+    (torch,) = [line for line in project["dependencies"] if line.startswith("torch==")]
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert torch in constraints
+    assert [line for line in constraints if "+" in line] == []  # labels of one build
 
 
 def test_the_image_is_built_from_files_that_exist() -> None:

@@ -1,0 +1,35 @@
+"""Tests that start services are found by what their code names."""
+
+import subprocess
+
+from tests.markers import names
+
+
+def starts_a_process() -> None:
+    subprocess.run(["true"], check=True)
+
+
+def calls_a_helper() -> None:
+    later = lambda: starts_a_process()  # noqa: E731
+    later()
+
+
+def starts_nothing() -> int:
+    return len([1])
+
+
+def test_what_helpers_and_lambdas_start_counts():
+    assert "subprocess" in names([starts_a_process])
+    assert "subprocess" in names([calls_a_helper])
+    assert names([starts_nothing]) == {"len"}
+
+
+def test_a_test_is_marked_by_what_it_starts(request):
+    # This one names subprocess for the mark alone.
+    assert subprocess
+    assert request.node.get_closest_marker("process")
+    assert not request.node.get_closest_marker("s3")
+
+
+def test_a_test_with_a_store_is_marked_where_the_store_is_on_s3(request, store):
+    assert bool(request.node.get_closest_marker("s3")) == store.url.startswith("s3://")
