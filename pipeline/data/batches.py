@@ -143,16 +143,18 @@ def val_batches(
     """This rank's share of the first ``limit`` held-out images, in the order of the shards.
 
     Center crops, with masks keyed by (seed, key): equal every time and for every world size. The
-    ranks' shares follow one another and have no image in common. With fewer images than ranks, some
-    shares are empty. The last batch may be smaller. Crops, ``cache`` and errors as in
-    ``TrainLoader``.
+    ranks' shares follow one another and have no image in common. With fewer images than ranks, the
+    shares of some ranks are empty, but never that of the first. The last batch may be smaller.
+    Crops, ``cache`` and errors as in ``TrainLoader``.
     """
     refs = [
         SampleRef(number, sample)
         for number, shard in enumerate(dataset.shards("val"))
         for sample in range(shard.samples)
     ][:limit]
-    mine = refs[rank * len(refs) // world_size : (rank + 1) * len(refs) // world_size]
+    # Rounded up: the first rank draws the sheet of samples, so it is the last to get no image.
+    first, last = (-(-number * len(refs) // world_size) for number in (rank, rank + 1))
+    mine = refs[first:last]
 
     def centered_view(key: str, height: int, width: int) -> View:
         mask = masks(size_px, size_px, random.Random(f"val/{seed}/{key}"))

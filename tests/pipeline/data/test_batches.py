@@ -331,6 +331,16 @@ def test_ranks_share_the_held_out_images_without_duplicates(
     assert len(set(alone.keys)) == 11
 
 
+@pytest.mark.parametrize("limit", [1, 2, 11])
+def test_the_first_rank_has_an_image_where_any_rank_has_one(dataset: Dataset, limit: int) -> None:
+    counts = [
+        sum(len(batch.keys) for batch in val_of(dataset, rank=rank, world_size=12, limit=limit))
+        for rank in range(12)
+    ]
+    assert counts[0] == 1
+    assert sum(counts) == limit
+
+
 def test_held_out_images_are_center_crops_of_what_is_stored(dataset: Dataset) -> None:
     batch = next(val_of(dataset))
     sample = next(iter(dataset.read(dataset.shards("val")[0])))

@@ -1,7 +1,8 @@
-"""Evaluation measures completed pictures, alike on any number of ranks, and draws them."""
+"""Evaluation measures completed images, alike on any number of ranks, and draws them."""
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from models import Generator
 from pipeline.data.batch import Batch
-from pipeline.evaluation.evaluator import Evaluation, evaluate, sample_sheet
+from pipeline.evaluation.evaluator import Evaluation, evaluate
 
 CPU = torch.device("cpu")
 
@@ -43,13 +44,15 @@ class Gray:
         return filled, filled
 
 
-def test_figures_are_those_of_the_filled_holes() -> None:
+def test_metrics_are_those_of_the_filled_holes() -> None:
     batch = batch_of(0, 3)
     evaluation = evaluate(Gray(0.0), [batch], device=CPU)
     for row, image in zip(evaluation.rows, batch.image, strict=True):
         difference = (image[8:24, 8:24].double() / 255 - 0.5).abs()
-        assert row.l1_percent == pytest.approx(100 * float(difference.mean()), abs=1e-4)
-        assert row.l2_percent == pytest.approx(100 * float((difference**2).mean()), abs=1e-4)
+        assert row.values["l1_percent"] == pytest.approx(100 * float(difference.mean()), abs=1e-4)
+        assert row.values["l2_percent"] == pytest.approx(
+            100 * float((difference**2).mean()), abs=1e-4
+        )
         assert row.hole_percent == 25
     assert [row.key for row in evaluation.rows] == list(batch.keys)
 
@@ -67,7 +70,7 @@ def test_the_generator_sees_no_pixel_of_the_hole_and_the_sketch_only_if_guided(
         assert torch.equal(sketch, mask)
 
 
-def test_means_over_ranks_are_those_of_one_rank_with_all_pictures() -> None:
+def test_means_over_ranks_are_those_of_one_rank_with_all_images() -> None:
     batches = [batch_of(0, 3), batch_of(3, 1), batch_of(4, 2)]
     alone = evaluate(Gray(0.3), batches, device=CPU).means()
     parts = [evaluate(Gray(0.3), share, device=CPU) for share in (batches[:1], batches[1:], [])]
@@ -76,19 +79,19 @@ def test_means_over_ranks_are_those_of_one_rank_with_all_pictures() -> None:
 
     def noted(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
         sums.append(values)
-        return dict(values) | {"pictures": 1.0}
+        return dict(values) | {"images": 1.0}
 
     def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
         return {name: sum(each[name] for each in sums) for name in values}
 
     for part in parts:
         part.means(noted)
-    for part in parts:  # the last rank has no pictures of its own
+    for part in parts:  # the last rank has no images of its own
         assert part.means(total) == pytest.approx(alone)
 
 
-def test_no_pictures_at_all_are_an_error() -> None:
-    with pytest.raises(ValueError, match="no held-out pictures"):
+def test_no_images_at_all_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no held-out images"):
         evaluate(Gray(0.0), [], device=CPU).means()
 
 
@@ -96,11 +99,11 @@ def test_rows_are_written_as_csv() -> None:
     evaluation = evaluate(Gray(0.0), [batch_of(0, 2)], device=CPU)
     lines = list(csv.DictReader(io.StringIO(evaluation.csv())))
     assert [line["key"] for line in lines] == ["class/p0", "class/p1"]
-    assert float(lines[1]["psnr_db"]) == evaluation.rows[1].psnr_db
+    assert float(lines[1]["psnr_db"]) == evaluation.rows[1].values["psnr_db"]
 
 
 @pytest.mark.parametrize(("guided", "columns"), [(False, 4), (True, 5)])
-def test_the_sheet_shows_the_stages_of_the_kept_pictures(guided: bool, columns: int) -> None:
+def test_the_sheet_shows_the_stages_of_the_kept_images(guided: bool, columns: int) -> None:
     batch = batch_of(0, 3)
     evaluation = evaluate(Gray(1.0, guided=guided), [batch], device=CPU, keep=2)
     sheet = evaluation.sheet()
@@ -129,8 +132,6 @@ def test_the_sheet_shows_the_stages_of_the_kept_pictures(guided: bool, columns: 
 def test_a_sheet_without_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         Evaluation([], [], CPU).sheet()
-    with pytest.raises(ValueError, match="at least one sample"):
-        sample_sheet({"original": []}, [])
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -138,8 +139,30 @@ def test_the_real_generator_is_evaluated_without_gradients(guided: bool) -> None
     torch.manual_seed(0)
     generator = Generator(guided=guided, width=4)
     evaluation = evaluate(generator, [batch_of(0, 1)], device=CPU, keep=1)
-    figures = evaluation.means()
-    assert set(figures) == {"l1_percent", "l2_percent", "psnr_db", "ssim"}
-    assert 5 < figures["l1_percent"] < 60
+    means = evaluation.means()
+    assert set(means) == {"l1_percent", "l2_percent", "psnr_db", "ssim"}
+    assert 5 < means["l1_percent"] < 60
     assert all(parameter.grad is None for parameter in generator.parameters())
+    assert evaluation.sheet().dtype == np.uint8
+
+
+def test_an_image_that_is_not_finite_shows_in_rows_means_and_sheet() -> None:
+    batch = batch_of(0, 3)
+
+    class Broken(Gray):
+        """Fills the hole of the second image with NaN."""
+
+        def __call__(self, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+            coarse, _ = super().__call__(*given)  # type: ignore[arg-type]
+            refined = coarse.clone()
+            refined[1] = math.nan
+            return coarse, refined
+
+    evaluation = evaluate(Broken(0.0), [batch], device=CPU, keep=2)
+    assert [math.isnan(row.values["psnr_db"]) for row in evaluation.rows] == [False, True, False]
+    assert all(math.isnan(value) for value in evaluation.means().values())
+    lines = list(csv.DictReader(io.StringIO(evaluation.csv())))
+    assert [line["l1_percent"] == "nan" for line in lines] == [False, True, False]
+    hole = evaluation.panels[1].completed[8:24, 8:24]
+    assert (hole == (255, 0, 255)).all()
     assert evaluation.sheet().dtype == np.uint8
