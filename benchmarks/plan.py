@@ -100,7 +100,7 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     """Build what is not built; what it took this process."""
     import ray
 
-    from cluster.session import LOOPBACK
+    from cluster.ports import LOOPBACK
     from data_prep import build as stage
 
     ray.init(

@@ -77,7 +77,7 @@ def _build(
     """Seconds of a build by fresh workers, and the most memory that one of them held."""
     import ray
 
-    from cluster.session import LOOPBACK
+    from cluster.ports import LOOPBACK
     from cluster.storage import open_store
     from data_prep.build import build_dataset
     from data_prep.manifest import read_part

@@ -1,8 +1,8 @@
-"""Run one command; when our parent dies, or we are told to end, so does all that it started.
+"""Run one command; everything it started ends with our parent, or on SIGTERM.
 
 Used as a program: ``python guard.py PARENT_PID GRACE_S LEFTOVERS COMMAND ...``. A service often
-starts further processes that leave its process group and lose their parent; this process adopts
-those orphans, so at the end its descendants are exactly what is left of the service.
+starts further processes that leave its process group and lose their parent. This process adopts
+those orphans, so at the end its descendants are exactly what remains of the service.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def guarded(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """``command`` running in ``folder`` with ``environment`` alone, its output appended to ``log``.
 
-    On leaving it gets SIGTERM, and after ``grace_s`` SIGKILL with everything it started; also when
-    this process is killed; then, as nobody else can, its ``leftovers`` are removed. File
-    descriptors in ``keep_open`` stay open until all that is over.
+    At the end of the block it gets SIGTERM, and after ``grace_s`` SIGKILL with everything it
+    started. The same happens when this process is killed; then the guard also removes
+    ``leftovers``. File descriptors in ``keep_open`` stay open until all of that is done.
     """
     program = [sys.executable, "-I", __file__, str(os.getpid()), str(grace_s)]
     program += [os.pathsep.join(map(str, leftovers)), *map(str, command)]
@@ -52,7 +52,7 @@ def guarded(
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=keep_open,
-            start_new_session=True,  # Ctrl-C in a terminal is for us to handle, not for the service
+            start_new_session=True,  # Ctrl-C in a terminal is handled here, not by the service
         )
     try:
         yield process
@@ -62,7 +62,7 @@ def guarded(
 
 
 def main(parent: int, grace_s: float, leftovers: Sequence[str], command: Sequence[str]) -> int:
-    """The command's exit code; 143 after it was ended from here."""
+    """The command's exit code, or 143 where this process ended it."""
     ending = False
 
     def end(*_: object) -> None:
@@ -97,7 +97,7 @@ def main(parent: int, grace_s: float, leftovers: Sequence[str], command: Sequenc
 
 
 def _reap(child: int) -> int | None:
-    """Collect whoever has ended; the exit code of ``child`` once it has."""
+    """Collect processes that have ended; returns the exit code of ``child`` once it has."""
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == child:
@@ -106,7 +106,7 @@ def _reap(child: int) -> int | None:
 
 
 def _kill_descendants() -> None:
-    """Until none is left: one may have started another in the meantime."""
+    """Repeated until none is left, because one may start another in the meantime."""
     while left := psutil.Process().children(recursive=True):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

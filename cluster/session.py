@@ -1,4 +1,4 @@
-"""Ray on the machine at hand: a head of our own for a while, and a driver's way into a cluster."""
+"""Ray sessions: a temporary local head, and a driver's connection to a cluster."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from cluster.guard import guarded
+from cluster.ports import LOOPBACK, free_ports
+from cluster.private_file import write_private
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +31,8 @@ R = TypeVar("R")
 
 READY_S = 90
 TOKEN = "auth_token"
-# On Linux Ray replaces 127.0.0.1 by the machine's outward address, and leaves its neighbour alone.
-LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
-OBJECT_STORE_BYTES = 500_000_000  # we pass small values; Ray's default is a third of the memory
-# Every listener of a head, by the option that sets its port: two heads on one machine share none.
+OBJECT_STORE_BYTES = 500_000_000  # values passed are small; Ray's default is a third of the memory
+# The option that sets the port of each listener of a head, so that two heads can share a machine.
 PORTS = (
     "port",
     "dashboard-port",
@@ -54,7 +54,7 @@ class SessionError(RuntimeError):
 class RayHead:
     """A running head: ``address`` for drivers and nodes, ``dashboard_url`` for jobs.
 
-    It lets in only those who have ``environment`` in theirs: that says where the token is kept.
+    It accepts clients whose environment includes ``environment``, which names the token's file.
     """
 
     address: str
@@ -66,12 +66,12 @@ class RayHead:
 def local_ray(
     folder: Path, *, environment: Mapping[str, str], cpus: int | None = None
 ) -> Iterator[RayHead]:
-    """A Ray head on loopback that takes jobs, with its logs in ``folder`` afterwards.
+    """A Ray head on loopback that takes jobs; afterwards its logs are in ``folder``.
 
-    ``environment`` is added to what the head, its workers and its jobs inherit from us: this is
-    how credentials reach a job, and runtime_env never holds them. The head and all that it started
-    end with the block, and with this process however that ends. ``cpus`` is what Ray may hand out,
-    by default what the machine has.
+    The head, its workers and its jobs inherit this process's environment plus ``environment``.
+    Credentials reach a job in this way, never through runtime_env. The head and everything it
+    started end with the block, and with this process however that ends. ``cpus`` is the number of
+    CPUs that Ray schedules on, by default all. Raises SessionError if the head cannot be started.
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,11 @@ def local_ray(
         except BlockingIOError:
             raise SessionError(f"another Ray head is running on {folder}: end it first") from None
         with _short_folder(folder) as session, contextlib.ExitStack() as stack:
-            ports = _free_ports()
+            ports = free_ports(PORTS)
             token = {
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(_new_token(folder)),
-                "RAY_AUTH_TOKEN": "",  # one in our environment would go before the file
+                "RAY_AUTH_TOKEN": "",  # a token in our environment would override the file
             }
             process = stack.enter_context(
                 guarded(
@@ -109,9 +109,10 @@ def local_ray(
 
 @contextlib.contextmanager
 def connect(*, cpus: int | None = None) -> Iterator[None]:
-    """This process as a driver: of the cluster in RAY_ADDRESS, else of a Ray of its own.
+    """Connect this process to the cluster at RAY_ADDRESS, or else to a new local one.
 
-    Inside a submitted job RAY_ADDRESS is set. A Ray of its own ends with the block.
+    In a submitted job RAY_ADDRESS is set. A local cluster ends with the block and has ``cpus``
+    CPUs, by default all. Raises SessionError where RAY_ADDRESS does not answer.
     """
     import ray
 
@@ -121,18 +122,18 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address and not _answers(address):
         raise SessionError(
-            f"no Ray cluster at RAY_ADDRESS={address}: start one, or unset RAY_ADDRESS"
+            f"no Ray cluster answers at RAY_ADDRESS={address}: start one, or unset RAY_ADDRESS"
         )
-    own: dict[str, Any] = {
+    local: dict[str, Any] = {
         "num_cpus": cpus,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": True,  # Ray Train asks it whether its controller lives
+        "include_dashboard": True,  # Ray Train asks it whether its controller is alive
         "_node_ip_address": LOOPBACK,
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # It warns that new clusters ask for a token, which is as it should be.
+    # Silences the warning that new clusters ask for a token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(address or "local", logging_level=logging.WARNING, **({} if address else own))
+    ray.init(address or "local", logging_level=logging.WARNING, **({} if address else local))
     try:
         yield
     finally:
@@ -140,10 +141,10 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
 
 
 def run_on_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """What ``function`` returns, run on a GPU of the cluster that we are connected to.
+    """The result of ``function``, run on a GPU of the connected cluster.
 
-    Here in this process where the cluster has no GPU, or where there is no cluster. Arguments and
-    result travel, so they must be picklable.
+    It runs in this process where the cluster has no GPU, or without a connection. Arguments and
+    result must be picklable.
     """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized() or not ray.cluster_resources().get("GPU"):
@@ -153,9 +154,9 @@ def run_on_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
 
 
 def job_metadata() -> dict[str, str]:
-    """What the Ray job of this process was submitted with; empty outside of a submitted job.
+    """The metadata of the Ray job that this process belongs to; empty outside of a job.
 
-    ``job_submission_id`` is Ray's, ``git_commit`` comes from ``cluster.submit``.
+    ``job_submission_id`` is set by Ray, ``git_commit`` by ``cluster.submit``.
     """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
@@ -164,9 +165,9 @@ def job_metadata() -> dict[str, str]:
 
 
 def _answers(address: str) -> bool:
-    """Whether somebody listens at ``host:port``; other forms of address are for Ray to judge.
+    """Whether a server listens at ``host:port``; other forms of address are left to Ray.
 
-    Ray itself tries for minutes before it says so.
+    Ray itself would try for minutes before it fails.
     """
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not port.isdigit():
@@ -195,21 +196,21 @@ def _command(ports: Mapping[str, int], session: Path, cpus: int | None) -> list[
 
 
 def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """What head and jobs see. Jobs say ``python``, and mean the one that runs us."""
+    """The environment of head and jobs, in which ``python`` is the interpreter of this process."""
     bin_folder = str(Path(sys.executable).parent)
     ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ours["PATH"] = os.pathsep.join([bin_folder, ours.get("PATH", os.defpath)])
     ours["RAY_USAGE_STATS_ENABLED"] = "0"
-    ours["GLOO_SOCKET_IFNAME"] = "lo"  # ranks meet on loopback, where nobody else listens
+    ours["GLOO_SOCKET_IFNAME"] = "lo"  # ranks meet on loopback, out of reach for others
     return ours | dict(environment)
 
 
 @contextlib.contextmanager
 def _short_folder(folder: Path) -> Iterator[Path]:
-    """A folder for Ray's unix sockets, whose names have 107 bytes at most.
+    """A folder with a short path for Ray's Unix sockets, whose paths have at most 107 bytes.
 
-    It is the same for the same ``folder``, so what a machine that went down left behind is cleared
-    away at the next start.
+    The same ``folder`` always gives the same one, so the next start removes what a crashed machine
+    left behind.
     """
     name = hashlib.sha256(f"{os.getuid()} {folder}".encode()).hexdigest()[:12]
     short = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"ray-{name}")
@@ -222,11 +223,9 @@ def _short_folder(folder: Path) -> Iterator[Path]:
 
 
 def _new_token(folder: Path) -> Path:
-    """Ray listens on all interfaces whatever address it is given, so it asks for a token."""
+    """A new token in a private file, because Ray listens on all interfaces of the machine."""
     path = folder / TOKEN
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    write_private(path, secrets.token_hex(32))
     return path
 
 
@@ -238,7 +237,7 @@ def _keep_logs(session: Path, folder: Path) -> None:
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Until ``url`` answers with success. Raises SessionError when the head has ended instead."""
+    """Wait until ``url`` answers with success; SessionError after READY_S or the head's end."""
     token = (folder / TOKEN).read_text()
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     deadline = time.monotonic() + READY_S
@@ -251,14 +250,3 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
                 state = f"not ready after {READY_S} s" if process.poll() is None else "ended"
                 raise SessionError(f"Ray {state} ({error}); see {folder / 'ray.log'}") from error
         time.sleep(0.2)
-
-
-def _free_ports() -> dict[str, int]:
-    """A free port for every listener; all are held until all are known, so they differ."""
-    with contextlib.ExitStack() as stack:
-        ports = {}
-        for option in PORTS:
-            listener = stack.enter_context(socket.socket())
-            listener.bind((LOOPBACK, 0))
-            ports[option] = listener.getsockname()[1]
-        return ports

@@ -1,4 +1,4 @@
-"""``ray job submit`` with its package checked first, its output passed on, and Ctrl-C obeyed."""
+"""``ray job submit`` that checks the package, streams the log, and stops the job on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from typing import Any
 
 import yaml
 
+from cluster.git import git_commit
+
 log = logging.getLogger(__name__)
 
 PACKAGE_LIMIT_BYTES = 50 * 10**6
 INTERRUPTED = 3
-# Names of settings that are secrets: runtime_env is stored and shown in clear (ray#28276).
+# Names of settings that are secrets: Ray stores and shows runtime_env in clear (ray#28276).
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL|API_KEY", re.IGNORECASE)
-# Ray tells of every .gitignore it obeys, several times.
+# Ray logs every .gitignore that it obeys, several times.
 PACKAGING = re.compile(r" (packaging|working_dir)\.py:\d+ -- ")
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class SubmitError(RuntimeError):
@@ -41,11 +43,11 @@ def submit(
     on_line: Callable[[str], None] = print,
     submission_id: str | None = None,
 ) -> int:
-    """Run ``entrypoint`` as a Ray job, from the files that ``runtime_env`` names, to its end.
+    """Run ``entrypoint`` as a Ray job with the files of ``runtime_env``, and wait for its end.
 
-    Every line that the job prints goes to ``on_line``. Returns 0 for success, 1 for failure. Ctrl-C
-    stops the job, waits until it has saved what it wants to save, and returns 3.
-    ``environment`` is added to ours for Ray's own command, as a head's token is.
+    Every line of the job's log goes to ``on_line``. Returns 0 for success, 1 for failure. Ctrl-C
+    stops the job, waits until it has saved its state, and returns 3. ``environment`` is added to
+    the environment of Ray's command line, for example the token of a head. Raises SubmitError.
     """
     files = package_files(runtime_env)
     log.info("package files=%d megabytes=%.1f", len(files), sum(files.values()) / 1e6)
@@ -56,14 +58,14 @@ def submit(
     command += ["--", *entrypoint]
     with _start(command, environment) as process:
         try:
-            _pass_on(process, on_line)
+            _stream(process, on_line)
             return process.wait()
         except KeyboardInterrupt:
-            on_line(f"Stopping {job}: it saves first")
+            on_line(f"Stopping {job} once it has saved")
             command = [ray, "job", "stop", "--no-wait", "--address", dashboard_url, job]
             stopper = threading.Thread(target=_stop, args=(command, environment, process))
             stopper.start()
-            _pass_on(process, on_line)
+            _stream(process, on_line)
             stopper.join()
             return INTERRUPTED
         finally:
@@ -71,7 +73,7 @@ def submit(
 
 
 def package_files(runtime_env: Path) -> dict[Path, int]:
-    """The files that Ray will send along, with their bytes; none where there is no working_dir.
+    """The files that Ray will upload for a job, with their bytes; empty without a working_dir.
 
     Raises SubmitError for more than 50 MB, and for settings that look like secrets.
     """
@@ -79,13 +81,13 @@ def package_files(runtime_env: Path) -> dict[Path, int]:
     for name in settings.get("env_vars") or {}:
         if SECRET.search(name):
             raise SubmitError(
-                f"{runtime_env}: env_vars.{name} would be shown to everybody who sees the "
-                "dashboard: give it to the cluster's own environment instead"
+                f"{runtime_env}: the dashboard shows env_vars.{name} to everybody: set it in the "
+                "environment of the cluster's machines instead"
             )
     working_dir = settings.get("working_dir")
     if working_dir is None or "://" in working_dir:
         return {}
-    # Ray's own walk, so that what is counted is what is sent.
+    # Ray's own walk, so that the count is of the files that Ray uploads.
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env import packaging
 
@@ -104,28 +106,22 @@ def package_files(runtime_env: Path) -> dict[Path, int]:
         biggest = sorted(files, key=lambda path: -files[path])[:5]
         listed = ", ".join(f"{path} ({files[path] / 1e6:.1f} MB)" for path in biggest)
         raise SubmitError(
-            f"{top} would be sent to every node with {total / 1e6:.0f} MB, and 50 MB are the limit:"
-            f" add the biggest files to excludes in {runtime_env}: {listed}"
+            f"{top} has {total / 1e6:.0f} MB to send to every node, and the limit is 50 MB: "
+            f"add the biggest files to excludes in {runtime_env}: {listed}"
         )
     return files
 
 
 def _metadata() -> dict[str, str]:
-    """The commit that is sent, since a package has no history."""
-    try:
-        told = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"git_commit": told.stdout.strip()}
+    commit = git_commit()  # a package has no history
+    return {"git_commit": commit} if commit else {}
 
 
-def _pass_on(process: subprocess.Popen[str], on_line: Callable[[str], None]) -> None:
+def _stream(process: subprocess.Popen[str], on_line: Callable[[str], None]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if not PACKAGING.search(line):
-            on_line(COLOUR.sub("", line.rstrip("\n")))
+            on_line(COLOR.sub("", line.rstrip("\n")))
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.Popen[str]:
@@ -137,14 +133,14 @@ def _start(command: Sequence[str], environment: Mapping[str, str] | None) -> sub
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C is ours to handle: it would only end the listening
+        start_new_session=True,  # Ctrl-C is handled here: it would only end the log
     )
 
 
 def _stop(
     command: Sequence[str], environment: Mapping[str, str] | None, job: subprocess.Popen[str]
 ) -> None:
-    """Ask until it is understood: a job that is still being sent cannot be stopped yet."""
+    """Repeat until it succeeds: a job that is still being uploaded cannot be stopped yet."""
     while job.poll() is None:
         with _start(command, environment) as process:
             process.communicate()

@@ -201,10 +201,11 @@ def _hidden(path: str) -> bool:
 def walk_files(root: str) -> Iterator[str]:
     """Paths of the files below a directory or an S3 prefix; nothing is looked into."""
     store = open_store(root)
-    if store.url.startswith("s3://"):
+    folder = store.local_path()
+    if folder is None:
         yield from (key for key in store.list_keys() if not _hidden(key))
         return
-    if not Path(store.url).is_dir():
+    if not folder.is_dir():
         raise ValueError(f"there is no folder {root}: give one, a tar, or an s3:// prefix")
     yield from _walk(store.url, "", frozenset())
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cluster.services import start_s3
 from cluster.session import local_ray
+from cluster.storage import s3_bucket
 from cluster.submit import submit
 from data_prep.shards import read_samples
 from pipeline import config
@@ -34,9 +35,10 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
     second call finds finished stages finished. Everything started here ends here.
     """
     cfg = config.load(recipe, overrides)
-    if not cfg.storage.startswith("s3://"):
+    bucket = s3_bucket(cfg.storage)
+    if bucket is None:
         raise ValueError(
-            f"storage={cfg.storage}: the demo brings its own S3 server, so give s3://…"
+            f"storage={cfg.storage}: the demo starts its own S3 server, so give s3://bucket/prefix"
         )
     if not RUNTIME_ENV.exists():
         raise FileNotFoundError(f"{RUNTIME_ENV} is not here: start from the top of the checkout")
@@ -45,7 +47,7 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
     started = time.monotonic()
     database = f"sqlite:///{folder / 'mlflow.db'}"
     with start_s3(folder / "s3") as s3:
-        s3.make_bucket(cfg.storage.removeprefix("s3://").partition("/")[0])
+        s3.make_bucket(bucket)
         environment = {
             **s3.environment,
             "MLFLOW_TRACKING_URI": database,

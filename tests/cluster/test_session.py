@@ -180,7 +180,7 @@ def test_our_own_package_is_small_and_holds_what_a_job_needs(
 ) -> None:
     monkeypatch.chdir(ROOT)
     files = package_files(Path("ray_job.yaml"))
-    assert Path("cluster/storage.py") in files
+    assert Path("cluster/storage/schemes.py") in files
     assert Path("pipeline/__init__.py") in files
     assert not [path for path in files if path.parts[0] in (".git", ".venv", ".demo", "tests")]
     assert sum(files.values()) < 5e6

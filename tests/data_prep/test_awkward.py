@@ -20,7 +20,7 @@ import ray
 from PIL import Image
 
 from cluster import services
-from cluster.session import LOOPBACK
+from cluster.ports import LOOPBACK
 from cluster.storage import StorageError, open_store
 from data_prep.build import build_dataset
 from data_prep.images import decode, encode_jpeg, fit

@@ -17,8 +17,8 @@ import pytest
 import ray
 from PIL import Image
 
+from cluster.ports import LOOPBACK
 from cluster.services import S3Server
-from cluster.session import LOOPBACK
 from cluster.storage import StorageError, open_store
 from data_prep.build import build_dataset
 from data_prep.hed import PACKAGED_SHA256, packaged_weights

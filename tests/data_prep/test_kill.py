@@ -18,7 +18,7 @@ KILLS = 5
 DRIVER = """
 import sys
 import ray
-from cluster.session import LOOPBACK
+from cluster.ports import LOOPBACK
 from data_prep.build import build_dataset
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,

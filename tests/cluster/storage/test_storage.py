@@ -19,18 +19,22 @@ import pytest
 from botocore.exceptions import ClientError
 from pyarrow.fs import FileSelector
 
-from cluster import storage
 from cluster.services import S3Server
 from cluster.storage import (
+    MIB,
+    SCHEMES,
     MissingKeyError,
-    S3Store,
     StorageError,
     Store,
+    describe_error,
     folder_and_name,
     join,
     open_store,
+    pyarrow_filesystem,
+    s3_bucket,
     scratch_folder,
 )
+from cluster.storage.s3 import S3Store, endpoint, storage_errors
 
 
 @pytest.fixture
@@ -100,7 +104,7 @@ def test_deleting_leaves_nothing_and_may_be_repeated(store: Store) -> None:
 
 
 def test_a_big_file_goes_up_in_parts_and_comes_down_equal(store: Store, tmp_path: Path) -> None:
-    data = os.urandom(33 * storage.MIB)  # beyond the threshold of a multipart upload
+    data = os.urandom(33 * MIB)  # beyond the threshold of a multipart upload
     (tmp_path / "here").write_bytes(data)
     store.upload(tmp_path / "here", "big")
     store.download("big", tmp_path / "new" / "there")
@@ -277,7 +281,7 @@ def test_an_upload_that_was_killed_is_aborted_once_it_is_old(s3_url: str) -> Non
     unfinished: Any = {"Bucket": "tests", "Prefix": s3_url.removeprefix("s3://tests/")}
     with child(WRITES, s3_url) as process:
         assert process.stdin
-        process.stdin.write(bytes(33 * storage.MIB))  # beyond the threshold, and then nothing
+        process.stdin.write(bytes(33 * MIB))  # beyond the threshold, and then nothing
         process.stdin.flush()
         while not store._client.list_multipart_uploads(**unfinished).get("Uploads"):
             assert process.poll() is None
@@ -374,11 +378,78 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "url", ["", "file://elsewhere/path", "gs://bucket/x", "s3://", "s3://ab/x", "s3://b_ü/x"]
+    "url",
+    [
+        "",
+        "file://elsewhere/path",
+        "file:/path",
+        "foo://x",
+        "gs://bucket/x",
+        "http://user:planted@host/x",
+        "models:/generator/1",
+        "runs:/0123/weights",
+        "s3:/bucket/x",
+        "s3://",
+        "s3://ab/x",
+        "s3://b_ü/x",
+        "S3://bucket/x",
+    ],
 )
-def test_a_url_of_another_kind_is_refused(url: str) -> None:
-    with pytest.raises(StorageError):
-        open_store(url)
+def test_a_url_of_another_kind_is_refused_in_one_line_and_makes_no_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=r"s3://|file:///") as caught:
+        open_store(url).put("key", b"")
+    assert "\n" not in str(caught.value)
+    assert "planted" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["a:b", "./models:/x"])
+def test_a_path_may_have_colons(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store(path).local_path() == tmp_path / path
+
+
+def test_another_scheme_is_one_entry_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCHEMES, "toy", lambda url: open_store(str(tmp_path / url[6:])))
+    open_store("toy://folder").put("key", b"value")
+    assert (tmp_path / "folder" / "key").read_bytes() == b"value"
+
+
+def test_only_files_of_this_machine_have_a_local_path(store: Store) -> None:
+    store.put("a/key", b"value")
+    path = store.local_path("a/key")
+    if s3_bucket(store.url):
+        assert path is None
+        assert store.local_path() is None
+    else:
+        assert path is not None
+        assert path.read_bytes() == b"value"
+        assert store.local_path() == path.parents[1]
+
+
+def test_the_bucket_of_a_url_is_known_for_s3_alone(tmp_path: Path) -> None:
+    assert s3_bucket("s3://bucket/prefix") == "bucket"
+    assert s3_bucket(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines"), "ValueError: two lines"),
+        (OSError("http://user:planted@host/ \x1b[2J"), r"OSError: http://host/ \x1b[2J"),
+        (KeyError(), "KeyError"),
+        (ValueError("x" * 1000), "ValueError: " + "x" * 288),
+    ],
+)
+def test_an_error_is_described_in_one_short_line_without_passwords(
+    error: Exception, line: str
+) -> None:
+    assert describe_error(error) == line
 
 
 @pytest.mark.parametrize(
@@ -390,7 +461,7 @@ def test_a_url_of_another_kind_is_refused(url: str) -> None:
     ],
 )
 def test_an_s3_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
-    for use in (open_store, storage.pyarrow_filesystem):
+    for use in (open_store, pyarrow_filesystem):
         with pytest.raises(StorageError) as caught:
             use(url)
         assert "planted" not in str(caught.value).lower()
@@ -402,20 +473,20 @@ def test_an_endpoint_with_a_password_is_refused_without_repeating_it(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:planted@127.0.0.1:9")
     with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
-        storage.endpoint()
+        endpoint()
     assert "planted" not in str(caught.value)
 
 
 def test_the_endpoint_of_s3_goes_before_the_general_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://general:1/")
-    assert storage.endpoint() == "http://general:1"
+    assert endpoint() == "http://general:1"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://special:2")
-    assert storage.endpoint() == "http://special:2"
+    assert endpoint() == "http://special:2"
 
 
 def test_pyarrow_reaches_the_same_objects(store: Store) -> None:
     store.put("folder/part", b"12345")
-    filesystem, path = storage.pyarrow_filesystem(store.url)
+    filesystem, path = pyarrow_filesystem(store.url)
     found = filesystem.get_file_info(FileSelector(f"{path}/folder"))
     assert [(info.base_name, info.size) for info in found] == [("part", 5)]
 
@@ -459,7 +530,7 @@ def test_missing_credentials_are_named(s3_url: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("s3_server")
 def test_a_bucket_that_is_not_there_is_named() -> None:
-    with pytest.raises(StorageError, match=r"s3://never-made.*no such bucket"):
+    with pytest.raises(StorageError, match=r"s3://never-made.*bucket was not found"):
         open_store("s3://never-made/x").put("key", b"")
 
 
@@ -467,7 +538,7 @@ def test_a_server_that_rejects_checksums_brings_up_the_setting() -> None:
     answer: Any = {"Error": {"Code": "InvalidRequest", "Message": "unknown x-amz-checksum-crc32"}}
     with (
         pytest.raises(StorageError, match="AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-        storage.explained("s3://bucket/key"),
+        storage_errors("s3://bucket/key"),
     ):
         raise ClientError(answer, "PutObject")
 
@@ -475,10 +546,10 @@ def test_a_server_that_rejects_checksums_brings_up_the_setting() -> None:
 def test_reading_goes_on_where_the_connection_broke(
     s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = os.urandom(5 * storage.MIB)
+    data = os.urandom(5 * MIB)
     store = open_store(s3_url)
     store.put("key", data)
-    opened = _count_and_break_bodies(monkeypatch, store, after_bytes=storage.MIB)
+    opened = _count_and_break_bodies(monkeypatch, store, after_bytes=MIB)
     with store.open("key") as source:
         assert source.read() == data
     assert len(opened) > 2
@@ -488,11 +559,11 @@ def test_an_object_replaced_while_being_read_is_an_error(
     s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(s3_url)
-    store.put("key", os.urandom(3 * storage.MIB))
-    _count_and_break_bodies(monkeypatch, store, after_bytes=storage.MIB)
+    store.put("key", os.urandom(3 * MIB))
+    _count_and_break_bodies(monkeypatch, store, after_bytes=MIB)
     with store.open("key") as source:
         source.read(10)
-        open_store(s3_url).put("key", os.urandom(3 * storage.MIB))
+        open_store(s3_url).put("key", os.urandom(3 * MIB))
         with pytest.raises(StorageError, match="was replaced while"):
             source.read()
 
@@ -501,7 +572,7 @@ def test_a_connection_that_only_breaks_is_an_error_and_never_a_short_read(
     s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(s3_url)
-    store.put("key", os.urandom(storage.MIB))
+    store.put("key", os.urandom(MIB))
     _count_and_break_bodies(monkeypatch, store, after_bytes=0)
     with store.open("key") as source, pytest.raises(StorageError, match=r"/key.*broke"):
         source.read()

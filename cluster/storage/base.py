@@ -1,0 +1,133 @@
+"""What every store offers, its errors, and the arithmetic of URLs and keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+MIB = 2**20
+ABANDONED_S = 7 * 24 * 3600  # after so long without a byte, a writer on another machine is dead
+
+
+class StorageError(OSError):
+    """A storage operation failed; the message is one line with the URL and a remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # file names may have newlines
+
+
+class MissingKeyError(StorageError, FileNotFoundError):
+    """The store has nothing under this key."""
+
+
+class Store(Protocol):
+    """Values under keys like ``step-00000010/manifest.json``, below one URL.
+
+    Keys are relative, with forward slashes, and never contain ``..``. Every method may raise
+    StorageError. Stores can be pickled; they hold no credentials.
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    def get(self, key: str) -> bytes:
+        """The whole value. Raises MissingKeyError."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write atomically: readers see the whole old value or the whole new one."""
+        ...
+
+    def upload(self, path: Path, key: str) -> None:
+        """Copy a local file to ``key``, atomically; big files go in parallel parts."""
+        ...
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy ``key`` to a local file, which appears once complete. Raises MissingKeyError."""
+        ...
+
+    def open(self, key: str) -> BinaryIO:
+        """Read from front to back; a short read is an error. Raises MissingKeyError."""
+        ...
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """Every key that starts with the string ``prefix``, sorted."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def size(self, key: str) -> int:
+        """Bytes under ``key``. Raises MissingKeyError."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove ``key``, which may be missing."""
+        ...
+
+    def clear_unfinished(self, *, abandoned_s: float = ABANDONED_S) -> int:
+        """Remove what killed writers left half written; returns how many files or uploads.
+
+        Living writers are safe, in whatever process and on whatever machine: what may belong to
+        one is kept until it is ``abandoned_s`` old.
+        """
+        ...
+
+    def local_path(self, key: str = "") -> Path | None:
+        """Where ``key``, or by default the whole store, is on this machine's file system.
+
+        None where values are not local files. The path need not exist.
+        """
+        ...
+
+    def pyarrow_filesystem(self) -> tuple[FileSystem, str]:
+        """pyarrow's file system for this store, and the path of the store inside it."""
+        ...
+
+
+def join(url: str, *parts: str) -> str:
+    """``url`` with further path components: ``join("s3://b/runs", "x")`` is ``s3://b/runs/x``."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def folder_and_name(url: str) -> tuple[str, str]:
+    """The URL of the store that holds a file, and the file's key in it."""
+    name = url.rpartition("/")[2]
+    return url.removesuffix(name) or ".", name
+
+
+def scheme_of(url: str) -> str:
+    """``s3`` of ``s3://bucket``, also of ``s3:/bucket``; empty for a plain path.
+
+    A relative path like ``a:b`` is a plain path; ``a:/b`` has to be written ``./a:/b``.
+    """
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", url)
+    return found[1] if found else ""
+
+
+def checked_key(key: str) -> str:
+    """``key``; StorageError unless it is a plain relative path."""
+    if any(part in ("", ".", "..") for part in key.split("/")):
+        raise StorageError(f"key {key!r} is not a plain relative path like a/b.json")
+    return key
+
+
+def one_line(text: str) -> str:
+    """``text`` with newlines and other unprintable characters escaped as in Python."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and message of ``error`` in one line of at most 300 characters, without passwords."""
+    text = without_password(one_line(" ".join(str(error).split())))
+    return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
+
+
+def without_password(text: str) -> str:
+    """``text`` without the user names and passwords of the URLs in it."""
+    return re.sub(r"//[^/@\s]*@", "//", text)

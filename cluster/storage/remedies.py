@@ -1,0 +1,92 @@
+"""What an error of S3 means, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+
+from botocore import exceptions as boto
+
+from cluster.storage.base import MissingKeyError, StorageError
+
+CHECKSUMS = (
+    "{server} does not understand the checksums of newer AWS clients: "
+    "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
+    "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
+)
+REMEDIES = {
+    ("NoSuchBucket",): "the bucket was not found at {server}: create it, or correct the URL",
+    ("SignatureDoesNotMatch",): (
+        "{server} refused the signature (SignatureDoesNotMatch): "
+        "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID"
+    ),
+    ("InvalidAccessKeyId",): (
+        "{server} does not know the access key (InvalidAccessKeyId): correct AWS_ACCESS_KEY_ID, "
+        "or AWS_ENDPOINT_URL if this is the wrong server"
+    ),
+    ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"): (
+        "the credentials have expired: renew AWS_SESSION_TOKEN and its keys"
+    ),
+    ("AccessDenied", "Forbidden", "AllAccessDisabled"): (
+        "{server} denied access: these credentials need "
+        "s3:GetObject, PutObject, DeleteObject and ListBucket there"
+    ),
+    ("403",): (  # all that a server answers to HEAD
+        "{server} denied access: AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID, "
+        "or these credentials lack s3:GetObject and ListBucket there"
+    ),
+    ("RequestTimeTooSkewed",): "the clock of this machine differs from the server's: set it right",
+    ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"): (
+        "the bucket is in another region: set AWS_REGION to it"
+    ),
+    ("PreconditionFailed", "412"): "the object was replaced while it was being read: read it again",
+    ("SlowDown", "503", "ServiceUnavailable", "InternalError", "500"): (
+        "{server} is overloaded or failing, also after retries: try again later"
+    ),
+    ("QuotaExceeded", "InsufficientStorage", "507", "XMinioStorageFull"): "{server} is full",
+    ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"): CHECKSUMS,
+}
+"""Error codes of S3 servers, and the message for each group of them."""
+
+
+def answer_to_error(url: str, error: boto.ClientError, endpoint: str | None) -> StorageError:
+    """The error to raise about ``url`` after the server at ``endpoint`` answered with one."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    text = str(error.response.get("Error", {}).get("Message", ""))
+    server = f"the S3 server {endpoint or 'of AWS'}"
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return MissingKeyError(f"{url}: object not found")
+    if "checksum" in text.lower() or "aws-chunked" in text.lower():
+        return StorageError(f"{url}: {CHECKSUMS.format(server=server)}")
+    for codes, remedy in REMEDIES.items():
+        if code in codes:
+            return StorageError(f"{url}: {remedy.format(server=server)}")
+    operation = error.operation_name
+    return StorageError(without_secrets(f"{url}: {operation} failed at {server}: {code} {text}"))
+
+
+def failure_to_error(url: str, error: Exception, endpoint: str | None) -> StorageError:
+    """The error to raise about ``url`` where no answer came from the server at ``endpoint``."""
+    return StorageError(f"{url}: {_remedy_without_answer(error, endpoint or 'AWS')}")
+
+
+def _remedy_without_answer(error: Exception, server: str) -> str:
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return (
+            "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "(or AWS_PROFILE, or give the instance a role)"
+        )
+    if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError):
+        return f"cannot reach {server}: start the server, or correct AWS_ENDPOINT_URL"
+    if isinstance(error, boto.SSLError):
+        return f"the certificate of {server} is not trusted: set AWS_CA_BUNDLE to its certificate"
+    if isinstance(error, boto.FlexibleChecksumError):
+        return CHECKSUMS.format(server=server)
+    return without_secrets(f"{type(error).__name__} at {server}: {error}")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` on one line, with the values of this process's credentials blanked out."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return " ".join(text.split())

@@ -1,0 +1,344 @@
+"""S3 prefixes as stores, and every S3 client of this product."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as boto
+from botocore.config import Config
+
+from cluster.storage.base import (
+    ABANDONED_S,
+    MIB,
+    MissingKeyError,
+    StorageError,
+    checked_key,
+    join,
+    scheme_of,
+)
+from cluster.storage.files import replacing
+from cluster.storage.remedies import answer_to_error, failure_to_error, without_secrets
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from pyarrow.fs import FileSystem
+
+log = logging.getLogger(__name__)
+
+# Parts of 16 MiB keep 8 requests busy on a checkpoint of 100 MB; S3 itself asks for at least 5 MiB.
+TRANSFER = TransferConfig(
+    multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
+)
+READ_ATTEMPTS = 6
+REQUEST_ATTEMPTS = 5  # of each request: a busy S3 server answers 503 SlowDown
+S3_ERRORS = (boto.ClientError, boto.BotoCoreError, Boto3Error)
+
+
+def open_s3(url: str) -> S3Store:
+    """The store at ``s3://bucket/prefix``."""
+    bucket, _, prefix = _s3_path(url).partition("/")
+    return S3Store(bucket, prefix)
+
+
+def s3_bucket(url: str) -> str | None:
+    """The bucket of an S3 URL; None for storage of another kind."""
+    return _s3_path(url).partition("/")[0] if scheme_of(url) == "s3" else None
+
+
+@contextlib.contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what boto3 raises into one-line StorageErrors about ``url`` that say what to do."""
+    try:
+        yield
+    except boto.ClientError as error:
+        raise answer_to_error(url, error, endpoint()) from error
+    except (boto.BotoCoreError, Boto3Error) as error:
+        raise failure_to_error(url, error, endpoint()) from error
+
+
+def endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The URL of the S3 server that every client here uses; None stands for AWS itself.
+
+    Raises StorageError for an address that carries credentials, or that is not http(s).
+    """
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if url := environment.get(name, "").rstrip("/"):
+            parts = urlsplit(url)
+            if "@" in parts.netloc:
+                raise StorageError(
+                    f"{name} carries a user name or password: put them into AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY"
+                )
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise StorageError(f"{name}={url}: give an http:// or https:// address")
+            return url
+    return None
+
+
+def s3_client(
+    environment: Mapping[str, str] = os.environ, *, attempts: int = REQUEST_ATTEMPTS
+) -> S3Client:
+    """A boto3 client with our endpoint, retries and time limits.
+
+    ``environment`` gives the endpoint, the region and the keys; without keys there, boto3 looks
+    in its usual places (profile, web identity, instance). Its AWS_MAX_ATTEMPTS and AWS_RETRY_MODE
+    override ``attempts`` and the adaptive retries.
+    """
+    retries = {
+        "total_max_attempts": _attempts(environment, attempts),
+        "mode": environment.get("AWS_RETRY_MODE", "adaptive"),
+    }
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=endpoint(environment),
+        # boto3 itself reads AWS_DEFAULT_REGION only; the other AWS clients read AWS_REGION.
+        region_name=_region(environment),
+        aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=environment.get("AWS_SESSION_TOKEN"),
+        config=Config(
+            retries=cast(Any, retries),
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=32,
+            tcp_keepalive=True,
+        ),
+    )
+
+
+_making_client = threading.Lock()
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_client(process: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
+    """One client for all stores of a process, because creating one takes a tenth of a second."""
+    return s3_client()
+
+
+class S3Store:
+    """The keys below ``s3://bucket/prefix``."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket, self._prefix = bucket, prefix
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def get(self, key: str) -> bytes:
+        with self.open(key) as source:
+            return source.read()
+
+    def put(self, key: str, data: bytes) -> None:
+        self._upload(io.BytesIO(data), key)
+
+    def upload(self, path: Path, key: str) -> None:
+        with path.open("rb") as source:
+            self._upload(source, key)
+
+    def download(self, key: str, path: Path) -> None:
+        expected = self.size(key)
+        with self._storage_errors(key), replacing(path) as file:
+            self._client.download_fileobj(self._bucket, self._full(key), file, Config=TRANSFER)
+            if (found := file.seek(0, os.SEEK_END)) != expected:
+                raise StorageError(f"{join(self.url, key)} ended after {found} of {expected} bytes")
+
+    def open(self, key: str) -> BinaryIO:
+        with self._storage_errors(key):
+            source = _S3Reader(self._client, self._bucket, self._full(key))
+        return io.BufferedReader(source, MIB)
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        below = f"{self._prefix}/" if self._prefix else ""
+        found = []
+        with self._storage_errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=below + prefix
+            )
+            for page in pages:
+                found += [item["Key"].removeprefix(below) for item in page.get("Contents", [])]
+        return sorted(key for key in found if not key.endswith("/"))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except MissingKeyError:
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        with self._storage_errors(key):
+            head = self._client.head_object(Bucket=self._bucket, Key=self._full(key))
+        return head["ContentLength"]
+
+    def delete(self, key: str) -> None:
+        with self._storage_errors(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
+
+    def clear_unfinished(self, *, abandoned_s: float = ABANDONED_S) -> int:
+        """See ``Store``; on S3 these are multipart uploads, which it stores and bills unlisted.
+
+        S3 does not know whether a writer lives, so age decides, as in the lifecycle rule that AWS
+        recommends for buckets (AbortIncompleteMultipartUpload, 7 days). Credentials without the
+        permission leave this to such a rule: nothing else depends on it.
+        """
+        below = f"{self._prefix}/" if self._prefix else ""
+        cleared = 0
+        try:
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=below
+            )
+            for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+                if time.time() - upload["Initiated"].timestamp() >= abandoned_s:
+                    self._client.abort_multipart_upload(
+                        Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                    cleared += 1
+        except S3_ERRORS as error:
+            reason = without_secrets(str(error))
+            log.info("unfinished uploads were not removed url=%s: %s", self.url, reason)
+        if cleared:
+            log.info("unfinished uploads removed count=%d url=%s", cleared, self.url)
+        return cleared
+
+    def local_path(self, key: str = "") -> Path | None:
+        return None
+
+    def pyarrow_filesystem(self) -> tuple[FileSystem, str]:
+        """See ``Store``. pyarrow ignores AWS_ENDPOINT_URL (apache/arrow#49643), so it gets ours.
+
+        It also gets our number of attempts: its own three are over in two seconds.
+        """
+        from pyarrow import fs  # takes half a second, and few callers need it
+
+        options: dict[str, Any] = {
+            "connect_timeout": 10,
+            "request_timeout": 60,
+            "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_attempts()),
+        }
+        if address := endpoint():
+            parts = urlsplit(address)
+            options |= {"endpoint_override": parts.netloc + parts.path, "scheme": parts.scheme}
+            options["region"] = _region() or "us-east-1"
+        elif region := _region():
+            options["region"] = region
+        if certificates := os.environ.get("AWS_CA_BUNDLE"):
+            options["tls_ca_file_path"] = certificates
+        return fs.S3FileSystem(**options), f"{self._bucket}/{self._prefix}".rstrip("/")
+
+    @property
+    def _client(self) -> S3Client:
+        # Connections do not survive a fork, so a child process creates its own client.
+        settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        with _making_client:
+            return _shared_client(os.getpid(), tuple(settings))
+
+    def _full(self, key: str) -> str:
+        return f"{self._prefix}/{checked_key(key)}".lstrip("/")
+
+    def _upload(self, source: IO[bytes], key: str) -> None:
+        with self._storage_errors(key):
+            self._client.upload_fileobj(source, self._bucket, self._full(key), Config=TRANSFER)
+
+    @contextlib.contextmanager
+    def _storage_errors(self, key: str) -> Iterator[None]:
+        with storage_errors(join(self.url, key)):
+            yield
+
+
+class _S3Reader(io.RawIOBase):
+    """One object from front to back; after a broken connection, reading resumes where it broke."""
+
+    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+        self._url = f"s3://{bucket}/{key}"
+        answer = client.get_object(Bucket=bucket, Key=key)
+        self._body, self._etag = answer["Body"], answer["ETag"]
+        self._size, self._position = answer["ContentLength"], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position, MIB)
+        if wanted == 0:
+            return 0
+        with storage_errors(self._url):
+            for _ in range(READ_ATTEMPTS):
+                try:
+                    data = self._body.read(wanted)
+                except (boto.HTTPClientError, boto.IncompleteReadError, OSError) as error:
+                    data, reason = b"", f": {error}"
+                else:
+                    reason = ""
+                if data:
+                    buffer[: len(data)] = data
+                    self._position += len(data)
+                    return len(data)
+                log.info("reading resumes url=%s position=%d%s", self._url, self._position, reason)
+                self._reopen()
+        raise StorageError(
+            f"{self._url}: the connection broke {READ_ATTEMPTS} times "
+            f"at byte {self._position} of {self._size}{reason}"
+        )
+
+    def readall(self) -> bytes:
+        whole = bytearray(self._size - self._position)
+        rest = memoryview(whole)
+        while rest:
+            rest = rest[self.readinto(rest) :]
+        return bytes(whole)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._body.close()
+        super().close()
+
+    def _reopen(self) -> None:
+        self._body.close()
+        self._body = self._client.get_object(
+            Bucket=self._bucket,
+            Key=self._key,
+            Range=f"bytes={self._position}-{self._size - 1}",
+            IfMatch=self._etag,
+        )["Body"]
+
+
+def _region(environment: Mapping[str, str] = os.environ) -> str | None:
+    return environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+
+
+def _attempts(environment: Mapping[str, str] = os.environ, attempts: int = REQUEST_ATTEMPTS) -> int:
+    return int(environment.get("AWS_MAX_ATTEMPTS", attempts))
+
+
+def _s3_path(url: str) -> str:
+    """``bucket/prefix`` of an S3 URL; StorageError, without showing it, if it may hold a secret."""
+    path = url.removeprefix("s3://").rstrip("/")
+    bucket, _, prefix = path.partition("/")
+    if "@" in bucket or ":" in bucket or "?" in path:
+        raise StorageError(
+            "an S3 URL is s3://bucket/prefix and carries no keys or options: "
+            "put those into the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}", bucket):
+        raise StorageError(
+            f"{url}: a bucket name has 3 to 63 letters, digits, . and -, unlike {bucket!r}"
+        )
+    if prefix:
+        checked_key(prefix)
+    return path
