@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.storage import FileStore, StorageError, Store, open_store
+from cluster.storage import StorageError, Store, open_store
+from cluster.storage.files import FileStore
 from pipeline.tracking import history
 from pipeline.tracking.history import AttemptInfo, HistoryWriter, read_history
 
