@@ -36,7 +36,7 @@ def main() -> None:
     needs("cv2", "simplejpeg", "webdataset")
     import cv2
 
-    from data_prep.masks import MaskSampler
+    from data_prep.masks import MaskSampler, MaskSettings
     from data_prep.shards import Dataset
     from pipeline.data.batches import TrainLoader
 
@@ -50,7 +50,7 @@ def main() -> None:
             global_batch=BATCH,
             streams=4,
             seed=0,
-            masks=MaskSampler({"corrected": 1.0}),
+            masks=MaskSampler(MaskSettings({"corrected": 1.0})),
             flip=True,
             threads=WORKERS,
         )
@@ -119,7 +119,7 @@ def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
 
     detector, encoded = EdgeDetector(load_network(read_weights(None))), []
     for pixels in islice(photographs(source), DISTINCT):
-        strokes = edge_strokes(detector(pixels[None])[0])
+        strokes = edge_strokes(detector(pixels[None])[0], 0.6)
         encoded.append((encode_jpeg(pixels), encode_sketch(strokes), b"{}"))
     index = []
     for number in range(SHARDS):
@@ -143,11 +143,13 @@ def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
 def photographs(root: str | None) -> Iterator[np.ndarray]:
     """Squares of the stored size from the middle of the pictures that are large enough."""
     from data_prep.images import ImageError, decode, fit
-    from data_prep.sources import list_images, read_image
+    from data_prep.settings import DataSettings
+    from data_prep.sources import DATA_SOURCES, list_images
 
-    for picture in list_images("folder" if root else "bundled", root=root, val_fraction=0.0):
+    data = DataSettings("photographs", "folder" if root else "bundled", root, val_fraction=0.0)
+    for picture in list_images(data):
         try:
-            decoded = decode(read_image(picture, root))
+            decoded = decode(DATA_SOURCES[data.source].read(picture, root))
             pixels = fit(decoded.cropped(picture.crop) if picture.crop else decoded, SIZE)
         except ImageError:
             continue

@@ -25,7 +25,7 @@ def main() -> None:
     needs("cv2")
     import cv2
 
-    from data_prep.masks import MaskSampler
+    from data_prep.masks import MaskSampler, MaskSettings
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -35,7 +35,8 @@ def main() -> None:
         "reference": lambda: random_mask(SIZE, SIZE, numbers)[0, 0],
     }
     samplers = {
-        kind: MaskSampler({kind: 1.0}) for kind in ("official", "corrected", "brush", "box")
+        kind: MaskSampler(MaskSettings({kind: 1.0}))
+        for kind in ("official", "corrected", "brush", "box")
     }
     ours = {kind: partial(sampler, SIZE, SIZE, rng) for kind, sampler in samplers.items()}
     draws = anchors | ours

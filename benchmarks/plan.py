@@ -27,8 +27,8 @@ from unittest.mock import patch
 from benchmarks.timing import needs, write_result
 
 if TYPE_CHECKING:
-    from data_prep.build import Job
-    from data_prep.manifest import Part
+    from data_prep.manifest import ShardRecord
+    from data_prep.shard_job import ShardJob
 
 ROOT = "s3://synthetic/places2"
 CLASSES, VAL = 365, 36_500
@@ -101,7 +101,8 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     import ray
 
     from cluster.ports import LOOPBACK
-    from data_prep import build as stage
+    from data_prep.build import build_dataset
+    from data_prep.settings import DataSettings, SketchSettings
 
     ray.init(
         address="local",
@@ -113,11 +114,10 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     with (
         patch("data_prep.files.open_store", lambda url: Names(pictures)),
-        patch("data_prep.build.make_shard", make_rows),
+        patch("data_prep.ray_build.shard_task", make_rows),
     ):
-        dataset = stage.build_dataset(
-            url, name="places2", source="places2", root=ROOT, partial=True, hed_device="cpu"
-        )
+        data = DataSettings("places2", "places2", ROOT, allow_partial=True)
+        dataset = build_dataset(url, data, SketchSettings(hed_device="cpu"))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     ray.shutdown()
     return {
@@ -129,7 +129,7 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     }
 
 
-def make_rows(job: "Job", detector: Any = None) -> "Part":
+def make_rows(job: "ShardJob", actor: Any = None) -> "ShardRecord":
     """In place of a shard: a tar of its first sample, a gray one, and rows as of all of them."""
     import hashlib
     import struct
@@ -138,7 +138,7 @@ def make_rows(job: "Job", detector: Any = None) -> "Part":
 
     from cluster.storage import open_store
     from data_prep.images import encode_jpeg, encode_sketch
-    from data_prep.manifest import SCHEMA, part_of, write_part
+    from data_prep.manifest import SCHEMA, ShardRecord, write_record
     from data_prep.shards import RawSample, write_shard
 
     empty = dict.fromkeys(SCHEMA.names) | {
@@ -151,12 +151,12 @@ def make_rows(job: "Job", detector: Any = None) -> "Part":
         "sketch_kind": "hed",
         "sketch_status": "ok",
         "detector": "hed fp32 cpu",
-        "detector_weights_sha256": job.recipe.hed_sha256,
-        "threshold": job.recipe.threshold,
+        "detector_weights_sha256": job.settings.hed_sha256,
+        "threshold": job.settings.sketch.threshold,
         "status": "ok",
     }
     rows = []
-    for index, picture in enumerate(job.pictures):
+    for index, picture in enumerate(job.images):
         digest = hashlib.sha256(picture.key.encode())
         phash, size, density = struct.unpack_from("<qHH", digest.digest())
         rows.append(
@@ -173,19 +173,19 @@ def make_rows(job: "Job", detector: Any = None) -> "Part":
         )
     gray = np.full((64, 64, 3), 128, np.uint8)
     sketch = encode_sketch(np.zeros((64, 64), np.uint8))
-    sample = RawSample(job.pictures[0].key, encode_jpeg(gray), sketch, b"{}")
+    sample = RawSample(job.images[0].key, encode_jpeg(gray), sketch, b"{}")
     shard = write_shard(Path(job.url, job.name), [sample], split=job.split, name=job.name)
-    shard = dataclasses.replace(shard, samples=len(rows), last_key=job.pictures[-1].key)
-    part = part_of(
+    shard = dataclasses.replace(shard, samples=len(rows), last_key=job.images[-1].key)
+    record = ShardRecord.of(
         shard,
         rows,
         plan=job.plan,
-        root=job.root,
-        recipe=job.recipe.record(),
+        root=job.settings.data.root,
+        sample_settings=job.settings.record(),
         excluded=job.excluded,
     )
-    write_part(open_store(job.url), part, rows)
-    return part
+    write_record(open_store(job.url), record, rows)
+    return record
 
 
 if __name__ == "__main__":

@@ -104,11 +104,12 @@ def sources(pictures: int = PICTURES) -> list[bytes]:
     import cv2
 
     from data_prep.images import decode
-    from data_prep.sources import list_images, read_image
+    from data_prep.settings import DataSettings
+    from data_prep.sources import DATA_SOURCES, list_images
 
     found = []
-    for picture in list_images("bundled")[:pictures]:
-        decoded = decode(read_image(picture, None))
+    for picture in list_images(DataSettings("photographs", "bundled"))[:pictures]:
+        decoded = decode(DATA_SOURCES["bundled"].read(picture, None))
         assert picture.crop is not None
         pixels = decoded.cropped(picture.crop).pixels
         side = min(pixels.shape[:2])
@@ -133,8 +134,8 @@ def _pillow(files: list[bytes], folder: Path) -> None:
 
 
 def _ours(files: list[bytes], folder: Path, *, hashes: bool = False) -> None:
+    from data_prep.duplicates import perceptual_hash
     from data_prep.images import decode, encode_jpeg, fit
-    from data_prep.samples import perceptual_hash
     from data_prep.shards import RawSample, write_shard
 
     def samples() -> Iterator[RawSample]:

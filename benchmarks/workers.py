@@ -80,7 +80,8 @@ def _build(
     from cluster.ports import LOOPBACK
     from cluster.storage import open_store
     from data_prep.build import build_dataset
-    from data_prep.manifest import read_part
+    from data_prep.manifest import read_record
+    from data_prep.settings import DataSettings, SketchSettings
 
     ray.init(
         address="local",
@@ -94,8 +95,7 @@ def _build(
     try:
         with tempfile.TemporaryDirectory(dir=folder) as url:
             started = time.monotonic()
-            dataset = build_dataset(
-                url,
+            data = DataSettings(
                 name="workers",
                 source="folder",
                 root=str(folder / str(pictures)),
@@ -105,11 +105,12 @@ def _build(
                 val_fraction=0,
                 duplicates="keep",
             )
+            dataset = build_dataset(url, data, SketchSettings())
             seconds = time.monotonic() - started
             assert dataset.counts["pictures"]["ok"] == pictures
             store = open_store(url)
-            parts = [read_part(store, shard.name) for shard in dataset.index]
-            return seconds, max(part.peak_bytes for part in parts)
+            records = [read_record(store, shard.name) for shard in dataset.index]
+            return seconds, max(record.peak_bytes for record in records)
     finally:
         ray.shutdown()
 

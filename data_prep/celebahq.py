@@ -32,13 +32,13 @@ class _Found(NamedTuple):
     place: Member | Row | None
 
 
-def pictures(
+def list_images(
     files: Files,
     root: str,
     *,
-    split: str = "official",
-    val_fraction: float = 0.05,
-    partial: bool = False,
+    split: str,
+    val_fraction: float,
+    allow_partial: bool,
 ) -> Iterator[SourceImage]:
     """Train and val pictures under keys ``celebahq-00042``, counted from 0 in every form.
 
@@ -46,7 +46,7 @@ def pictures(
     test pictures are left out); it needs the mapping of CelebAMask-HQ and CelebA's partition file
     below ``root``. ``val_fraction`` holds out that share, chosen by the keys. Else it is the URL of
     a list of held-out pictures, as numbers from 0 with or without ``.jpg`` (the 2,000 that DeepFill
-    and LaMa hold out, for instance). Unless ``partial``, the counts are asserted.
+    and LaMa hold out, for instance). Unless ``allow_partial``, the counts are asserted.
 
     Folders, files or orders of a mirror are never taken for a split or for numbers. So pictures in
     Parquet are CelebA-HQ's numbers where all rows have names that tell them. Where they do not,
@@ -58,10 +58,10 @@ def pictures(
         raise ValueError(
             f"{root} holds no CelebA-HQ: 0.jpg, 00001.jpg, imgHQ00000.npy or .parquet and on"
         )
-    if not partial and len(found) != PICTURES:
+    if not allow_partial and len(found) != PICTURES:
         raise ValueError(
             f"{root} holds {len(found):,} pictures of CelebA-HQ's {PICTURES:,}: "
-            "complete it, or set data.partial"
+            "complete it, or set data.allow_partial"
         )
     numbered = _numbered(found, root)
     if numbered is None:
@@ -75,14 +75,14 @@ def pictures(
         keyed = {f"celebahq-{number:05d}": numbered[number] for number in sorted(numbered)}
     splits: Mapping[str, str]
     if split == "official":
-        splits = _official(files, root, partial)
+        splits = _official(files, root, allow_partial)
     elif split == "val_fraction":
         splits = split_by_name(keyed, val_fraction)
     else:
         held_out = _held_out(split, numbered is not None)
         if unknown := sorted(held_out - keyed.keys()):
             message = f"{split} lists {len(unknown):,} pictures that {root} does not hold"
-            if not partial:
+            if not allow_partial:
                 raise ValueError(f"{message}, {unknown[0]} for one")
             log.warning("%s", message)
         splits = {key: "val" if key in held_out else "train" for key in keyed}
@@ -154,7 +154,7 @@ def _counts_from_one(
     return PICTURES in numbers or "data256x256/" in f"{root}/{next(iter(numbers.values())).name}"
 
 
-def _official(files: Files, root: str, partial: bool) -> dict[str, str]:
+def _official(files: Files, root: str, allow_partial: bool) -> dict[str, str]:
     """Partitions by key."""
     partition = {
         name: PARTITIONS[int(number)] for name, number in _table(files, root, PARTITION, 2)
@@ -166,7 +166,7 @@ def _official(files: Files, root: str, partial: bool) -> dict[str, str]:
             raise ValueError(f"{MAPPING} names {original}, which {PARTITION} does not have")
         splits[f"celebahq-{int(index):05d}"] = partition[original]
     counts = {name: Counter(splits.values())[name] for name in PARTITIONS}
-    if not partial and counts != OFFICIAL_COUNTS:
+    if not allow_partial and counts != OFFICIAL_COUNTS:
         raise ValueError(
             f"the partition of {root} comes out as {counts}; it has to be {OFFICIAL_COUNTS}: "
             f"{MAPPING} or {PARTITION} is not the published one"
@@ -193,7 +193,7 @@ def _table(files: Files, root: str, name: str, columns: int) -> Iterator[list[st
 
 def _held_out(url: str, numbered: bool) -> set[str]:
     """Keys of the pictures in a list."""
-    folder, name = folder_and_name(url.removeprefix("list:"))
+    folder, name = folder_and_name(url)
     lines = open_store(folder).get(name).decode().splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     if not numbered:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from data_prep.images import Pixels
 
 NEAR_BITS = 3  # of 64: the same picture scaled or compressed anew differs by less, others by more
 BANDS = 4  # one of them agrees in full where no more than 3 bits differ
@@ -19,6 +22,15 @@ _PLAIN = pa.schema(
     ]
 )
 COLUMNS = _PLAIN.names  # of the manifest, that are looked at
+
+
+def perceptual_hash(pixels: Pixels) -> int:
+    """64 bits that similar pictures share: signs of the lowest frequencies, as a signed integer."""
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA)
+    low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
+    bits = low > np.median(low[1:])
+    return int.from_bytes(np.packbits(bits).tobytes(), signed=True)
 
 
 def find_duplicates(tables: Iterable[pa.Table]) -> dict[str, str]:

@@ -19,6 +19,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 
 MAX_PIXELS = 100_000_000
+JPEG_QUALITY = 95
 BAND_PIXELS = 2**22
 MAX_ASPECT = 16  # panoramas have up to 10; a JPEG ends at 65,535 pixels, memory for edges before
 # JPEG markers of metadata, as words of little-endian bytes: FF E1 opens EXIF and XMP, FF ED IPTC.
@@ -116,7 +117,7 @@ def fit(picture: Decoded, short_px: int) -> Pixels:
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
-def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
+def encode_jpeg(pixels: Pixels, quality: int = JPEG_QUALITY) -> bytes:
     """A JPEG with colours at half the resolution (4:2:0), as cameras and Pillow write them."""
     encoded: bytes = simplejpeg.encode_jpeg(
         np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420"

@@ -26,6 +26,7 @@ from data_prep.shards import (
     index_entry,
     shard_from_index,
 )
+from data_prep.sources import DATA_SOURCES
 
 READERS = 16  # threads, for storage that answers slowly
 
@@ -79,42 +80,84 @@ PROVENANCE = {
     "landmarks": "sequence: float64",
     "line_width": "dtype: int64",
 }
-LICENCES = {
-    "bundled": "Photographs in the packages scikit-image and scikit-learn, under the licences "
-    "stated there (public domain, CC0, CC BY); not to be passed on without those.",
-    "places2": "Places365: the pictures belong to their owners; for research and teaching that is "
-    "not commercial. Keep this data set inside your institution.",
-    "celebahq": "CelebA-HQ: for research that is not commercial; no redistribution, copies at one "
-    "site only. This data set is internal.",
-    "folder": "That of the pictures in the folder; nothing was said about it when this was made.",
-}
+ManifestRow = dict[str, Any]
+"""One source image: a value, or None, for every column of ``SCHEMA``."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is known of one finished shard; once this is on storage the shard is."""
+class ShardRecord:
+    """What is known of one finished shard; the shard is finished once this is on storage."""
 
     plan: str
-    """Hash of the settings and pictures that the shard was made from."""
+    """Hash of the settings and images that the shard was made from."""
     root: str | None
-    """Of the source: below another one, equal names are other pictures."""
-    recipe: dict[str, Any]
-    """The settings that it was made with."""
+    """Of the source: below another root, equal names are other images."""
+    sample_settings: dict[str, Any]
+    """``SampleSettings.record()`` of the settings it was made with."""
     excluded: dict[str, str]
-    """Pictures left out as duplicates, with the reason."""
+    """Images left out as duplicates, with the reason."""
     shard: Shard
     statuses: dict[str, int]
+    """Images by what became of them: ``ok``, ``skipped`` or ``failed``."""
     reasons: dict[str, int]
-    """Why pictures were skipped or failed."""
+    """Why images were skipped or failed."""
     sketches: dict[str, int]
     density_sum: float
     errors: list[str]
-    """The first few pictures that failed, with the reason."""
+    """The first few images that failed, with the reason."""
     peak_bytes: int = 0
     """The most memory that one of the processes which made it has held until then."""
 
+    @classmethod
+    def of(
+        cls,
+        shard: Shard,
+        rows: Sequence[ManifestRow],
+        *,
+        plan: str,
+        root: str | None,
+        sample_settings: dict[str, Any],
+        excluded: dict[str, str],
+        peak_bytes: int = 0,
+    ) -> ShardRecord:
+        """The record of a shard with these rows."""
+        used = [row for row in rows if row["status"] == "ok"]
+        failed = [row for row in rows if row["status"] == "failed"]
+        return cls(
+            plan=plan,
+            root=root,
+            sample_settings=sample_settings,
+            excluded=excluded,
+            shard=shard,
+            statuses=dict(Counter(row["status"] for row in rows)),
+            reasons=dict(Counter(row["error_type"] for row in rows if row["error_type"])),
+            sketches=dict(Counter(_sketch_word(row) for row in used)),
+            density_sum=sum(row["sketch_density"] for row in used),
+            errors=[
+                f"{row['source_path']}: {row['error_type']}: {row['error_message']}"
+                for row in failed[:10]
+            ],
+            peak_bytes=peak_bytes,
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ShardRecord:
+        """Raises ValueError, KeyError or TypeError where ``data`` is something else."""
+        stored = json.loads(data)
+        changed = {
+            "sample_settings": stored.pop("recipe"),
+            "shard": shard_from_index(stored["shard"]),
+        }
+        return cls(**(stored | changed))
+
+    def to_json(self) -> bytes:
+        """As it lies on storage, where the settings are called ``recipe``."""
+        stored = dict(vars(self)) | {"shard": index_entry(self.shard)}
+        stored["recipe"] = stored.pop("sample_settings")
+        return json.dumps(stored).encode()
+
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return sum(self.statuses.values())
 
     @property
@@ -122,55 +165,24 @@ class Part:
         return self.statuses.get("failed", 0)
 
 
-def part_of(
-    shard: Shard,
-    rows: Sequence[dict[str, Any]],
-    *,
-    plan: str,
-    root: str | None,
-    recipe: dict[str, Any],
-    excluded: dict[str, str],
-    peak_bytes: int = 0,
-) -> Part:
-    used = [row for row in rows if row["status"] == "ok"]
-    failed = [row for row in rows if row["status"] == "failed"]
-    return Part(
-        plan=plan,
-        root=root,
-        recipe=recipe,
-        excluded=excluded,
-        shard=shard,
-        statuses=dict(Counter(row["status"] for row in rows)),
-        reasons=dict(Counter(row["error_type"] for row in rows if row["error_type"])),
-        sketches=dict(Counter(_sketch_word(row) for row in used)),
-        density_sum=sum(row["sketch_density"] for row in used),
-        errors=[
-            f"{row['source_path']}: {row['error_type']}: {row['error_message']}"
-            for row in failed[:10]
-        ],
-        peak_bytes=peak_bytes,
-    )
-
-
-def _sketch_word(row: dict[str, Any]) -> str:
+def _sketch_word(row: ManifestRow) -> str:
     ok = row["sketch_status"] == "ok"
     return str(row["sketch_kind"] if ok else row["sketch_status"])
 
 
-def write_part(store: Store, part: Part, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep the rows, then the record: the shard is finished."""
+def write_record(store: Store, record: ShardRecord, rows: Sequence[ManifestRow]) -> None:
+    """Write the rows, then the record: the shard is finished."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
-    store.put(rows_key(part.shard.name), sink.getvalue().to_pybytes())
-    record = dict(vars(part)) | {"shard": index_entry(part.shard)}
-    store.put(record_key(part.shard.name), json.dumps(record).encode())
+    store.put(rows_key(record.shard.name), sink.getvalue().to_pybytes())
+    store.put(record_key(record.shard.name), record.to_json())
 
 
-def read_part(store: Store, shard: str) -> Part:
+def read_record(store: Store, shard: str) -> ShardRecord:
     """Raises ValueError where the record is not one of this version."""
-    record = json.loads(store.get(record_key(shard)))
+    data = store.get(record_key(shard))
     try:
-        return Part(**(record | {"shard": shard_from_index(record["shard"])}))
+        return ShardRecord.from_json(data)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{record_key(shard)} is a record of another version: {error}") from error
 
@@ -203,10 +215,10 @@ def rows_key(shard: str) -> str:
 
 def publish(
     store: Store,
-    parts: Sequence[Part],
+    records: Sequence[ShardRecord],
     *,
     name: str,
-    source: str,
+    license: str,
     requested: dict[str, Any],
     shaping: dict[str, Any],
     duplicates: int,
@@ -215,9 +227,9 @@ def publish(
 
     ``duplicates`` is how many train pictures were found to be held out as well.
     """
-    shards = [part.shard for part in parts]
+    shards = [record.shard for record in records]
     digest = digest_of(shaping, shards)
-    counts = count(parts) | {"duplicates": duplicates}
+    counts = count(records) | {"duplicates": duplicates}
     files = {
         "index.json": _json(
             {
@@ -228,7 +240,7 @@ def publish(
             }
         ),
         "sizes.json": _json({shard.name: shard.samples for shard in shards}),
-        "README.md": card(name, source, digest, counts, shaping).encode(),
+        "README.md": card(name, license, digest, counts, shaping).encode(),
         "contact_sheet.png": contact_sheet(store, shards),
     }
     written = {key: _put(store, key, data) for key, data in files.items()}
@@ -245,20 +257,20 @@ def publish(
     store.put("dataset.json", _json(record))
 
 
-def count(parts: Iterable[Part]) -> dict[str, Any]:
+def count(records: Iterable[ShardRecord]) -> dict[str, Any]:
     """Pictures by what became of them, sketches by kind, and the size of each split."""
     statuses: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     sketches: Counter[str] = Counter()
     splits: dict[str, Counter[str]] = {}
     density = 0.0
-    for part in parts:
-        statuses.update(part.statuses)
-        reasons.update(part.reasons)
-        sketches.update(part.sketches)
-        density += part.density_sum
-        of_split = splits.setdefault(part.shard.split, Counter())
-        of_split.update(shards=1, samples=part.shard.samples, bytes=part.shard.bytes)
+    for record in records:
+        statuses.update(record.statuses)
+        reasons.update(record.reasons)
+        sketches.update(record.sketches)
+        density += record.density_sum
+        of_split = splits.setdefault(record.shard.split, Counter())
+        of_split.update(shards=1, samples=record.shard.samples, bytes=record.shard.bytes)
     used = statuses["ok"]
     return {
         "pictures": {word: statuses[word] for word in ("ok", "skipped", "failed")},
@@ -304,7 +316,7 @@ def _versions() -> dict[str, str]:
 
 
 def card(
-    name: str, source: str, digest: str, counts: dict[str, Any], shaping: dict[str, Any]
+    name: str, license: str, digest: str, counts: dict[str, Any], shaping: dict[str, Any]
 ) -> str:
     """The README of a data set, with the header that Hugging Face reads."""
     splits, pictures = counts["splits"], counts["pictures"]
@@ -365,7 +377,7 @@ picture came from, how its sketch was made). Sketches: {sketches or "none"}; the
 
 ## Licence
 
-{LICENCES[source]}
+{license}
 
 ## How it was made
 
@@ -397,5 +409,7 @@ def describe(dataset: Dataset) -> dict[str, str]:
         shown["also held out"] = f"{duplicates:,} pictures {fate} train"
     shown["sketches"] = ", ".join(f"{number:,} {kind}" for kind, number in sketches.items())
     shown["sketch density"] = f"{counts['sketch_density']:.1%} of the pixels"
-    shown["licence"] = LICENCES[dataset.settings["requested"]["source"]]
+    name = dataset.settings["requested"]["source"]
+    source = DATA_SOURCES.get(name)
+    shown["license"] = source.license if source else f"that of the source {name}"
     return shown | {key: str(value) for key, value in dataset.settings["shaping"].items()}

@@ -1,11 +1,15 @@
-"""Holes: the authors' masks, corrected ones, the paper's brush, boxes, and a user's own."""
+"""Holes: the authors' masks, corrected ones, the paper's brush, boxes, and a user's own.
+
+Training draws them, yet they are here: they are data, drawn with OpenCV in loader threads, and
+``pipeline`` and the benchmarks use them without torch.
+"""
 
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import PurePosixPath
 from statistics import NormalDist
@@ -20,8 +24,6 @@ from cluster.storage import open_store
 Mask: TypeAlias = UInt8[np.ndarray, "height width"]  # 1 in the hole, 0 where pixels are known
 Sheet: TypeAlias = UInt8[np.ndarray, "height width 3"]
 
-KINDS = ("official", "corrected", "brush", "box", "folder")
-
 # Of the square of 256 pixels that the authors' constants, and ours, are meant for.
 _REFERENCE_DIAGONAL_PX = math.hypot(256, 256)
 _LENGTH_BITS = 10  # random ones that decide a segment's length; its ends are whole pixels
@@ -29,46 +31,87 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
-class Brush:
-    """Parameters of the paper's Algorithm 1, for which the paper gives no values.
+class BrushSettings:
+    """The paper's Algorithm 1; it gives no numbers, these are for images of 256 px.
 
-    Lengths are pixels of a 256-pixel picture and scale with the picture's diagonal.
+    Lengths scale with the diagonal of the image.
     """
 
     max_vertex: int = 12
-    """Segments in a stroke: uniform in 1 ... max_vertex."""
+    """Most segments in a stroke; uniform from 1."""
     max_length: float = 60.0
-    """Length of a segment: uniform below it."""
+    """Longest segment, in pixels at 256 px; uniform below it."""
     max_brush_width: float = 40.0
-    """Width of a stroke: uniform below it, at least one pixel."""
+    """Widest stroke, in pixels at 256 px; uniform below it, at least one pixel."""
     max_angle: float = 2.0
-    """Radians: the direction of a segment is uniform below it, reversed on even vertices."""
+    """Largest turn at a vertex, in radians; uniform below it, reversed at even vertices."""
     max_strokes: int = 4
-    """Strokes in a mask: uniform in 1 ... max_strokes."""
+    """Most strokes in a mask; uniform from 1."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} of the brush is {value}: must be above 0")
+        faults = [
+            f"{name} {value} should be above 0" for name, value in vars(self).items() if value <= 0
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
 @dataclass(frozen=True)
-class Box:
-    """One rectangle, each side uniform between two fractions of the picture's side."""
+class BoxSettings:
+    """One rectangle, each side uniform between two fractions of the image's side."""
 
     min_side: float = 0.25
+    """Smallest side as a fraction of the image's."""
     max_side: float = 0.5
+    """Largest side as a fraction of the image's."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_side <= self.max_side <= 1:
-            raise ValueError(
-                f"sides of the box are {self.min_side} to {self.max_side} of the picture's: "
-                "must be 0 <= min_side <= max_side <= 1"
-            )
+        faults = [
+            f"{name} {value} should be 0 to 1"
+            for name, value in vars(self).items()
+            if not 0 <= value <= 1
+        ]
+        if self.min_side > self.max_side:
+            faults.append(f"min_side {self.min_side} should be at most max_side {self.max_side}")
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
-DEFAULT_BRUSH = Brush()
-DEFAULT_BOX = Box()
+@dataclass(frozen=True)
+class MaskSettings:
+    """Which holes training and validation draw."""
+
+    mixture: Mapping[str, float] = field(default_factory=lambda: {"corrected": 1.0})
+    """Kinds of holes (keys of ``MASK_KINDS``: ``official``, ``corrected``, ``brush``, ``box``,
+    ``folder``) and their weights; the share of a kind is its weight over their sum."""
+    per_sample: bool = True
+    """One mask per image; false: one per global batch, as the authors do."""
+    brush: BrushSettings = field(default_factory=BrushSettings)
+    """Strokes of the kind ``brush``."""
+    box: BoxSettings = field(default_factory=BoxSettings)
+    """Rectangles of the kind ``box``."""
+    folder: str | None = None
+    """Path or URL of the mask images for the kind ``folder``, drawn equally often."""
+    white_is_hole: bool = True
+    """False for masks as MAT has them, with the hole in black."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"mixture has a kind {kind!r}: it should be one of {', '.join(MASK_KINDS)}"
+            for kind in self.mixture
+            if kind not in MASK_KINDS
+        ]
+        faults += [
+            f"mixture has {kind}: {weight}, which should be 0 or more"
+            for kind, weight in self.mixture.items()
+            if not weight >= 0
+        ]
+        if not any(weight > 0 for weight in self.mixture.values()):
+            faults.append(f"mixture should name at least one kind of {', '.join(MASK_KINDS)}")
+        if self.mixture.get("folder", 0) > 0 and self.folder is None:
+            faults.append("the kind 'folder' needs masks.folder: where the masks are")
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
 def official_mask(height: int, width: int, rng: random.Random) -> Mask:
@@ -105,7 +148,7 @@ def corrected_mask(height: int, width: int, rng: random.Random) -> Mask:
     return mask
 
 
-def brush_mask(height: int, width: int, rng: random.Random, brush: Brush = DEFAULT_BRUSH) -> Mask:
+def brush_mask(height: int, width: int, rng: random.Random, brush: BrushSettings) -> Mask:
     """Several strokes of the paper's Algorithm 1, each flipped at random; never empty."""
     mask = np.zeros((height, width), np.uint8)
     scale = _scale(height, width)
@@ -127,7 +170,7 @@ def brush_mask(height: int, width: int, rng: random.Random, brush: Brush = DEFAU
     return mask
 
 
-def box_mask(height: int, width: int, rng: random.Random, box: Box = DEFAULT_BOX) -> Mask:
+def box_mask(height: int, width: int, rng: random.Random, box: BoxSettings) -> Mask:
     """One rectangular hole, wholly inside the picture."""
     box_height = max(1, round(rng.uniform(box.min_side, box.max_side) * height))
     box_width = max(1, round(rng.uniform(box.min_side, box.max_side) * width))
@@ -160,70 +203,79 @@ def read_mask(data: bytes, height: int, width: int, *, name: str, white_is_hole:
     return mask
 
 
-class MaskSampler:
-    """Draws masks from a mixture of kinds; equal ``rng`` states give equal masks.
+class FolderMasks:
+    """Masks from a folder of images, each drawn equally often. Can be pickled."""
 
-    ``mixture`` maps kinds (``official``, ``corrected``, ``brush``, ``box``, ``folder``) to weights;
-    a kind's probability is its share of their sum. ``folder`` is the URL or path of a folder of
-    mask pictures, drawn equally often, white in the hole unless ``white_is_hole`` is false.
-    Can be pickled.
-    """
-
-    def __init__(
-        self,
-        mixture: Mapping[str, float],
-        *,
-        brush: Brush = DEFAULT_BRUSH,
-        box: Box = DEFAULT_BOX,
-        folder: str | None = None,
-        white_is_hole: bool = True,
-    ) -> None:
-        unknown = sorted(set(mixture) - set(KINDS))
-        if unknown:
-            raise ValueError(f"no such kind of mask: {unknown[0]}; there are {', '.join(KINDS)}")
-        for kind, weight in mixture.items():
-            if not weight >= 0:
-                raise ValueError(f"weight of {kind} masks is {weight}: must be 0 or more")
-        used = sorted(kind for kind, weight in mixture.items() if weight > 0)
-        if not used:
-            raise ValueError(f"no kind of mask has a weight above 0; there are {', '.join(KINDS)}")
-        if "folder" in used and folder is None:
-            raise ValueError("masks of kind 'folder' need a folder of mask pictures")
-
-        self._kinds = used
-        self._weights = list(accumulate(mixture[kind] for kind in used))
-        self._brush, self._box, self._white_is_hole = brush, box, white_is_hole
-        self._store = open_store(folder) if folder is not None and "folder" in used else None
-        self._files: list[str] = []
+    def __init__(self, settings: MaskSettings) -> None:
+        assert settings.folder is not None  # MaskSettings asks for it
+        self._store = open_store(settings.folder)
+        self._white_is_hole = settings.white_is_hole
+        self._files = [
+            name
+            for name in self._store.list_keys()
+            if PurePosixPath(name).suffix.lower() in _SUFFIXES
+        ]
         self._contents: dict[str, bytes] = {}
-        if self._store is not None:
-            names = self._store.list_keys()
-            self._files = [n for n in names if PurePosixPath(n).suffix.lower() in _SUFFIXES]
-            if not self._files:
-                raise ValueError(f"no mask pictures in {folder}: wanted {', '.join(_SUFFIXES)}")
+        if not self._files:
+            raise ValueError(
+                f"{settings.folder} holds no mask images: wanted {', '.join(_SUFFIXES)}"
+            )
 
     def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
-        """One mask; which kind is the first draw from ``rng``."""
-        drawn = bisect_right(self._weights, self._weights[-1] * rng.random())
-        match self._kinds[drawn]:
-            case "official":
-                return official_mask(height, width, rng)
-            case "corrected":
-                return corrected_mask(height, width, rng)
-            case "brush":
-                return brush_mask(height, width, rng, self._brush)
-            case "box":
-                return box_mask(height, width, rng, self._box)
-            case _:
-                return self._from_folder(height, width, rng)
-
-    def _from_folder(self, height: int, width: int, rng: random.Random) -> Mask:
-        assert self._store is not None
         name = self._files[_below(len(self._files), rng)]
         if name not in self._contents:  # kept as files: a mask is a few KB packed, 64 and more not
             self._contents[name] = self._store.get(name)
         data = self._contents[name]
         return read_mask(data, height, width, name=name, white_is_hole=self._white_is_hole)
+
+
+DrawMask = Callable[[int, int, random.Random], Mask]
+"""Draws one mask of this height and width; equal states of the generator give equal masks."""
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """One kind of hole that a mixture can name."""
+
+    about: str
+    """What it draws, in a line."""
+    drawer: Callable[[MaskSettings], DrawMask]
+    """What draws it under these settings. The result can be pickled."""
+
+
+MASK_KINDS = {
+    "official": MaskKind(
+        "the released generator with its drift to the right", lambda settings: official_mask
+    ),
+    "corrected": MaskKind(
+        "official with working flips, any aspect ratio and a scaled brush",
+        lambda settings: corrected_mask,
+    ),
+    "brush": MaskKind(
+        "strokes of the paper's Algorithm 1",
+        lambda settings: partial(brush_mask, brush=settings.brush),
+    ),
+    "box": MaskKind("one rectangle", lambda settings: partial(box_mask, box=settings.box)),
+    "folder": MaskKind("images of your own masks", FolderMasks),
+}
+"""Every kind of hole by the name that a recipe gives it; add an entry for another one."""
+
+
+class MaskSampler:
+    """Draws masks from the mixture of kinds in ``settings``. Can be pickled.
+
+    Equal states of ``rng`` give equal masks. Raises ValueError for a folder without masks.
+    """
+
+    def __init__(self, settings: MaskSettings) -> None:
+        used = sorted(kind for kind, weight in settings.mixture.items() if weight > 0)
+        self._drawers = [MASK_KINDS[kind].drawer(settings) for kind in used]
+        self._weights = list(accumulate(settings.mixture[kind] for kind in used))
+
+    def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
+        """One mask; which kind is the first draw from ``rng``."""
+        drawn = bisect_right(self._weights, self._weights[-1] * rng.random())
+        return self._drawers[drawn](height, width, rng)
 
 
 def mask_sheet(

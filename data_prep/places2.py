@@ -55,12 +55,12 @@ TRAIN_LIST = re.compile(r"(?:.*/)?places365_train_(?P<kind>standard|challenge)\.
 VAL_LIST = re.compile(r"(?:.*/)?places365_val\.txt")
 
 
-def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[SourceImage]:
+def list_images(files: Files, root: str, *, allow_partial: bool) -> Iterator[SourceImage]:
     """Train and val pictures; the official lists, where they lie there too, decide which.
 
     Keys are the same whether the archives are unpacked or not and whatever they are unpacked into:
     ``data_256/a/airfield/00000001``. A listed picture that is not there is kept, to be reported as
-    missing. Unless ``partial``, the published counts are asserted.
+    missing. Unless ``allow_partial``, the published counts are asserted.
     """
     train, val, kind = _found(files, root)
     train_lists = {match["kind"]: path for path in files if (match := TRAIN_LIST.fullmatch(path))}
@@ -78,7 +78,7 @@ def pictures(files: Files, root: str, *, partial: bool = False) -> Iterator[Sour
         val = _as_listed(val, _listed(root, path, files), "val", path)
     if not train:
         raise ValueError(f"{root} holds no Places2: data_256, data_large or places365_standard")
-    if not partial:
+    if not allow_partial:
         _assert_counts(root, len(train), len(val), kind)
     splits: list[tuple[Split, dict[str, str]]] = [("train", train), ("val", val)]
     for split, of_split in splits:
@@ -149,5 +149,5 @@ def _assert_counts(root: str, train: int, val: int, kind: str | None) -> None:
         raise ValueError(
             f"{root} holds {train:,} train and {val:,} val pictures; Places2 has {wanted} and "
             f"{VAL_COUNT:,} (files of one name overwritten, or an archive missing?): "
-            "complete it, or set data.partial"
+            "complete it, or set data.allow_partial"
         )

@@ -10,15 +10,15 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from jaxtyping import UInt8
 
 from cluster.storage import MissingKeyError, StorageError, one_line
+from data_prep.duplicates import perceptual_hash
 from data_prep.files import SourceImage, Subject
 from data_prep.images import (
     Decoded,
@@ -30,11 +30,13 @@ from data_prep.images import (
     encode_sketch,
     fit,
 )
-from data_prep.landmarks import FaceDetector, rescaled
-from data_prep.manifest import PROVENANCE, SCHEMA
+from data_prep.landmarks import PACKAGED_SHA256 as LANDMARKS_SHA256
+from data_prep.landmarks import SEARCH, FaceDetector, rescaled
+from data_prep.manifest import PROVENANCE, SCHEMA, ManifestRow
+from data_prep.settings import DataSettings, SketchSettings
 from data_prep.shards import RawSample, canonical_json
 from data_prep.sketches import face_strokes
-from data_prep.sources import read_image
+from data_prep.sources import ReadImage
 
 log = logging.getLogger(__name__)
 
@@ -45,37 +47,47 @@ FAULTS_OF_A_FILE = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 }
 
-Row = dict[str, Any]
-Batch = UInt8[np.ndarray, "batch height width 3"]
-StartEdges = Callable[[Batch], Callable[[], UInt8[np.ndarray, "batch height width"]]]
+ImageBatch = UInt8[np.ndarray, "batch height width 3"]
+StartEdges = Callable[[ImageBatch], Callable[[], UInt8[np.ndarray, "batch height width"]]]
 """Begins to look for edges; calling what comes back waits for the strokes."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Every setting that shapes the bytes of a sample; part of the digest.
+    """Everything that shapes the bytes of a sample; ``record`` is part of the digest.
 
-    How edges or faces are found is None where no picture is a scene, or none a face: a data set
-    must not depend on hardware or files that it has no use for.
+    How edges or faces are found is None in the record where no image is a scene, or none a face:
+    a dataset must not depend on hardware or files that it has no use for.
     """
 
-    stored_px: int
-    jpeg_quality: int
-    max_pixels: int
-    threshold: float
-    line_width: int
+    data: DataSettings
+    sketch: SketchSettings
     hed_sha256: str | None
-    hed_precision: Literal["fp32", "bf16"] | None
-    hed_output: Literal["fused", "averaged"] | None
-    hed_device: str | None
-    landmarks_sha256: str | None
-    face_search: str | None
+    """Of the HED weights; None where no image is a scene."""
+    hed_device: Literal["cpu", "cuda"] | None
+    """Where edges are found; None where no image is a scene."""
+    faces: bool
+    """Whether any image is a face."""
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        """As shard records and ``dataset.json`` keep it."""
+        scenes = self.hed_sha256 is not None
+        return {
+            "stored_px": self.data.stored_px,
+            "jpeg_quality": self.data.jpeg_quality,
+            "max_pixels": self.data.max_pixels,
+            "threshold": self.sketch.threshold,
+            "line_width": self.sketch.line_width_px,
+            "hed_sha256": self.hed_sha256,
+            "hed_precision": self.sketch.hed_precision if scenes else None,
+            "hed_output": self.sketch.hed_output if scenes else None,
+            "hed_device": self.hed_device,
+            "landmarks_sha256": LANDMARKS_SHA256 if self.faces else None,
+            "face_search": SEARCH if self.faces else None,
+        }
 
 
-PICTURE_SETTINGS = ("stored_px", "jpeg_quality", "max_pixels")  # a stored JPEG follows from these
+IMAGE_SETTINGS = ("stored_px", "jpeg_quality", "max_pixels")  # a stored JPEG follows from these
 LANDMARK_SETTINGS = ("landmarks_sha256", "face_search")
 SKETCH_SETTINGS: dict[Subject, tuple[str, ...]] = {
     "scene": ("threshold", "hed_sha256", "hed_precision", "hed_output", "hed_device"),
@@ -87,12 +99,12 @@ SKETCH_SETTINGS: dict[Subject, tuple[str, ...]] = {
 class ReusableSample:
     """A sample that an earlier build made, with its row: its picture need not be read again."""
 
-    row: Row
+    row: ManifestRow
     sample: RawSample
 
     def serves(self, picture: SourceImage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Whether this is ``picture``; ``old`` and ``new`` are the records of the two recipes."""
-        settings = PICTURE_SETTINGS + (LANDMARK_SETTINGS if picture.subject == "face" else ())
+        settings = IMAGE_SETTINGS + (LANDMARK_SETTINGS if picture.subject == "face" else ())
         crop = list(picture.crop) if picture.crop else None
         return (
             self.row["source_path"] == _text(picture.path)
@@ -100,6 +112,16 @@ class ReusableSample:
             and (self.row["sketch_kind"] == "hed") == (picture.subject == "scene")
             and _equal(settings, old, new)
         )
+
+
+@dataclass(frozen=True)
+class EarlierSamples:
+    """What an earlier build stored of the same shard."""
+
+    samples: Mapping[str, ReusableSample]
+    """By key."""
+    settings: Mapping[str, Any]
+    """``SampleSettings.record()`` of the settings they were made with."""
 
 
 def _equal(settings: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -111,7 +133,7 @@ class _Work:
     """A picture on its way through the steps."""
 
     picture: SourceImage
-    row: Row
+    row: ManifestRow
     jpg: bytes = b""
     pixels: Pixels | None = None
     strokes: Strokes | None = None
@@ -120,55 +142,55 @@ class _Work:
 
 def make_samples(
     pictures: Sequence[SourceImage],
-    recipe: SampleSettings,
+    settings: SampleSettings,
     *,
-    root: str | None,
+    read: ReadImage,
     start_edges: StartEdges,
-    known: Mapping[str, ReusableSample] | None = None,
-    known_recipe: Mapping[str, Any] | None = None,
+    earlier: EarlierSamples | None = None,
     excluded: Mapping[str, str] | None = None,
-) -> Iterator[tuple[Row, RawSample | None]]:
+) -> Iterator[tuple[ManifestRow, RawSample | None]]:
     """One row of the manifest per picture, in order, and a sample where there is one.
 
     A picture that cannot be used becomes a row that says why, as do those in ``excluded``, which
     gives the reasons by key. While the edges of some pictures are found, the next are decoded;
-    memory holds two chunks of pictures at most. Samples in ``known``, made under ``known_recipe``,
-    are taken over: whole where the settings of their sketches are the same, else with a new one.
+    memory holds two chunks of pictures at most. ``earlier`` samples are
+    reused: whole where the settings of their sketches are the same, else with a new sketch.
     Raises StorageError where the storage, not a picture, is at fault.
     """
-    record = recipe.record()
-    found = {
-        picture.key: known[picture.key]
+    record = settings.record()
+    reusable = {
+        picture.key: earlier.samples[picture.key]
         for picture in pictures
-        if known
-        and known_recipe is not None
-        and picture.key in known
-        and known[picture.key].serves(picture, known_recipe, record)
+        if earlier
+        and picture.key in earlier.samples
+        and earlier.samples[picture.key].serves(picture, earlier.settings, record)
     }
+    old = earlier.settings if earlier else {}
     with ThreadPoolExecutor(READERS) as readers:
         waiting: deque[tuple[list[_Work], Callable[[], None]]] = deque()
-        for chunk in _read_ahead(pictures, found, root, readers):
+        for chunk in _read_ahead(pictures, reusable, read, settings.data.root, readers):
             works = [
-                _begin(picture, data, recipe)
+                _begin(picture, data, settings)
                 if isinstance(data, Future)
                 else _take_over(
                     picture,
                     data,
-                    recipe,
-                    whole=_equal(SKETCH_SETTINGS[picture.subject], known_recipe or {}, record),
+                    settings,
+                    whole=_equal(SKETCH_SETTINGS[picture.subject], old, record),
                 )
                 for picture, data in chunk
             ]
             waiting.append((works, _start(works, start_edges)))
             if len(waiting) == 2:
-                yield from _finished(*waiting.popleft(), recipe, excluded or {})
+                yield from _finished(*waiting.popleft(), settings, excluded or {})
         for works, wait in waiting:
-            yield from _finished(works, wait, recipe, excluded or {})
+            yield from _finished(works, wait, settings, excluded or {})
 
 
 def _read_ahead(
     pictures: Sequence[SourceImage],
-    known: Mapping[str, ReusableSample],
+    reusable: Mapping[str, ReusableSample],
+    read: ReadImage,
     root: str | None,
     readers: ThreadPoolExecutor,
 ) -> Iterator[list[tuple[SourceImage, Future[bytes] | ReusableSample]]]:
@@ -176,7 +198,7 @@ def _read_ahead(
     for start in range(0, len(pictures), CHUNK):
         ahead.append(
             [
-                (picture, known.get(picture.key) or readers.submit(read_image, picture, root))
+                (picture, reusable.get(picture.key) or readers.submit(read, picture, root))
                 for picture in pictures[start : start + CHUNK]
             ]
         )
@@ -185,11 +207,11 @@ def _read_ahead(
     yield from ahead
 
 
-def _begin(picture: SourceImage, data: Future[bytes], recipe: SampleSettings) -> _Work:
+def _begin(picture: SourceImage, data: Future[bytes], settings: SampleSettings) -> _Work:
     """Everything up to the edges."""
     work = _Work(picture, _empty_row(picture))
     try:
-        _decode_and_encode(work, _content(data), recipe)
+        _decode_and_encode(work, _content(data), settings)
     except ImageError as error:
         status = "skipped" if error.reason in ("too_small", "too_long") else "failed"
         _refuse(work.row, status, error.reason, str(error))
@@ -201,26 +223,26 @@ def _begin(picture: SourceImage, data: Future[bytes], recipe: SampleSettings) ->
     return work
 
 
-def _refuse(row: Row, status: str, reason: str, message: str) -> None:
+def _refuse(row: ManifestRow, status: str, reason: str, message: str) -> None:
     row |= {"status": status, "error_type": reason, "error_message": message}
 
 
 def _take_over(
-    picture: SourceImage, known: ReusableSample, recipe: SampleSettings, *, whole: bool
+    picture: SourceImage, earlier: ReusableSample, settings: SampleSettings, *, whole: bool
 ) -> _Work:
     """A sample that was made before, as it is or without its sketch."""
-    work = _Work(picture, known.row, known.sample.jpg)
+    work = _Work(picture, earlier.row, earlier.sample.jpg)
     if whole:
-        work.sample = known.sample
+        work.sample = earlier.sample
         return work
-    meta = json.loads(known.sample.meta)
+    meta = json.loads(earlier.sample.meta)
     if picture.subject == "scene":
-        _await_edges(work, recipe)
+        _await_edges(work, settings)
     elif meta["landmarks"] is None:
         work.strokes = np.zeros((meta["height"], meta["width"]), np.uint8)
     else:
         work.row |= {"landmarks": meta["landmarks"], "face_box": meta["face_box"]}
-        _join_landmarks(work, recipe)
+        _join_landmarks(work, settings)
     return work
 
 
@@ -237,21 +259,21 @@ def _content(data: Future[bytes]) -> bytes:
         raise
 
 
-def _decode_and_encode(work: _Work, data: bytes, recipe: SampleSettings) -> None:
+def _decode_and_encode(work: _Work, data: bytes, settings: SampleSettings) -> None:
     picture, row = work.picture, work.row
     row["source_sha256"] = hashlib.sha256(data).hexdigest()
     # Twice the size is enough to scale down well, and faces are looked for in that; a crop is
     # given in pixels of the whole picture.
-    enough_px = None if picture.crop else 2 * recipe.stored_px
-    decoded = decode(data, enough_px=enough_px, max_pixels=recipe.max_pixels)
+    enough_px = None if picture.crop else 2 * settings.data.stored_px
+    decoded = decode(data, enough_px=enough_px, max_pixels=settings.data.max_pixels)
     row |= {"source_width": decoded.width, "source_height": decoded.height}
     if picture.crop:
         decoded = decoded.cropped(picture.crop)
-    pixels = fit(decoded, recipe.stored_px)
+    pixels = fit(decoded, settings.data.stored_px)
     height, width = pixels.shape[:2]
     # A JPEG that is stored as it is loses nothing.
     as_it_is = decoded.plain_jpeg and (width, height) == (decoded.width, decoded.height)
-    work.jpg = data if as_it_is else encode_jpeg(pixels, recipe.jpeg_quality)
+    work.jpg = data if as_it_is else encode_jpeg(pixels, settings.data.jpeg_quality)
     row |= {
         "width": width,
         "height": height,
@@ -260,28 +282,29 @@ def _decode_and_encode(work: _Work, data: bytes, recipe: SampleSettings) -> None
         "status": "ok",
     }
     if picture.subject == "face":
-        _find_landmarks(work, decoded, recipe)
+        _find_landmarks(work, decoded, settings)
     else:
-        _await_edges(work, recipe)
+        _await_edges(work, settings)
 
 
-def _await_edges(work: _Work, recipe: SampleSettings) -> None:
+def _await_edges(work: _Work, settings: SampleSettings) -> None:
     # Edges of the picture as it is stored: whoever has the shards can make the sketches again.
+    sketch = settings.sketch
     work.pixels = decode(work.jpg).pixels
     work.row |= {
         "sketch_kind": "hed",
         "sketch_status": "ok",
-        "detector": f"hed {recipe.hed_output} {recipe.hed_precision} {recipe.hed_device}",
-        "detector_weights_sha256": recipe.hed_sha256,
-        "threshold": recipe.threshold,
+        "detector": f"hed {sketch.hed_output} {sketch.hed_precision} {settings.hed_device}",
+        "detector_weights_sha256": settings.hed_sha256,
+        "threshold": sketch.threshold,
     }
 
 
-def _find_landmarks(work: _Work, decoded: Decoded, recipe: SampleSettings) -> None:
+def _find_landmarks(work: _Work, decoded: Decoded, settings: SampleSettings) -> None:
     # In the larger picture: at the stored size, faces may be too small to be found.
     row = work.row
     face = _face_detector()(decoded.pixels)
-    row |= {"detector": "dlib", "detector_weights_sha256": recipe.landmarks_sha256}
+    row |= {"detector": "dlib", "detector_weights_sha256": LANDMARKS_SHA256}
     searched, stored = decoded.pixels.shape[:2], (row["height"], row["width"])
     if face is None:
         work.strokes = np.zeros(stored, np.uint8)
@@ -294,13 +317,15 @@ def _find_landmarks(work: _Work, decoded: Decoded, recipe: SampleSettings) -> No
         "face_box": np.round(box, 2).ravel().tolist(),
         "landmarks": np.round(rescaled(face.points, searched, stored), 2).ravel().tolist(),
     }
-    _join_landmarks(work, recipe)
+    _join_landmarks(work, settings)
 
 
-def _join_landmarks(work: _Work, recipe: SampleSettings) -> None:
+def _join_landmarks(work: _Work, settings: SampleSettings) -> None:
     row = work.row
     points = np.array(row["landmarks"]).reshape(68, 2)
-    work.strokes = face_strokes(points, row["height"], row["width"], line_width=recipe.line_width)
+    work.strokes = face_strokes(
+        points, row["height"], row["width"], line_width=settings.sketch.line_width_px
+    )
 
 
 @cache
@@ -335,9 +360,9 @@ def _start(works: list[_Work], start_edges: StartEdges) -> Callable[[], None]:
 def _finished(
     works: list[_Work],
     wait: Callable[[], None],
-    recipe: SampleSettings,
+    settings: SampleSettings,
     excluded: Mapping[str, str],
-) -> Iterator[tuple[Row, RawSample | None]]:
+) -> Iterator[tuple[ManifestRow, RawSample | None]]:
     wait()
     for work in works:
         row = work.row
@@ -348,19 +373,19 @@ def _finished(
             yield row, work.sample
         else:
             row["sketch_density"] = float(np.float32(work.strokes.mean(dtype=np.float64)))
-            meta = canonical_json(_provenance(row, recipe))
+            meta = canonical_json(_provenance(row, settings))
             sketch = encode_sketch(work.strokes)
             yield row, RawSample(row["key"], work.jpg, sketch, meta)
 
 
-def _provenance(row: Row, recipe: SampleSettings) -> dict[str, Any]:
+def _provenance(row: ManifestRow, settings: SampleSettings) -> dict[str, Any]:
     """The sample's JSON; every sample has every field, with null where it does not apply."""
-    line_width = recipe.line_width if row["sketch_kind"] == "landmarks68" else None
+    line_width = settings.sketch.line_width_px if row["sketch_kind"] == "landmarks68" else None
     return {name: row.get(name) for name in PROVENANCE} | {"line_width": line_width}
 
 
-def _empty_row(picture: SourceImage) -> Row:
-    row: Row = dict.fromkeys(SCHEMA.names)
+def _empty_row(picture: SourceImage) -> ManifestRow:
+    row: ManifestRow = dict.fromkeys(SCHEMA.names)
     return row | {
         "key": picture.key,
         "split": picture.split,
@@ -372,12 +397,3 @@ def _empty_row(picture: SourceImage) -> Row:
 def _text(path: str) -> str:
     """A file name need not be UTF-8, a column of text must."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def perceptual_hash(pixels: Pixels) -> int:
-    """64 bits that similar pictures share: signs of the lowest frequencies, as a signed integer."""
-    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA)
-    low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
-    bits = low > np.median(low[1:])
-    return int.from_bytes(np.packbits(bits).tobytes(), signed=True)

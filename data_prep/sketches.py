@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
+from data_prep.images import Strokes
 
 # First and last point in the order of iBUG's 68, and whether the line returns to its start.
 FACE_LINES = (
@@ -22,13 +22,15 @@ FACE_LINES = (
 )
 
 
-def edge_strokes(edges: Float[np.ndarray, "height width"], threshold: float = 0.6) -> Strokes:
-    """1 where an edge map in [0, 1] is strictly above ``threshold`` (paper, section 3.5)."""
+def edge_strokes(
+    edges: Float[np.ndarray, "*batch height width"], threshold: float
+) -> UInt8[np.ndarray, "*batch height width"]:
+    """1 where edges in [0, 1] are strictly above ``threshold`` (paper, section 3.5)."""
     return (edges > threshold).astype(np.uint8)
 
 
 def face_strokes(
-    points: Float[np.ndarray, "68 2"], height: int, width: int, *, line_width: int = 1
+    points: Float[np.ndarray, "68 2"], height: int, width: int, *, line_width: int
 ) -> Strokes:
     """Landmarks joined by lines of ``line_width`` pixels, without anti-aliasing.
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from cluster.storage import one_line, open_store
 from data_prep import celebahq, places2
 from data_prep.files import (
     SUFFIXES,
     SourceImage,
-    Subject,
     key_of,
     list_files,
     read_file,
@@ -22,59 +22,75 @@ from data_prep.files import (
 )
 from data_prep.shards import Split
 
+if TYPE_CHECKING:
+    from data_prep.settings import DataSettings
+
 log = logging.getLogger(__name__)
 
-Source = Literal["bundled", "folder", "places2", "celebahq"]
+ListImages = Callable[["DataSettings"], Iterable[SourceImage]]
+ReadImage = Callable[[SourceImage, str | None], bytes]
+"""The bytes of an image's file, below the root of its source. Raises StorageError."""
 
 
-def list_images(
-    source: Source,
-    *,
-    root: str | None = None,
-    subject: Subject = "scene",
-    val_fraction: float = 0.05,
-    split: str = "official",
-    partial: bool = False,
-) -> list[SourceImage]:
-    """Every picture of a source, sorted by key; the pictures are not opened.
-
-    ``root`` is a path, ``file://`` or ``s3://``: a folder, or one tar. ``subject`` is for
-    ``folder``: the others know theirs. ``val_fraction`` holds out a share of a ``folder``, and of
-    ``celebahq`` where its ``split`` is ``val_fraction`` and not ``official`` or the URL of a list
-    of the held-out pictures; the other sources have fixed splits.
-    ``partial`` accepts a part of Places2 or CelebA-HQ, whose published counts are asserted else.
-    Raises ValueError where pictures are missing, StorageError where ``root`` cannot be listed.
-    """
-    if source == "bundled":
-        return _sorted(_bundled())
-    if root is None:
-        raise ValueError(f"source '{source}' needs a root: the folder of the pictures")
-    files = list_files(root)
-    if source == "places2":
-        return _sorted(places2.pictures(files, root, partial=partial))
-    if source == "celebahq":
-        faces = celebahq.pictures(
-            files, root, split=split, val_fraction=val_fraction, partial=partial
-        )
-        return _sorted(faces)
-    splits = _folder_splits(_chosen(files, root), root, val_fraction)
-    return _sorted(
-        SourceImage(key_of(path), split_, subject, path, source, member=files[path])
-        for path, split_ in splits.items()
-    )
-
-
-def read_image(picture: SourceImage, root: str | None) -> bytes:
-    """The bytes of a picture's file. Raises StorageError."""
-    if picture.source == "bundled":
-        package, _, name = picture.path.partition("/")
-        return open_store(str(_package_folder(package))).get(name)
+def read_image(image: SourceImage, root: str | None) -> bytes:
+    """The bytes of an image that lies below ``root``. Raises StorageError."""
     assert root is not None
-    return read_file(root, picture.path, picture.member)
+    return read_file(root, image.path, image.member)
 
 
-def _sorted(pictures: Iterable[SourceImage]) -> list[SourceImage]:
-    return sorted(pictures, key=lambda picture: picture.key)
+@dataclass(frozen=True)
+class DataSource:
+    """One kind of images: how to list and read them, and what belongs in the dataset's card."""
+
+    about: str
+    """What it is, in a line."""
+    splits: str
+    """How it divides its images into train and val, in a line."""
+    license: str
+    """What may be done with the images; the card says it."""
+    list: ListImages
+    """Every image, unopened, under a key that is unique in its split. Raises ValueError where
+    images are missing, StorageError where ``root`` cannot be listed."""
+    read: ReadImage = read_image
+    """Called on the workers, so a function of a module that they can import."""
+    needs_root: bool = True
+
+
+def list_images(data: DataSettings) -> list[SourceImage]:
+    """Every image of ``data.source``, sorted by key; the images are not opened.
+
+    Raises ValueError where images are missing, StorageError where ``root`` cannot be listed.
+    """
+    return sorted(DATA_SOURCES[data.source].list(data), key=lambda image: image.key)
+
+
+def _root(data: DataSettings) -> str:
+    assert data.root is not None  # DataSettings asks for it
+    return data.root
+
+
+def _list_folder(data: DataSettings) -> Iterator[SourceImage]:
+    root = _root(data)
+    files = list_files(root)
+    splits = _folder_splits(_chosen(files, root), root, data.val_fraction)
+    for path, split in splits.items():
+        yield SourceImage(key_of(path), split, data.subject, path, data.source, member=files[path])
+
+
+def _list_places2(data: DataSettings) -> Iterator[SourceImage]:
+    root = _root(data)
+    return places2.list_images(list_files(root), root, allow_partial=data.allow_partial)
+
+
+def _list_celebahq(data: DataSettings) -> Iterator[SourceImage]:
+    root = _root(data)
+    return celebahq.list_images(
+        list_files(root),
+        root,
+        split=data.split,
+        val_fraction=data.val_fraction,
+        allow_partial=data.allow_partial,
+    )
 
 
 def _chosen(paths: Iterable[str], root: str) -> list[str]:
@@ -120,7 +136,7 @@ FACE_CROPS = (
 )
 
 
-def _bundled() -> Iterator[SourceImage]:
+def _list_bundled(_: DataSettings) -> Iterator[SourceImage]:
     splits: list[tuple[Split, dict[str, tuple[int, int]], int]] = [
         ("train", BUNDLED_TRAIN, 3),
         ("val", BUNDLED_VAL, 2),
@@ -134,6 +150,11 @@ def _bundled() -> Iterator[SourceImage]:
                 )
     for number, crop in enumerate(FACE_CROPS):
         yield SourceImage(f"astronaut-{number}", "train", "face", BUNDLED_FACE, "bundled", crop)
+
+
+def _read_bundled(image: SourceImage, _: str | None) -> bytes:
+    package, _, name = image.path.partition("/")
+    return open_store(str(_package_folder(package))).get(name)
 
 
 def _windows(width: int, height: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
@@ -166,3 +187,37 @@ def _folder_splits(paths: list[str], root: str, val_fraction: float) -> dict[str
     if others := len(paths) - len(splits):
         log.warning("pictures outside of train/ and val/ left out count=%d root=%s", others, root)
     return splits
+
+
+DATA_SOURCES = {
+    "bundled": DataSource(
+        about="Photographs inside the packages scikit-image and scikit-learn.",
+        splits="Fixed: train and val are different photographs.",
+        license="Photographs in the packages scikit-image and scikit-learn, under the licences "
+        "stated there (public domain, CC0, CC BY); not to be passed on without those.",
+        list=_list_bundled,
+        read=_read_bundled,
+        needs_root=False,
+    ),
+    "folder": DataSource(
+        about="Any tree of images, also inside tars.",
+        splits="Folders train and val where both exist; else the share val_fraction, by name.",
+        license="That of the pictures in the folder; nothing was said about it when this was made.",
+        list=_list_folder,
+    ),
+    "places2": DataSource(
+        about="Places2 (Places365), as its archives or unpacked.",
+        splits="The published ones.",
+        license="Places365: the pictures belong to their owners; for research and teaching that is "
+        "not commercial. Keep this data set inside your institution.",
+        list=_list_places2,
+    ),
+    "celebahq": DataSource(
+        about="CelebA-HQ, as files or in Parquet.",
+        splits="Chosen by split: CelebA's partition, a share, or a list of held-out images.",
+        license="CelebA-HQ: for research that is not commercial; no redistribution, copies at one "
+        "site only. This data set is internal.",
+        list=_list_celebahq,
+    ),
+}
+"""Every source of images by the name that a recipe gives it; add an entry for another one."""

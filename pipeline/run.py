@@ -2,6 +2,7 @@
 
 from cluster.session import connect
 from data_prep.build import build_dataset
+from data_prep.settings import BuildOptions, DataSettings, SketchSettings
 from data_prep.shards import Dataset
 from pipeline.config import Config
 from pipeline.evaluation.job import evaluate_run
@@ -38,28 +39,11 @@ def prepare(
     with connect(), sigterm_interrupts(), progress("prepare", "images") as advance:
         return build_dataset(
             storage.dataset_url,
-            name=cfg.data.name,
-            source=cfg.data.source,
-            root=cfg.data.root,
-            subject=cfg.data.subject,
-            stored_px=cfg.data.stored_px,
-            jpeg_quality=cfg.data.jpeg_quality,
-            shard_samples=cfg.data.shard_samples,
-            val_fraction=cfg.data.val_fraction,
-            max_pixels=cfg.data.max_pixels,
-            max_failed_fraction=cfg.data.max_failed_fraction,
-            split=cfg.data.split,
-            partial=cfg.data.partial,
-            duplicates=cfg.data.duplicates,
-            replace=replace,
-            update=update,
-            retry_failed=retry_failed,
-            threshold=cfg.sketch.threshold,
-            line_width=cfg.sketch.line_width_px,
-            hed_weights=cfg.sketch.hed_weights,
-            hed_precision=cfg.sketch.hed_precision,
-            hed_output=cfg.sketch.hed_output,
-            hed_device=cfg.sketch.hed_device,
+            DataSettings(
+                allow_partial=cfg.data.partial, **cfg.data.model_dump(exclude={"partial"})
+            ),
+            SketchSettings(**cfg.sketch.model_dump()),
             seed=cfg.seed,
+            options=BuildOptions(replace=replace, update=update, retry_failed=retry_failed),
             progress=advance,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data_prep.masks import Box, Brush, MaskSampler
+from data_prep.masks import BoxSettings, BrushSettings, MaskSampler, MaskSettings
 from data_prep.shards import Dataset
 from pipeline import config
 from pipeline.data.batch import Batch
@@ -12,11 +12,14 @@ from pipeline.ranks import Ranks
 
 def mask_sampler(cfg: config.Masks) -> MaskSampler:
     return MaskSampler(
-        {str(kind): weight for kind, weight in cfg.mixture.items()},
-        brush=Brush(**cfg.brush.model_dump()),
-        box=Box(**cfg.box.model_dump()),
-        folder=cfg.folder,
-        white_is_hole=cfg.white_is_hole,
+        MaskSettings(
+            mixture={str(kind): weight for kind, weight in cfg.mixture.items()},
+            per_sample=cfg.per_sample,
+            brush=BrushSettings(**cfg.brush.model_dump()),
+            box=BoxSettings(**cfg.box.model_dump()),
+            folder=cfg.folder,
+            white_is_hole=cfg.white_is_hole,
+        )
     )
 
 

@@ -22,13 +22,16 @@ from PIL import Image
 from cluster import services
 from cluster.ports import LOOPBACK
 from cluster.storage import StorageError, open_store
-from data_prep.build import build_dataset
+from data_prep.files import SourceImage
 from data_prep.images import decode, encode_jpeg, fit
+from data_prep.settings import DataSettings
 from data_prep.shards import Dataset, RawSample, verify, write_shard
-from data_prep.sources import list_images, read_image
+from data_prep.sources import list_images
 from pipeline.cli import main
 from tests.data_prep.gate import Gate, gate_before
 from tests.data_prep.processes import bound_by_permissions
+from tests.data_prep.settings import build as settings_build
+from tests.data_prep.settings import list_source, read_listed
 from tests.data_prep.tars import tar_of
 
 RECIPE = "pipeline/recipes/demo.yaml"
@@ -88,8 +91,8 @@ def permissions(gate: Gate) -> Iterator[bool]:
 def parts() -> list[bytes]:
     """Twelve small parts of real photographs."""
     found = []
-    for picture in list_images("bundled", val_fraction=0)[:12]:
-        decoded = decode(read_image(picture, None))
+    for picture in list_source("bundled", val_fraction=0)[:12]:
+        decoded = decode(read_listed(picture, None))
         assert picture.crop is not None
         found.append(encode_jpeg(fit(decoded.cropped(picture.crop), 72), 90))
     return found
@@ -116,7 +119,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def build(url: str | Path, root: str | Path, **changed: Any) -> Dataset:
-    return build_dataset(str(url), root=str(root), **(SETTINGS | changed))
+    return settings_build(url, root=str(root), **(SETTINGS | changed))
 
 
 @pytest.fixture(scope="module")
@@ -318,10 +321,10 @@ def test_names_with_newlines_do_not_break_the_line_that_tells_of_them(
 def between(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
     """Let something happen after the pictures were listed, and before the first is read."""
 
-    def listed_then(*positional: Any, **named: Any) -> Any:
-        pictures = list_images(*positional, **named)
+    def listed_then(data: DataSettings) -> list[SourceImage]:
+        images = list_images(data)
         happens()
-        return pictures
+        return images
 
     monkeypatch.setattr("data_prep.build.list_images", listed_then)
 

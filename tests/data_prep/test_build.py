@@ -20,14 +20,14 @@ from PIL import Image
 from cluster.ports import LOOPBACK
 from cluster.services import S3Server
 from cluster.storage import StorageError, open_store
-from data_prep.build import build_dataset
 from data_prep.hed import PACKAGED_SHA256, packaged_weights
 from data_prep.images import decode, encode_jpeg, fit
-from data_prep.manifest import describe, read_part
+from data_prep.manifest import describe, read_record
 from data_prep.shards import Dataset, ShardError, verify
-from data_prep.sources import list_images, read_image
 from tests.data_prep.processes import below
 from tests.data_prep.processes import kill as end
+from tests.data_prep.settings import build as settings_build
+from tests.data_prep.settings import list_source, read_listed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,8 +49,8 @@ def two_processors(s3_server: S3Server) -> Iterator[None]:
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four small parts of real photographs, and what goes wrong with others."""
     root = tmp_path_factory.mktemp("album")
-    for picture in list_images("bundled", val_fraction=0)[:24]:
-        decoded = decode(read_image(picture, None))
+    for picture in list_source("bundled", val_fraction=0)[:24]:
+        decoded = decode(read_listed(picture, None))
         assert picture.crop is not None
         pixels = fit(decoded.cropped(picture.crop), 72)
         path = root / f"{picture.key.replace('-', '/')}.jpg"
@@ -74,7 +74,7 @@ def build(url: str | Path, root: str | Path, **changed: Any) -> Dataset:
         "val_fraction": 0.2,
         "max_failed_fraction": 0.2,
     }
-    return build_dataset(str(url), **(settings | changed))
+    return settings_build(url, **(settings | changed))
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -124,7 +124,7 @@ def test_a_list_of_held_out_pictures_may_lie_anywhere(album: Path, tmp_path: Pat
     made = []
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("3.jpg\n")
-        chosen = {"source": "celebahq", "split": str(tmp_path / name), "partial": True}
+        chosen = {"source": "celebahq", "split": str(tmp_path / name), "allow_partial": True}
         made.append(build(tmp_path / f"set of {name}", tmp_path / "faces", **chosen))
     assert made[0].digest == made[1].digest
     assert [shard.samples for shard in made[0].shards("val")] == [1]
@@ -174,7 +174,7 @@ def test_index_sizes_and_card_agree_with_the_shards(undisturbed: Path) -> None:
 def test_the_record_of_a_shard_tells_the_peak_memory_of_its_worker(undisturbed: Path) -> None:
     store = open_store(str(undisturbed))
     for shard in Dataset.open(str(undisturbed)).index:
-        assert 2**26 < read_part(store, shard.name).peak_bytes < 2**33
+        assert 2**26 < read_record(store, shard.name).peak_bytes < 2**33
 
 
 def test_a_finished_data_set_comes_back_at_once(
@@ -191,8 +191,8 @@ def test_other_settings_are_refused_unless_replacing_is_allowed(
 ) -> None:
     url = tmp_path / "copy"
     shutil.copytree(undisturbed, url)
-    with pytest.raises(ShardError, match=r"line_width 1 there, 2 asked.* with --replace"):
-        build(url, album, line_width=2)
+    with pytest.raises(ShardError, match=r"line_width 1 there, 2 requested.* with --replace"):
+        build(url, album, line_width_px=2)
     assert contents(url) == contents(undisturbed)
     replaced = build(url, album, stored_px=60, shard_samples=100, replace=True)
     assert verify(replaced) == []
@@ -220,7 +220,7 @@ def test_the_same_pictures_on_s3_give_the_same_bytes(
     assert {shard.name: shard.sha256 for shard in dataset.index} == same
 
 
-@pytest.mark.parametrize(("kind", "subject"), [("make_shard", "face"), ("EdgeActor", "scene")])
+@pytest.mark.parametrize(("kind", "subject"), [("shard_task", "face"), ("EdgeActor", "scene")])
 def test_killed_workers_change_no_byte(
     request: pytest.FixtureRequest, album: Path, tmp_path: Path, kind: str, subject: str
 ) -> None:
@@ -249,7 +249,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, album, progress=interrupt)
     deadline = time.monotonic() + 20
-    while below(os.getpid(), "ray::make_shard"):
+    while below(os.getpid(), "ray::shard_task"):
         assert time.monotonic() < deadline, "workers go on after an interruption"
         time.sleep(0.1)
     with pytest.raises(ShardError, match="no finished data set"):
@@ -270,8 +270,8 @@ def test_another_picture_makes_one_shard_anew(
     shutil.copytree(album, root, symlinks=True)
     shutil.copytree(undisturbed, url)
     build(url, root, replace=True)
-    another = list_images("bundled", val_fraction=0)[40]
-    pixels = fit(decode(read_image(another, None)), 100)
+    another = list_source("bundled", val_fraction=0)[40]
+    pixels = fit(decode(read_listed(another, None)), 100)
     (root / "one more.jpg").write_bytes(encode_jpeg(pixels, 90))
     assert build(url, root).counts["pictures"]["ok"] == 24
     updated = build(url, root, update=True)
@@ -362,7 +362,7 @@ def test_hardware_has_no_part_in_a_data_set_that_has_its_sketches(
 def test_other_lines_between_landmarks_need_no_detection(album: Path, tmp_path: Path) -> None:
     root = tmp_path / "faces"
     root.mkdir()
-    astronaut = decode(read_image(list_images("bundled", val_fraction=0)[0], None)).pixels
+    astronaut = decode(read_listed(list_source("bundled", val_fraction=0)[0], None)).pixels
     for number in range(4):
         part = astronaut[:256, 64 + 8 * number : 320 + 8 * number]
         (root / f"{number}.jpg").write_bytes(encode_jpeg(part, 95))
@@ -370,9 +370,9 @@ def test_other_lines_between_landmarks_need_no_detection(album: Path, tmp_path: 
     thin = build(tmp_path / "set", root, **faces)
     assert thin.counts["sketches"] == {"landmarks68": 4}
     (root / "0.jpg").write_bytes(b"gone")
-    wide = build(tmp_path / "set", root, **faces, line_width=3, replace=True)
+    wide = build(tmp_path / "set", root, **faces, line_width_px=3, replace=True)
     (root / "0.jpg").write_bytes(encode_jpeg(astronaut[:256, 64:320], 95))
-    fresh = build(tmp_path / "fresh", root, **faces, line_width=3)
+    fresh = build(tmp_path / "fresh", root, **faces, line_width_px=3)
     assert wide.digest == fresh.digest != thin.digest
     assert verify(wide) == []
 

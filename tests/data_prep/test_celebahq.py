@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 from cluster.storage import MissingKeyError, StorageError, open_store
 from data_prep import celebahq
 from data_prep.files import Files, SourceImage, list_files
-from data_prep.sources import list_images, read_image
+from tests.data_prep.settings import list_source, read_listed
 from tests.data_prep.tars import tar_of
 
 
@@ -23,8 +24,12 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def listed(root: Path | str, split: str, partial: bool = True) -> list[SourceImage]:
-    return list_images("celebahq", root=str(root), split=split, partial=partial)
+def from_files(files: Files, root: str, split: str = "official") -> Iterator[SourceImage]:
+    return celebahq.list_images(files, root, split=split, val_fraction=0.05, allow_partial=False)
+
+
+def listed(root: Path | str, split: str, allow_partial: bool = True) -> list[SourceImage]:
+    return list_source("celebahq", root=str(root), split=split, allow_partial=allow_partial)
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_png_tars_as_tfds_wants_them_are_read_one_size_at_a_time(
     root = str(tmp_path / "manual" / "data256x256.tar")
     pictures = listed(root, held_out)
     assert [picture.key for picture in pictures] == [f"celebahq-{n:05d}" for n in range(1, 12)]
-    assert read_image(pictures[0], root) == b"png 256"
+    assert read_listed(pictures[0], root) == b"png 256"
     with pytest.raises(ValueError, match=r"picture 1 twice, data128x128/.*point data.root at one"):
         listed(tmp_path / "manual", held_out)
 
@@ -85,7 +90,7 @@ def test_a_list_of_2000_as_deepfill_lama_or_taming_write_it_leaves_28000(
     path = tmp_path / "val.flist"
     path.write_text("".join(f"{line.format(number)}\n" for number in held_out))
     files: Files = {f"CelebA-HQ-img/{number}.jpg": None for number in range(30_000)}
-    pictures = list(celebahq.pictures(files, "root", split=str(path)))
+    pictures = list(from_files(files, "root", str(path)))
     assert Counter(picture.split for picture in pictures) == {"train": 28_000, "val": 2_000}
     assert pictures[7].split == "val"
 
@@ -110,7 +115,7 @@ def test_a_list_must_fit_the_pictures(tmp_path: Path) -> None:
     root = touch(tmp_path / "root", "0.jpg", "1.jpg")
     (tmp_path / "far.txt").write_text("29999\n")
     with pytest.raises(ValueError, match="holds 2 pictures of CelebA-HQ's 30,000"):
-        listed(root, str(tmp_path / "far.txt"), partial=False)
+        listed(root, str(tmp_path / "far.txt"), allow_partial=False)
     (tmp_path / "no.txt").write_text("smiling\n")
     with pytest.raises(ValueError, match="is no list of pictures"):
         listed(root, str(tmp_path / "no.txt"))
@@ -145,12 +150,12 @@ def test_the_official_counts_are_asserted(tmp_path: Path) -> None:
     right += range(first_test, first_test + 2_824)
     root = partitioned(tmp_path, dict(enumerate(right)))
     files = list_files(str(root)) | {f"CelebA-HQ-img/{n}.jpg": None for n in range(30_000)}
-    pictures = celebahq.pictures(files, str(root))
+    pictures = from_files(files, str(root))
     assert Counter(picture.split for picture in pictures) == {"train": 24_183, "val": 2_993}
     wrong = [24_184 if original == first_val else original for original in right]
     partitioned(tmp_path, dict(enumerate(wrong)))
     with pytest.raises(ValueError, match="'train': 24184, 'val': 2992, 'test': 2824"):
-        list(celebahq.pictures(files, str(root)))
+        list(from_files(files, str(root)))
 
 
 def test_without_the_mapping_there_is_no_official_split(tmp_path: Path) -> None:
@@ -195,7 +200,7 @@ def test_rows_of_parquet_are_read_on_disk_and_on_s3(
         for path in tmp_path.rglob("*.parquet"):
             open_store(root).upload(path, path.relative_to(tmp_path).as_posix())
     pictures = listed(root, "val_fraction")
-    assert {p.path: read_image(p, root) for p in pictures} == held
+    assert {p.path: read_listed(p, root) for p in pictures} == held
     assert pictures[1].key == "data/train-00000-of-00002=parquet/00001"
 
 
@@ -209,8 +214,8 @@ def test_a_split_of_a_mirror_is_never_taken_as_official(tmp_path: Path) -> None:
     listing.write_text("data/train-00000-of-00002.parquet/00003\n")
     held_out = [p.path for p in listed(tmp_path, str(listing)) if p.split == "val"]
     assert held_out == ["data/train-00000-of-00002.parquet/00003"]
-    pictures = list_images(
-        "celebahq", root=str(tmp_path), split="val_fraction", val_fraction=0.5, partial=True
+    pictures = list_source(
+        "celebahq", root=str(tmp_path), split="val_fraction", val_fraction=0.5, allow_partial=True
     )
     assert {p.path for p in pictures if p.split == "val" and "train-" in p.path}
     assert {p.path for p in pictures if p.split == "train" and "validation-" in p.path}
@@ -231,7 +236,7 @@ def test_rows_that_name_their_numbers_are_celebahq_whatever_their_order(
     assert [p.key for p in pictures if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
     by_number = dict(zip(order, held.values(), strict=True))
     for picture in pictures:
-        assert read_image(picture, str(tmp_path)) == by_number[int(picture.key[-5:])]
+        assert read_listed(picture, str(tmp_path)) == by_number[int(picture.key[-5:])]
     partitioned(tmp_path, {number: 162_770 + number % 2 for number in order})
     assert [p.split for p in listed(tmp_path, "official")] == [
         "val" if number % 2 else "train" for number in sorted(order)
@@ -252,7 +257,7 @@ def test_names_that_repeat_or_are_missing_are_no_numbers(
 def test_the_counts_of_a_mirror_are_asserted(tmp_path: Path) -> None:
     mirror(tmp_path, UNNAMED)
     with pytest.raises(ValueError, match="holds 16 pictures of CelebA-HQ's 30,000"):
-        listed(tmp_path, "val_fraction", partial=False)
+        listed(tmp_path, "val_fraction", allow_partial=False)
 
 
 def test_no_more_of_a_file_is_read_than_names_and_a_row_group(tmp_path: Path) -> None:
@@ -266,9 +271,9 @@ def test_no_more_of_a_file_is_read_than_names_and_a_row_group(tmp_path: Path) ->
         file.write(bytes(chunk.total_compressed_size))
     pictures = listed(tmp_path, "val_fraction")
     for picture in pictures[4:]:
-        assert read_image(picture, str(tmp_path)) == held[picture.path]
+        assert read_listed(picture, str(tmp_path)) == held[picture.path]
     with pytest.raises(OSError, match=r"00001\.parquet: row group 0 cannot be read"):
-        read_image(pictures[0], str(tmp_path))
+        read_listed(pictures[0], str(tmp_path))
 
 
 def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -> None:
@@ -276,7 +281,7 @@ def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -
     pictures = listed(tmp_path, "val_fraction")
     mirror(tmp_path, {"train": [None] * 5})
     with pytest.raises(StorageError, match=r"train\.parquet was replaced since it was listed"):
-        read_image(pictures[0], str(tmp_path))
+        read_listed(pictures[0], str(tmp_path))
 
 
 def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
@@ -297,4 +302,4 @@ def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": image.cast(HF)}), tmp_path / "null" / "train.parquet")
     for picture in listed(tmp_path / "null", "val_fraction"):
         with pytest.raises(MissingKeyError, match="has no picture in it"):
-            read_image(picture, str(tmp_path / "null"))
+            read_listed(picture, str(tmp_path / "null"))

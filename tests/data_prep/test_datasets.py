@@ -14,11 +14,10 @@ import pytest
 from cluster.storage import open_store
 from data_prep.files import SourceImage
 from data_prep.images import decode, decode_sketch
-from data_prep.manifest import part_of, publish, write_part
-from data_prep.samples import Batch, make_samples
+from data_prep.manifest import ShardRecord, publish, write_record
+from data_prep.samples import ImageBatch, make_samples
 from data_prep.shards import Dataset, RawSample, plan, shard_name, write_shard
-from data_prep.sources import list_images
-from tests.data_prep.recipe import RECIPE
+from tests.data_prep.settings import SAMPLE_SETTINGS, list_source, read_listed
 
 CALLED = {"train": "train", "validation": "val"}
 
@@ -41,33 +40,42 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleTyp
 def made(url: Path, subjects: set[str]) -> Dataset:
     """A data set of some of the bundled photographs; bright parts stand for edges."""
 
-    def start_edges(pictures: Batch) -> Any:
-        return lambda: (pictures[..., 0] > 128).astype(np.uint8)
+    def start_edges(images: ImageBatch) -> Any:
+        return lambda: (images[..., 0] > 128).astype(np.uint8)
 
-    pictures = [p for p in list_images("bundled") if p.subject in subjects]
+    pictures = [p for p in list_source("bundled") if p.subject in subjects]
     url.mkdir()
-    store, parts = open_store(str(url)), []
+    store, records = open_store(str(url)), []
     for split in ("train", "val"):
         of_split = {picture.key: picture for picture in pictures if picture.split == split}
         for number, keys in enumerate(plan(of_split, shard_samples=16, seed=0)):
             chosen: list[SourceImage] = [of_split[key] for key in keys]
             name = shard_name("small", split, number)
-            made_of = list(make_samples(chosen, RECIPE, root=None, start_edges=start_edges))
+            made_of = list(
+                make_samples(chosen, SAMPLE_SETTINGS, read=read_listed, start_edges=start_edges)
+            )
             rows = [
                 row | {"shard": name, "index_in_shard": i} for i, (row, _) in enumerate(made_of)
             ]
             samples = [sample for _, sample in made_of if sample is not None]
             shard = write_shard(url / name, samples, split=split, name=name)
-            part = part_of(shard, rows, plan="", root=None, recipe=RECIPE.record(), excluded={})
-            write_part(store, part, rows)
-            parts.append(part)
+            record = ShardRecord.of(
+                shard,
+                rows,
+                plan="",
+                root=None,
+                sample_settings=SAMPLE_SETTINGS.record(),
+                excluded={},
+            )
+            write_record(store, record, rows)
+            records.append(record)
     publish(
         store,
-        parts,
+        records,
         name="small",
-        source="bundled",
+        license="as the photographs",
         requested={"source": "bundled"},
-        shaping=RECIPE.record(),
+        shaping=SAMPLE_SETTINGS.record(),
         duplicates=0,
     )
     return Dataset.open(str(url))

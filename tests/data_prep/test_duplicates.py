@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from data_prep.duplicates import NEAR_BITS, find_duplicates
+from data_prep.duplicates import NEAR_BITS, find_duplicates, perceptual_hash
 from data_prep.images import Decoded, decode, encode_jpeg, fit
 from data_prep.manifest import SCHEMA
-from data_prep.samples import perceptual_hash
-from data_prep.sources import list_images, read_image
+from tests.data_prep.settings import list_source, read_listed
 
 
 def rows(split: str, hashes: np.ndarray, files: list[str]) -> pa.Table:
@@ -53,8 +52,8 @@ def test_the_same_file_is_told_as_such() -> None:
 
 def test_a_perceptual_hash_survives_scaling_and_compression_only() -> None:
     hashes = []
-    for picture in list_images("bundled", val_fraction=0)[5:35:7]:
-        decoded = decode(read_image(picture, None))
+    for picture in list_source("bundled", val_fraction=0)[5:35:7]:
+        decoded = decode(read_listed(picture, None))
         assert picture.crop is not None
         whole = fit(decoded.cropped(picture.crop), 256)
         small = fit(Decoded(whole, whole.shape[1], whole.shape[0]), 160)

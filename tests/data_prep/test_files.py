@@ -12,7 +12,7 @@ import pytest
 
 from cluster.storage import MissingKeyError, StorageError, open_store
 from data_prep.files import Files, list_files, read_file
-from data_prep.sources import list_images, read_image
+from tests.data_prep.settings import list_source, read_listed
 from tests.data_prep.tars import tar_of
 
 
@@ -47,11 +47,11 @@ def test_keys_do_not_depend_on_unpacking(tmp_path: Path) -> None:
     with tarfile.open(tar) as archive:
         archive.extractall(unpacked, filter="data")
     of_tar, of_folder = (
-        list_images("folder", root=str(root), val_fraction=0.5) for root in (tar, unpacked)
+        list_source("folder", root=str(root), val_fraction=0.5) for root in (tar, unpacked)
     )
     assert [(p.key, p.split) for p in of_tar] == [(p.key, p.split) for p in of_folder]
-    assert [read_image(p, str(tar)) for p in of_tar] == [
-        read_image(p, str(unpacked)) for p in of_folder
+    assert [read_listed(p, str(tar)) for p in of_tar] == [
+        read_listed(p, str(unpacked)) for p in of_folder
     ]
 
 

@@ -23,7 +23,7 @@ from data_prep.images import (
     encode_sketch,
     fit,
 )
-from data_prep.sources import read_image
+from tests.data_prep.settings import read_listed
 
 ORIENTATION = 0x0112
 
@@ -31,7 +31,7 @@ ORIENTATION = 0x0112
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
     picture = SourceImage("coffee", "train", "scene", "skimage/data/coffee.png", "bundled")
-    return decode(read_image(picture, None)).pixels
+    return decode(read_listed(picture, None)).pixels
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -20,11 +20,13 @@ import sys
 import ray
 from cluster.ports import LOOPBACK
 from data_prep.build import build_dataset
+from data_prep.settings import DataSettings, SketchSettings
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
          _node_ip_address=LOOPBACK)
-build_dataset(sys.argv[1], name="real", source="folder", root=sys.argv[2], stored_px=128,
-              shard_samples=16, val_fraction=0.1)
+data = DataSettings(name="real", source="folder", root=sys.argv[2], stored_px=128,
+                    shard_samples=16, val_fraction=0.1)
+build_dataset(sys.argv[1], data, SketchSettings())
 """
 
 

@@ -5,6 +5,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 
 from cluster.storage import Store
 from data_prep import masks
-from data_prep.masks import Box, Brush, Mask, MaskSampler, brush_mask, corrected_mask, official_mask
+from data_prep.masks import (
+    BoxSettings,
+    BrushSettings,
+    Mask,
+    MaskSampler,
+    MaskSettings,
+    brush_mask,
+    corrected_mask,
+    official_mask,
+)
 
 DRAWS = 2000
 
@@ -109,7 +119,7 @@ def test_joints_and_ends_of_a_stroke_are_as_wide_as_the_stroke() -> None:
 
 
 def test_the_four_parameters_of_algorithm_1_bound_what_it_draws() -> None:
-    one_short_line = Brush(
+    one_short_line = BrushSettings(
         max_vertex=1, max_length=10.0, max_brush_width=3.0, max_angle=0.01, max_strokes=1
     )
     for seed in range(50):
@@ -117,8 +127,8 @@ def test_the_four_parameters_of_algorithm_1_bound_what_it_draws() -> None:
         assert mask.any()
         assert mask.any(axis=1).sum() <= 10 + 3 + 2  # max_angle near 0: up or down, never sideways
         assert mask.any(axis=0).sum() <= 3 + 2
-    more = Brush(max_vertex=24, max_length=120.0, max_brush_width=80.0, max_strokes=8)
-    assert draw(brush_mask, (64, 64), 200).mean() * 2 < np.mean(
+    more = BrushSettings(max_vertex=24, max_length=120.0, max_brush_width=80.0, max_strokes=8)
+    assert draw(partial(brush_mask, brush=BrushSettings()), (64, 64), 200).mean() * 2 < np.mean(
         [brush_mask(64, 64, random.Random(seed), more).mean() for seed in range(200)]
     )
 
@@ -130,7 +140,7 @@ def test_strokes_of_algorithm_1_turn_at_every_vertex_and_go_every_way(
     monkeypatch.setattr(
         masks, "_draw_stroke", lambda _, vertices, __: strokes.append(np.reshape(vertices, (-1, 2)))
     )
-    brush = Brush(max_length=20.0, max_angle=math.pi / 2)  # never back, but for the reversal
+    brush = BrushSettings(max_length=20.0, max_angle=math.pi / 2)
     rng = random.Random(0)
     while len(strokes) < DRAWS:
         brush_mask(256, 256, rng, brush)
@@ -154,7 +164,7 @@ def test_strokes_of_algorithm_1_turn_at_every_vertex_and_go_every_way(
 def test_every_kind_draws_a_binary_hole_of_the_asked_size_and_repeats_it(
     kind: str, height: int, width: int, seed: int
 ) -> None:
-    sampler = MaskSampler({kind: 1.0})
+    sampler = MaskSampler(MaskSettings({kind: 1.0}))
     mask = sampler(height, width, random.Random(seed))
     assert mask.shape == (height, width)
     assert mask.dtype == np.uint8
@@ -166,10 +176,10 @@ def test_every_kind_draws_a_binary_hole_of_the_asked_size_and_repeats_it(
 
 def test_a_mixture_draws_its_kinds_in_proportion() -> None:
     whole, quarter = (
-        Box(min_side=1.0, max_side=1.0),
-        Brush(max_vertex=1, max_length=1.0, max_strokes=1),
+        BoxSettings(min_side=1.0, max_side=1.0),
+        BrushSettings(max_vertex=1, max_length=1.0, max_strokes=1),
     )
-    sampler = MaskSampler({"box": 3.0, "brush": 1.0}, box=whole, brush=quarter)
+    sampler = MaskSampler(MaskSettings({"box": 3.0, "brush": 1.0}, box=whole, brush=quarter))
     rng = random.Random(0)
     boxes = sum(bool(sampler(32, 32, rng).all()) for _ in range(DRAWS))
     assert boxes / DRAWS == pytest.approx(0.75, abs=0.04)
@@ -186,8 +196,8 @@ def test_masks_of_a_folder_are_binarised_at_half_white_with_the_asked_polarity(
     gray[:, :32], gray[:, 32:] = 127, 128
     store.put("a/mask.PNG", png(gray))
     store.put("readme.txt", b"not a mask")
-    white = MaskSampler({"folder": 1.0}, folder=store.url)
-    black = MaskSampler({"folder": 1.0}, folder=store.url, white_is_hole=False)
+    white = MaskSampler(MaskSettings({"folder": 1.0}, folder=store.url))
+    black = MaskSampler(MaskSettings({"folder": 1.0}, folder=store.url, white_is_hole=False))
     for size in (64, 32, 128):
         right = white(size, size, random.Random(0))
         assert right[:, size // 2 + 1 :].all()
@@ -200,7 +210,7 @@ def test_every_mask_of_a_folder_is_drawn(tmp_path: Path) -> None:
         picture = np.zeros((16, 16), np.uint8)
         picture[i] = 255
         (tmp_path / f"{i}.png").write_bytes(png(picture))
-    sampler = MaskSampler({"folder": 1.0}, folder=str(tmp_path))
+    sampler = MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))
     rng = random.Random(0)
     rows = {int(sampler(16, 16, rng).any(axis=1).argmax()) for _ in range(100)}
     assert rows == {0, 1, 2, 3, 4}
@@ -218,41 +228,41 @@ def test_every_mask_of_a_folder_is_drawn(tmp_path: Path) -> None:
 def test_an_unusable_mask_file_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / "m.png").write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
-        MaskSampler({"folder": 1.0}, folder=str(tmp_path))(8, 8, random.Random(0))
+        MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))(8, 8, random.Random(0))
 
 
 @pytest.mark.parametrize(
     ("mixture", "complaint"),
     [
-        ({"blob": 1.0}, "no such kind of mask: blob; there are official"),
-        ({}, "no kind of mask has a weight"),
-        ({"box": 0.0}, "no kind of mask has a weight"),
-        ({"box": -1.0}, "weight of box masks is -1.0"),
-        ({"folder": 1.0}, "need a folder of mask pictures"),
+        ({"blob": 1.0}, "mixture has a kind 'blob': it should be one of official"),
+        ({}, "mixture should name at least one kind"),
+        ({"box": 0.0}, "mixture should name at least one kind"),
+        ({"box": -1.0}, "mixture has box: -1.0, which should be 0 or more"),
+        ({"folder": 1.0}, "the kind 'folder' needs masks.folder"),
     ],
 )
 def test_a_mixture_that_cannot_be_meant_is_refused(
     mixture: dict[str, float], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        MaskSampler(mixture)
+        MaskSettings(mixture)
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("nothing here")
-    with pytest.raises(ValueError, match="no mask pictures in"):
-        MaskSampler({"folder": 1.0}, folder=str(tmp_path))
+    with pytest.raises(ValueError, match="holds no mask images"):
+        MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))
 
 
 def test_impossible_brushes_and_boxes_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_length of the brush is 0"):
-        Brush(max_length=0.0)
-    with pytest.raises(ValueError, match=r"sides of the box are 0\.6 to 0\.5"):
-        Box(min_side=0.6, max_side=0.5)
+    with pytest.raises(ValueError, match=r"max_length 0\.0 should be above 0"):
+        BrushSettings(max_length=0.0)
+    with pytest.raises(ValueError, match=r"min_side 0\.6 should be at most max_side 0\.5"):
+        BoxSettings(min_side=0.6, max_side=0.5)
 
 
 def test_a_sheet_shows_the_masks_in_white_on_a_grid() -> None:
-    sampler = MaskSampler({"box": 1.0}, box=Box(min_side=1.0, max_side=1.0))
+    sampler = MaskSampler(MaskSettings({"box": 1.0}, box=BoxSettings(min_side=1.0, max_side=1.0)))
     sheet = masks.mask_sheet(sampler, height=32, width=48, rows=2, columns=3, seed=0)
     assert sheet.shape == (2 * (32 + 20 + 8) + 8, 3 * (48 + 8) + 8, 3)
     assert (sheet[8 : 8 + 32, 8 : 8 + 48] == 255).all()

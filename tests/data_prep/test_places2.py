@@ -10,7 +10,7 @@ import pytest
 from cluster.storage import open_store
 from data_prep import places2
 from data_prep.files import Files
-from data_prep.sources import list_images, read_image
+from tests.data_prep.settings import list_source, read_listed
 from tests.data_prep.tars import tar_of
 
 TRAIN = ["a/airfield/00000001.jpg", "a/alley/00000001.jpg", "s/swimming_pool/indoor/00000001.jpg"]
@@ -31,8 +31,8 @@ def tree(root: Path, train: str = "data_256", val: str = "val_256") -> Path:
     return root
 
 
-def keys(root: Path | str, partial: bool = True) -> dict[str, str]:
-    pictures = list_images("places2", root=str(root), partial=partial)
+def keys(root: Path | str, allow_partial: bool = True) -> dict[str, str]:
+    pictures = list_source("places2", root=str(root), allow_partial=allow_partial)
     assert {picture.subject for picture in pictures} == {"scene"}
     return {picture.key: picture.split for picture in pictures}
 
@@ -54,8 +54,8 @@ def test_archives_that_nobody_unpacked_have_the_same_keys_and_bytes(tmp_path: Pa
     tar_of(tmp_path / "val_256.tar", {f"val_256/{name}": name.encode() for name in VAL})
     tar_of(tmp_path / "test_256.tar", {"test_256/Places365_test_00000001.jpg": b"test"})
     assert keys(tmp_path) == KEYS
-    pictures = list_images("places2", root=str(tmp_path), partial=True)
-    assert read_image(pictures[2], str(tmp_path)) == TRAIN[2].encode()
+    pictures = list_source("places2", root=str(tmp_path), allow_partial=True)
+    assert read_listed(pictures[2], str(tmp_path)) == TRAIN[2].encode()
 
 
 def test_archives_on_s3_are_read_in_place(tmp_path: Path, s3_url: str) -> None:
@@ -65,8 +65,8 @@ def test_archives_on_s3_are_read_in_place(tmp_path: Path, s3_url: str) -> None:
     }.items():
         open_store(s3_url).upload(tar_of(tmp_path / name, members), name)
     assert keys(s3_url) == KEYS
-    pictures = list_images("places2", root=s3_url, partial=True)
-    assert [read_image(picture, s3_url) for picture in pictures] == [
+    pictures = list_source("places2", root=s3_url, allow_partial=True)
+    assert [read_listed(picture, s3_url) for picture in pictures] == [
         name.encode() for name in TRAIN + VAL
     ]
 
@@ -113,9 +113,9 @@ def test_official_lists_decide_and_what_they_miss_is_reported(
         "val_256/Places365_val_00000002": "val",
     }
     assert "names=3 missing=1 not_listed=1" in caplog.text
-    missing = list_images("places2", root=str(root), partial=True)[1]
+    missing = list_source("places2", root=str(root), allow_partial=True)[1]
     with pytest.raises(FileNotFoundError, match=r"data_256/b/bakery/shop/00000009\.jpg"):
-        read_image(missing, str(root))
+        read_listed(missing, str(root))
 
 
 def test_the_layout_of_mmagic_with_its_lists_is_taken(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_layout_of_mmagic_with_its_lists_is_taken(tmp_path: Path) -> None:
     assert next(iter(found)) == "data_large/a/airfield/00000001"
     assert len(found) == 5
     with pytest.raises(ValueError, match="Places2 has 8,026,628 and 36,500"):
-        keys(root, partial=False)
+        keys(root, allow_partial=False)
 
 
 def test_the_flat_folder_of_lama_has_names_that_clashed_and_is_told_by_its_count(
@@ -141,7 +141,7 @@ def test_the_flat_folder_of_lama_has_names_that_clashed_and_is_told_by_its_count
         path.write_bytes(name.encode())
     assert keys(tmp_path) == {"train/00000001": "train"}
     with pytest.raises(ValueError, match=r"holds 1 train .*files of one name overwritten"):
-        keys(tmp_path, partial=False)
+        keys(tmp_path, allow_partial=False)
 
 
 def test_lists_are_read_from_their_archive_too(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_an_archive_tells_which_count_to_expect(tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "train_256_places365challenge.tar", members)
     for root in (tmp_path, tar):
         with pytest.raises(ValueError, match="holds 3 train and 0 val pictures; Places2 has 8,026"):
-            keys(root, partial=False)
+            keys(root, allow_partial=False)
 
 
 def test_two_sizes_or_editions_in_one_root_are_refused(tmp_path: Path) -> None:
@@ -205,13 +205,13 @@ def published(train: int) -> Files:
 
 def test_counts_other_than_the_published_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds 3 train and 2 val pictures; Places2 has 1,803,460"):
-        keys(tree(tmp_path), partial=False)
+        keys(tree(tmp_path), allow_partial=False)
     # As after flattening the archive into one folder, where names of classes clash.
     with pytest.raises(ValueError, match="overwritten"):
-        list(places2.pictures(published(5_000), "root"))
+        list(places2.list_images(published(5_000), "root", allow_partial=False))
 
 
 def test_the_published_counts_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places2, "TRAIN_COUNTS", {"standard": 20_000})
-    pictures = list(places2.pictures(published(20_000), "root"))
+    pictures = list(places2.list_images(published(20_000), "root", allow_partial=False))
     assert len(pictures) == 56_500

@@ -10,35 +10,44 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import samples as maker
+from data_prep import samples
 from data_prep.files import SourceImage
 from data_prep.images import encode_jpeg
-from data_prep.samples import CHUNK, ReusableSample, make_samples
+from data_prep.samples import (
+    CHUNK,
+    EarlierSamples,
+    ReusableSample,
+    SampleSettings,
+    make_samples,
+)
 from data_prep.shards import RawSample
-from tests.data_prep.recipe import RECIPE
+from data_prep.sources import read_image
+from tests.data_prep.settings import SAMPLE_SETTINGS
 
 
 def start_edges(pictures: np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: np.zeros(pictures.shape[:3], np.uint8)
 
 
-def test_memory_holds_a_few_chunks_of_pictures_however_large_the_shard(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = encode_jpeg(np.zeros((64, 64, 3), np.uint8))
-    read = []
+def below(root: Path) -> SampleSettings:
+    data = dataclasses.replace(SAMPLE_SETTINGS.data, source="folder", root=str(root))
+    return dataclasses.replace(SAMPLE_SETTINGS, data=data)
 
-    def read_image(picture: SourceImage, root: str | None) -> bytes:
-        read.append(picture.key)
+
+def test_memory_holds_a_few_chunks_of_images_however_large_the_shard() -> None:
+    data = encode_jpeg(np.zeros((64, 64, 3), np.uint8))
+    keys = []
+
+    def read(picture: SourceImage, root: str | None) -> bytes:
+        keys.append(picture.key)
         return data
 
-    monkeypatch.setattr(maker, "read_image", read_image)
     pictures = [
         SourceImage(f"k{number:03d}", "train", "scene", f"{number}.jpg", "folder")
         for number in range(20 * CHUNK)
     ]
-    made = make_samples(pictures, RECIPE, root=None, start_edges=start_edges)
-    ahead = [len(read) - number for number, _ in enumerate(made)]
+    made = make_samples(pictures, SAMPLE_SETTINGS, read=read, start_edges=start_edges)
+    ahead = [len(keys) - number for number, _ in enumerate(made)]
     assert len(ahead) == len(pictures)
     assert max(ahead) <= 4 * CHUNK  # two to be decoded, two that wait for their edges
 
@@ -50,30 +59,31 @@ def test_a_picture_at_which_our_own_code_fails_is_named(
         raise ValueError("not so")
 
     (tmp_path / "a b.jpg").write_bytes(encode_jpeg(np.zeros((128, 128, 3), np.uint8)))
-    monkeypatch.setattr(maker, "encode_jpeg", fail)
+    monkeypatch.setattr(samples, "encode_jpeg", fail)
     picture = SourceImage("a+20b", "train", "scene", "a b.jpg", "folder")
-    made = make_samples([picture], RECIPE, root=str(tmp_path), start_edges=start_edges)
+    made = make_samples([picture], below(tmp_path), read=read_image, start_edges=start_edges)
     with pytest.raises(RuntimeError, match=r"^a b\.jpg \(key a\+20b\): ValueError: not so$"):
         list(made)
 
 
 def test_what_is_only_for_faces_leaves_sketches_of_scenes_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encode_jpeg(np.zeros((64, 64, 3), np.uint8)))
+    settings = below(tmp_path)
     scene = SourceImage("a", "train", "scene", "a.jpg", "folder")
-    [(row, sample)] = make_samples([scene], RECIPE, root=str(tmp_path), start_edges=start_edges)
+    [(row, sample)] = make_samples([scene], settings, read=read_image, start_edges=start_edges)
     assert sample is not None
     (tmp_path / "a.jpg").unlink()
 
-    def again(**changed: Any) -> RawSample | None:
+    def again(old: dict[str, Any]) -> RawSample | None:
+        earlier = EarlierSamples({"a": ReusableSample(dict(row), sample)}, settings.record() | old)
         [(_, made)] = make_samples(
             [scene],
-            dataclasses.replace(RECIPE, **changed),
-            root=str(tmp_path),
-            start_edges=lambda pictures: lambda: np.ones(pictures.shape[:3], np.uint8),
-            known={"a": ReusableSample(dict(row), sample)},
-            known_recipe=RECIPE.record(),
+            settings,
+            read=read_image,
+            start_edges=lambda images: lambda: np.ones(images.shape[:3], np.uint8),
+            earlier=earlier,
         )
         return made
 
-    assert again(face_search="otherwise", landmarks_sha256=None, line_width=2) == sample
-    assert again(threshold=0.5) != sample
+    assert again({"face_search": "otherwise", "landmarks_sha256": None, "line_width": 2}) == sample
+    assert again({"threshold": 0.5}) != sample

@@ -16,7 +16,7 @@ from cluster.storage import StorageError, open_store
 from data_prep.files import SourceImage, key_of
 from data_prep.images import decode, fit
 from data_prep.shards import KEY
-from data_prep.sources import list_images, read_image
+from tests.data_prep.settings import list_source, read_listed
 
 
 def folder(root: Path, *names: str) -> Path:
@@ -28,11 +28,11 @@ def folder(root: Path, *names: str) -> Path:
 
 
 def listed(root: Path | str, val_fraction: float = 0.0) -> list[SourceImage]:
-    return list_images("folder", root=str(root), subject="scene", val_fraction=val_fraction)
+    return list_source("folder", root=str(root), subject="scene", val_fraction=val_fraction)
 
 
 def test_bundled_photographs_are_real_and_split_by_photograph() -> None:
-    pictures = list_images("bundled", val_fraction=0.5)
+    pictures = list_source("bundled", val_fraction=0.5)
     splits = Counter(picture.split for picture in pictures)
     assert 40 <= splits["train"] <= 60
     assert 8 <= splits["val"] <= 12
@@ -43,7 +43,7 @@ def test_bundled_photographs_are_real_and_split_by_photograph() -> None:
     assert len({picture.key for picture in pictures}) == len(pictures)
     assert {p.path for p in pictures if p.subject == "face"} == {"skimage/data/astronaut.png"}
     for picture in pictures:
-        decoded = decode(read_image(picture, None))
+        decoded = decode(read_listed(picture, None))
         assert picture.crop is not None
         assert min(fit(decoded.cropped(picture.crop), 256).shape[:2]) == 256
 
@@ -53,7 +53,7 @@ def test_a_folder_is_listed_recursively_and_read(tmp_path: Path) -> None:
     (root / "empty").mkdir()
     pictures = listed(root)
     assert [(p.key, p.path) for p in pictures] == [("a", "a.jpg"), ("b/c=PNG", "b/c.PNG")]
-    assert read_image(pictures[1], str(root)) == b"b/c.PNG"
+    assert read_listed(pictures[1], str(root)) == b"b/c.PNG"
     assert [p.key for p in listed(f"file://{root}")] == ["a", "b/c=PNG"]
 
 
@@ -72,13 +72,13 @@ def test_what_is_left_out_of_a_folder_is_told_by_its_suffix(
 
 def test_an_avif_is_listed_and_comes_out_upright(tmp_path: Path) -> None:
     coffee = SourceImage("coffee", "train", "scene", "skimage/data/coffee.png", "bundled")
-    pixels = decode(read_image(coffee, None)).pixels
+    pixels = decode(read_listed(coffee, None)).pixels
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned to the right
     turned = Image.fromarray(np.rot90(pixels))
     turned.save(tmp_path / "a.avif", quality=95, exif=exif)
     (found,) = listed(tmp_path)
-    read = decode(read_image(found, str(tmp_path)))
+    read = decode(read_listed(found, str(tmp_path)))
     assert (read.width, read.height) == (600, 400)
     assert np.abs(read.pixels.astype(int) - pixels).mean() < 3
 
@@ -89,7 +89,7 @@ def test_a_prefix_on_s3_is_listed_and_read(s3_url: str) -> None:
         store.put(key, key.encode())
     pictures = listed(s3_url)
     assert [(p.key, p.split) for p in pictures] == [("train/a+20b", "train"), ("val/c", "val")]
-    assert read_image(pictures[0], s3_url) == b"train/a b.jpg"
+    assert read_listed(pictures[0], s3_url) == b"train/a b.jpg"
 
 
 def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
     assert len({p.key for p in pictures}) == len(names)
     assert all(KEY.fullmatch(p.key) for p in pictures)
     for picture in pictures:
-        data = read_image(picture, str(tmp_path))
+        data = read_listed(picture, str(tmp_path))
         assert data == picture.path.encode("utf-8", "surrogateescape")
 
 
@@ -160,7 +160,7 @@ def test_a_folder_that_is_not_there_or_empty_is_an_error(tmp_path: Path) -> None
         listed(tmp_path)
     with pytest.raises(ValueError, match=r"there is no folder .*missing: give one"):
         listed(tmp_path / "missing")
-    with pytest.raises(ValueError, match="needs a root"):
-        list_images("folder", val_fraction=0.1)
+    with pytest.raises(ValueError, match=r"source 'folder' needs data\.root"):
+        list_source("folder", val_fraction=0.1)
     with pytest.raises(StorageError):
-        read_image(SourceImage("a", "train", "scene", "a.jpg", "folder"), str(tmp_path))
+        read_listed(SourceImage("a", "train", "scene", "a.jpg", "folder"), str(tmp_path))

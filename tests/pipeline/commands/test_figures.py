@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.masks import MaskSampler, corrected_mask
+from data_prep.masks import MaskSampler, MaskSettings, corrected_mask
 from models import Generator
 from models.masking import erase
 from pipeline.commands.figures import gates, show_gates, show_masks
@@ -131,7 +131,7 @@ def test_mistakes_are_told(tmp_path: Path, files: tuple[Path, Path]) -> None:
 
 
 def test_a_sheet_of_masks_depends_on_its_seed_alone(tmp_path: Path) -> None:
-    sampler = MaskSampler({"corrected": 1.0, "brush": 1.0})
+    sampler = MaskSampler(MaskSettings({"corrected": 1.0, "brush": 1.0}))
     sheets = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         out = tmp_path / name / "masks.png"

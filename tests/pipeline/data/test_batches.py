@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.masks import MaskSampler
+from data_prep.masks import MaskSampler, MaskSettings
 from data_prep.shards import Dataset, ShardError
 from pipeline.data.batch import Batch
 from pipeline.data.batches import TrainLoader, val_batches
@@ -39,7 +39,7 @@ def loader_of(dataset: Dataset, **changes: Any) -> TrainLoader:
         "streams": 4,
         "shuffle_block": 6,
         "seed": 3,
-        "masks": MaskSampler({"corrected": 1.0}),
+        "masks": MaskSampler(MaskSettings({"corrected": 1.0})),
         "flip": True,
     }
     return TrainLoader(dataset, **arguments | changes)
@@ -311,7 +311,7 @@ def val_of(dataset: Dataset, **changes: Any) -> Iterator[Batch]:
     arguments: dict[str, Any] = {
         "size_px": SIZE,
         "batch": 2,
-        "masks": MaskSampler({"corrected": 1.0}),
+        "masks": MaskSampler(MaskSettings({"corrected": 1.0})),
         "seed": 3,
     }
     return val_batches(dataset, **arguments | changes)
