@@ -1,0 +1,102 @@
+"""What version 0.1 wrote opens, verifies and resumes (see tests/fixtures/before_1.0/README.md)."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.shards import verify
+from pipeline import config
+from pipeline.checkpoints import BEST, CheckpointStore, list_checkpoints
+from pipeline.cli import DONE
+from pipeline.run import prepare
+from pipeline.run_storage import RunStorage
+from pipeline.state import Position, TrainingState
+
+FIXTURE = Path(__file__).parent / "fixtures" / "before_1.0"
+DIGEST = "2de1f326185b81bb37e9e0d434a63ec6b2de5c108839eb00b47efc7158a081f6"
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> config.Config:
+    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return config.load(FIXTURE / "recipe.yaml", [f"storage={tmp_path / 'storage'}"])
+
+
+def expected(part: str, name: str, shape: torch.Size) -> Tensor:
+    """The value that every element of a tensor in the checkpoint has."""
+    return torch.full(shape, (zlib.crc32(f"{part}/{name}".encode()) % 997 + 1) * 1e-6)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_dataset_opens_with_its_digest_and_every_byte_verifies(cfg):
+    dataset = RunStorage.open(cfg).open_dataset()
+    assert dataset.digest == DIGEST
+    assert verify(dataset) == []
+
+
+def test_prepare_with_the_old_recipe_finds_the_dataset_finished(cfg, monkeypatch):
+    monkeypatch.setattr("pipeline.run.connect", contextlib.nullcontext)  # Ray has nothing to do
+    storage = RunStorage.open(cfg)
+    before = contents(Path(storage.dataset_url))
+    assert prepare(cfg, storage).digest == DIGEST
+    assert contents(Path(storage.dataset_url)) == before
+
+
+def test_the_checkpoint_is_listed_and_every_tensor_loads_as_it_was_saved(cfg):
+    storage = RunStorage.open(cfg)
+    (info,) = list_checkpoints(storage.run_url)
+    assert (info.step, round(info.metrics["val/psnr_db"], 2)) == (2, 17.66)
+    checkpoints = CheckpointStore(storage.checkpoints)
+    assert checkpoints.verify(2) == []
+    assert checkpoints.best(*BEST) == 2
+    state = TrainingState.read(checkpoints.load(2))
+    assert state.position == Position(step=2, epoch=0, epoch_step=2)
+    tensors = {"ema": state.ema}
+    for part in ("generator", "discriminator"):
+        engine = getattr(state, part)
+        assert engine.steps == 2
+        assert engine.moments.keys() == {
+            f"{moment}.{name}"
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name in engine.weights
+            if not name.endswith(("_u", "_v"))
+        }
+        tensors[part] = engine.weights | engine.moments
+    for part, named in tensors.items():
+        for name, value in named.items():
+            assert torch.equal(value, expected(part, name, value.shape)), f"{part} {name}"
+
+
+def test_the_run_resumes_from_the_checkpoint(cfg):
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "pipeline", "train", str(FIXTURE / "recipe.yaml")),
+            *(f"storage={cfg.storage}", "train.steps=3"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == DONE, ran.stderr[-4000:]
+    assert "resuming run=before step=2" in ran.stderr
+    storage = RunStorage.open(cfg)
+    checkpoints = CheckpointStore(storage.checkpoints)
+    assert checkpoints.steps() == [2, 3]
+    state = TrainingState.read(checkpoints.load(3))
+    assert state.generator.steps == state.discriminator.steps == 3
+    log = storage.run.get("tracking/metrics.jsonl").decode().splitlines()
+    assert [json.loads(line).get("step") for line in log] == [1, 2, 3, None]
