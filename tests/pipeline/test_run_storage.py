@@ -13,7 +13,7 @@ from pipeline.run_storage import RunStorage
 
 def recipe(storage: str) -> config.Config:
     return config.load(
-        Path("pipeline/recipes/demo.yaml"), [f"storage={storage}", "name=one", "data.name=small"]
+        Path("pipeline/recipes/demo.yaml"), [f"storage='{storage}'", "name=one", "data.name=small"]
     )
 
 
