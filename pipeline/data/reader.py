@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from data_prep.images import ImageError, Pixels, Strokes, decode_sketch
 from data_prep.masks import Mask
-from data_prep.shards import Dataset, ShardError, Split
+from data_prep.shards import Dataset, RawSample, ShardError, Split
 from pipeline.data.batch import Batch
 from pipeline.data.sample_order import SampleRef
 from pipeline.data.shard_cache import CACHE_BYTES, OpenShard, ShardCache
@@ -106,29 +106,35 @@ def read_batch(samples: Sequence[StoredSample], choose: ChooseView, *, size_px: 
     image = np.empty((count, size_px, size_px, 3), np.uint8)
     sketch = np.empty((count, size_px, size_px), np.uint8)
     mask = np.empty((count, size_px, size_px), np.uint8)
-    keys, scratch = [], _Scratch()
+    keys, scratch = [], ScratchMemory()
     for row, stored in enumerate(samples):
-        key, pixels, strokes = _decode(stored, scratch)
+        url, opened = stored.shard.result()
+        sample = opened[stored.number]
+        pixels, strokes = decode_sample(sample, url, scratch)
         pixels, strokes = _at_least(size_px, pixels, strokes)
-        view = choose(key, *pixels.shape[:2])
+        view = choose(sample.key, *pixels.shape[:2])
         rows, columns = slice(view.top, view.top + size_px), slice(view.left, view.left + size_px)
         pixels, strokes = pixels[rows, columns], strokes[rows, columns]
         if view.mirrored:  # by OpenCV, ten times as fast as a view with a negative step
             pixels, strokes = cv2.flip(pixels, 1), cv2.flip(strokes, 1)
         image[row], sketch[row], mask[row] = pixels, strokes, view.mask
-        keys.append(key)
+        keys.append(sample.key)
     images, masks, sketches = map(torch.from_numpy, (image, mask, sketch))
     batch = Batch(images, masks, sketches, tuple(keys))
     return batch.pinned() if torch.cuda.is_available() else batch
 
 
-def _decode(stored: StoredSample, scratch: "_Scratch") -> tuple[str, Pixels, Strokes]:
-    """Key, image and sketch (0 or 1); the image stays in ``scratch`` until the next call."""
-    url, samples = stored.shard.result()
-    sample = samples[stored.number]
+def decode_sample(
+    sample: RawSample, url: str, scratch: "ScratchMemory | None" = None
+) -> tuple[Pixels, Strokes]:
+    """Image (height, width, 3) as 8-bit RGB and sketch (height, width) of 0 and 1.
+
+    ``url`` names the shard in messages. With ``scratch`` the image stays there until the next call.
+    Raises ShardError where image or sketch are damaged, or differ in size.
+    """
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(sample.jpg)
-        memory = scratch.at_least(height * width * 3)
+        memory = (scratch or ScratchMemory()).at_least(height * width * 3)
         pixels = simplejpeg.decode_jpeg(sample.jpg, "RGB", buffer=memory)
     except ValueError as error:
         raise ShardError(f"{url}: the image of {sample.key} is damaged: {error}") from error
@@ -138,7 +144,7 @@ def _decode(stored: StoredSample, scratch: "_Scratch") -> tuple[str, Pixels, Str
         raise ShardError(f"{url}: the sketch of {sample.key} is damaged: {error}") from error
     if strokes.shape != pixels.shape[:2]:
         raise ShardError(f"{url}: the sketch of {sample.key} has another size than its image")
-    return sample.key, pixels, strokes
+    return pixels, strokes
 
 
 def _at_least(size_px: int, pixels: Pixels, strokes: Strokes) -> tuple[Pixels, Strokes]:
@@ -151,7 +157,7 @@ def _at_least(size_px: int, pixels: Pixels, strokes: Strokes) -> tuple[Pixels, S
     return pixels, cv2.resize(strokes, size, interpolation=cv2.INTER_NEAREST)
 
 
-class _Scratch:
+class ScratchMemory:
     """Memory for one image after the other: allocating it anew costs a quarter of the decoding."""
 
     def __init__(self) -> None:
