@@ -29,12 +29,6 @@ log = logging.getLogger(__name__)
 
 Subject = Literal["scene", "face"]
 
-SUFFIXES = frozenset(
-    [
-        *(".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
-        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".npy"),
-    ]
-)
 LONGEST_KEY = 80
 
 

@@ -18,6 +18,14 @@ from PIL import Image, UnidentifiedImageError
 Pixels = UInt8[np.ndarray, "height width 3"]
 Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
 
+IMAGE_SUFFIXES = frozenset(
+    [
+        *(".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
+        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".npy"),
+    ]
+)
+"""Names of files, in lower case, that ``decode`` reads."""
+WHITE_ABOVE = 127.5  # spec section 5.3
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
 BAND_PIXELS = 2**22
@@ -171,6 +179,33 @@ def decode_sketch(png: bytes | memoryview) -> Strokes:
     if gray is None:
         raise ImageError("damaged", "not a PNG that OpenCV can read")
     return (gray > 127).view(np.uint8)
+
+
+def read_mask(
+    data: bytes, *, size: tuple[int, int] | None = None, white_is_hole: bool = True
+) -> Strokes:
+    """1 where an image file is white, else 0; with ``white_is_hole`` false, 1 where it is black.
+
+    White is a mean over the channels above 127.5, and what is transparent counts as black. The
+    image is stretched to ``size`` (height, width) first, if given. The result may be all 0.
+    Raises ImageError as ``decode`` does, and ``no_white`` for an image with pixels between black
+    and white, where white should mark the hole and none is.
+    """
+    brightness = decode(data, background="black").pixels.mean(axis=2)
+    gray = np.rint(brightness).astype(np.uint8)
+    brightest = gray.max()
+    if white_is_hole and 0 < brightest <= WHITE_ABOVE:
+        raise ImageError(
+            "no_white",
+            f"its brightest pixel is {brightest} of 255, and only above half counts as white: "
+            "write 0 and 255",
+        )
+    if size is not None and gray.shape != size:
+        shrinks = gray.shape[0] >= size[0] and gray.shape[1] >= size[1]
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        gray = cv2.resize(gray, size[::-1], interpolation=how).astype(np.uint8, copy=False)
+    hole: Strokes = ((gray > WHITE_ABOVE) == white_is_hole).astype(np.uint8)
+    return hole
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

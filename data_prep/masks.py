@@ -20,14 +20,15 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cluster.storage import open_store
+from data_prep.image_grid import image_grid
+from data_prep.images import IMAGE_SUFFIXES, ImageError, Pixels, read_mask
 
 Mask: TypeAlias = UInt8[np.ndarray, "height width"]  # 1 in the hole, 0 where pixels are known
-Sheet: TypeAlias = UInt8[np.ndarray, "height width 3"]
 
 # Of the square of 256 pixels that the authors' constants, and ours, are meant for.
 _REFERENCE_DIAGONAL_PX = math.hypot(256, 256)
 _LENGTH_BITS = 10  # random ones that decide a segment's length; its ends are whole pixels
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+GRAY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -181,28 +182,6 @@ def box_mask(height: int, width: int, rng: random.Random, box: BoxSettings) -> M
     return mask
 
 
-def read_mask(data: bytes, height: int, width: int, *, name: str, white_is_hole: bool) -> Mask:
-    """A mask file (any format of OpenCV), stretched to the size, then binarised at 127.5.
-
-    ``name`` is for the ValueError when ``data`` is no picture or has no hole.
-    """
-    gray = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
-    if gray is None:
-        raise ValueError(f"mask {name} is not a picture that OpenCV can read")
-    if gray.shape != (height, width):
-        shrinks = gray.shape[0] >= height and gray.shape[1] >= width
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        gray = cv2.resize(gray, (width, height), interpolation=how)
-    white = gray > 127.5
-    mask = (white if white_is_hole else ~white).astype(np.uint8)
-    if not mask.any():
-        raise ValueError(
-            f"mask {name} has no hole at {height} x {width}: "
-            f"{'white' if white_is_hole else 'black'} pixels mark it"
-        )
-    return mask
-
-
 class FolderMasks:
     """Masks from a folder of images, each drawn equally often. Can be pickled."""
 
@@ -213,20 +192,30 @@ class FolderMasks:
         self._files = [
             name
             for name in self._store.list_keys()
-            if PurePosixPath(name).suffix.lower() in _SUFFIXES
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         ]
         self._contents: dict[str, bytes] = {}
         if not self._files:
             raise ValueError(
-                f"{settings.folder} holds no mask images: wanted {', '.join(_SUFFIXES)}"
+                f"{settings.folder} holds no mask images ({' '.join(sorted(IMAGE_SUFFIXES))})"
             )
 
     def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
         name = self._files[_below(len(self._files), rng)]
         if name not in self._contents:  # kept as files: a mask is a few KB packed, 64 and more not
             self._contents[name] = self._store.get(name)
-        data = self._contents[name]
-        return read_mask(data, height, width, name=name, white_is_hole=self._white_is_hole)
+        try:
+            mask = read_mask(
+                self._contents[name], size=(height, width), white_is_hole=self._white_is_hole
+            )
+        except ImageError as error:
+            raise ValueError(f"mask {name}: {error}") from error
+        if not mask.any():
+            hole = "white" if self._white_is_hole else "black"
+            raise ValueError(
+                f"mask {name} has no hole at {height} x {width}: {hole} pixels mark it"
+            )
+        return mask
 
 
 DrawMask = Callable[[int, int, random.Random], Mask]
@@ -280,21 +269,19 @@ class MaskSampler:
 
 def mask_sheet(
     sampler: MaskSampler, *, height: int, width: int, rows: int, columns: int, seed: int
-) -> Sheet:
-    """A grid of drawn masks, white in the hole, each with the share of the picture it covers."""
-    gap, caption = 8, 20
-    sheet = np.full(
-        (rows * (height + caption + gap) + gap, columns * (width + gap) + gap, 3), 128, np.uint8
+) -> Pixels:
+    """A grid of drawn masks, white in the hole, each with the share of the image it covers."""
+    masks = [
+        sampler(height, width, random.Random(f"sheet/{seed}/{index}"))
+        for index in range(rows * columns)
+    ]
+    lines = [masks[first : first + columns] for first in range(0, len(masks), columns)]
+    return image_grid(
+        [[mask * 255 for mask in line] for line in lines],
+        cell_captions=[[f"{mask.mean():.0%}" for mask in line] for line in lines],
+        gap_px=8,
+        background=GRAY,
     )
-    for index in range(rows * columns):
-        row, column = divmod(index, columns)
-        mask = sampler(height, width, random.Random(f"sheet/{seed}/{index}"))
-        top, left = gap + row * (height + caption + gap), gap + column * (width + gap)
-        sheet[top : top + height, left : left + width] = mask[..., None] * 255
-        text_at = (left + 2, top + height + caption - 5)
-        text = f"{mask.mean():.0%}"
-        cv2.putText(sheet, text, text_at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return sheet
 
 
 def _draw_zigzags(

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from cluster.storage import one_line, open_store
 from data_prep import celebahq, places2
 from data_prep.files import (
-    SUFFIXES,
     SourceImage,
     key_of,
     list_files,
     read_file,
     split_by_name,
 )
+from data_prep.images import IMAGE_SUFFIXES
 from data_prep.shards import Split
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _chosen(paths: Iterable[str], root: str) -> list[str]:
     chosen, others = [], Counter[str]()
     for path in paths:
         suffix = Path(path).suffix.lower()
-        if suffix in SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             chosen.append(path)
         else:
             others[suffix or "no suffix"] += 1
@@ -178,7 +178,7 @@ def _package_folder(package: str) -> Path:
 def _folder_splits(paths: list[str], root: str, val_fraction: float) -> dict[str, Split]:
     """Folders ``train`` and ``val``, where both exist, are the splits; else the names decide."""
     if not paths:
-        raise ValueError(f"{root} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{root} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
     tops = {path.partition("/")[0] for path in paths if "/" in path}
     if not {"train", "val"} <= tops:
         return split_by_name(paths, val_fraction)

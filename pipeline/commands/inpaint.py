@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.images import ImageError, Pixels, decode
+from data_prep.images import IMAGE_SUFFIXES, ImageError, Pixels, decode, read_mask
 from data_prep.masks import Mask
 from models import Generator
 from models.inference import fill, memory_bytes
@@ -19,8 +19,7 @@ from pipeline.networks import load_generator
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-HOLE_ABOVE = 127.5  # spec section 5.3: white is the hole
+OUT_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MOSTLY_WHITE = 0.9
 JPEG = {"quality": 95, "subsampling": 0}
 # By default Pillow writes JPEG at 75 with colours at half the resolution, and WebP with loss.
@@ -69,7 +68,7 @@ def _jobs(
         return
     pictures = _by_stem(image)
     if not pictures:
-        raise ValueError(f"{image} holds no pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{image} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
     masks = _partners(pictures, mask)
     sketches = _partners(pictures, sketch) if sketch else {}
     for stem, picture in pictures.items():
@@ -78,8 +77,8 @@ def _jobs(
 
 def refuse_to_write(target: Path, given: Collection[Path] = ()) -> None:
     """ValueError where ``target`` has no picture's suffix, or is one of the resolved ``given``."""
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--out {target} should end in {', '.join(SUFFIXES)}")
+    if target.suffix.lower() not in OUT_SUFFIXES:
+        raise ValueError(f"--out {target} should end in {', '.join(OUT_SUFFIXES)}")
     if target.resolve() in given:
         raise ValueError(f"{target} is one of the pictures given: choose another --out")
 
@@ -96,7 +95,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     """The pictures in ``folder`` under their names without suffix, sorted."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and found.setdefault(path.stem, path) != path:
+        if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(path.stem, path) != path:
             raise ValueError(
                 f"{found[path.stem]} and {path.name} go by one name, {path.stem}: rename one"
             )
@@ -152,26 +151,23 @@ def _fill_file(
     Image.fromarray(result).save(target, **SAVING.get(target.suffix.lower(), {}))
 
 
-def read_image(path: Path, background: Literal["white", "black"] = "white") -> Pixels:
+def read_image(path: Path) -> Pixels:
     try:
-        return decode(path.read_bytes(), background=background).pixels
+        return decode(path.read_bytes()).pixels
     except ImageError as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
 def read_mask_image(path: Path, shape: tuple[int, ...], picture: Path) -> Mask:
     """1 where the picture at ``path`` is brighter than half; what is transparent is black."""
-    values = read_image(path, "black").mean(axis=2)
-    if values.shape != shape[:2]:
+    try:
+        mask = read_mask(path.read_bytes())
+    except ImageError as error:
+        raise ValueError(f"mask {path}: {error}") from error
+    if mask.shape != shape[:2]:
         raise ValueError(
-            f"{path} is {values.shape[1]}×{values.shape[0]}, but {picture} is "
+            f"{path} is {mask.shape[1]}×{mask.shape[0]}, but {picture} is "
             f"{shape[1]}×{shape[0]}: both should be of one size"
-        )
-    mask: Mask = (values > HOLE_ABOVE).astype(np.uint8)
-    if values.any() and not mask.any():
-        raise ValueError(
-            f"{path}: its brightest pixel is {values.max():.0f} of 255, and only above half counts "
-            "as white: write 0 and 255"
         )
     if mask.mean() > MOSTLY_WHITE:
         log.warning(

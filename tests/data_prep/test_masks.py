@@ -219,8 +219,8 @@ def test_every_mask_of_a_folder_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "mask m.png is not a picture"),
-        (b"no png", "mask m.png is not a picture"),
+        (b"", "mask m.png: the file is empty"),
+        (b"no png", "mask m.png: no picture format"),
         (png(np.zeros((8, 8), np.uint8)), "mask m.png has no hole at 8 x 8: white pixels"),
     ],
     ids=["empty file", "no picture", "all black"],
