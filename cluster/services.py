@@ -18,7 +18,8 @@ from pathlib import Path
 from cluster.guard import guarded
 from cluster.ports import free_ports
 from cluster.private_file import write_private
-from cluster.storage import S3_ERRORS, StorageError, s3_client
+from cluster.storage import StorageError
+from cluster.storage.s3 import S3_ERRORS, s3_client
 
 log = logging.getLogger(__name__)
 

@@ -133,6 +133,13 @@ def encode_jpeg(pixels: Pixels, quality: int = JPEG_QUALITY) -> bytes:
     return encoded
 
 
+def encode_png(pixels: Pixels) -> bytes:
+    """An RGB image as the bytes of a PNG file."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
 def encode_sketch(strokes: Strokes) -> bytes:
     """A one-channel 8-bit PNG: 255 on a stroke, else 0.
 

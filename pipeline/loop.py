@@ -32,8 +32,7 @@ from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState
 from pipeline.step import train_step
 from pipeline.stop_request import StopRequest
-from pipeline.tracking import Tracker
-from pipeline.tracking.opening import open_run_tracker
+from pipeline.tracking import Tracker, open_run_tracker
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,10 @@ from cluster.storage.base import (
     without_password,
 )
 from cluster.storage.files import replacing, scratch_folder
-from cluster.storage.s3 import S3_ERRORS, s3_bucket, s3_client
 from cluster.storage.schemes import SCHEMES, open_store, open_version, pyarrow_filesystem
 
 __all__ = [
     "MIB",
-    "S3_ERRORS",
     "SCHEMES",
     "MissingKeyError",
     "StorageError",
@@ -30,8 +28,6 @@ __all__ = [
     "open_version",
     "pyarrow_filesystem",
     "replacing",
-    "s3_bucket",
-    "s3_client",
     "scratch_folder",
     "without_password",
 ]

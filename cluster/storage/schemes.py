@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 
 from cluster.storage.base import StorageError, Store, scheme_of, without_password
 from cluster.storage.files import open_files
-from cluster.storage.s3 import open_s3
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
     from pyarrow.fs import FileSystem
 
-SCHEMES: dict[str, Callable[[str], Store]] = {"": open_files, "file": open_files, "s3": open_s3}
+
+def _open_s3(url: str) -> Store:
+    from cluster.storage.s3 import open_s3  # boto3 takes time that only S3 needs
+
+    return open_s3(url)
+
+
+SCHEMES: dict[str, Callable[[str], Store]] = {"": open_files, "file": open_files, "s3": _open_s3}
 """The scheme of a URL, and what opens such a URL without any access; "" is a plain path."""
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.services import start_s3
 from cluster.session import local_ray
-from cluster.storage import s3_bucket
+from cluster.storage.s3 import s3_bucket
 from cluster.submit import submit
 from data_prep.shards import read_samples
 from pipeline import config

@@ -5,6 +5,7 @@ import logging
 
 from cluster.session import run_on_gpu
 from cluster.storage import Store
+from data_prep.images import encode_png
 from data_prep.shards import Dataset
 from pipeline import networks
 from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
@@ -13,8 +14,7 @@ from pipeline.data.loaders import validation_batches
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
-from pipeline.tracking import png
-from pipeline.tracking.opening import open_run_tracker
+from pipeline.tracking import open_run_tracker
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
 
     evaluation = run_on_gpu(_measure, cfg, storage.checkpoints, step, dataset)
     metrics, sheet = evaluation.means(), evaluation.sheet()
-    run.put(f"{folder}/samples.png", png(sheet))
+    run.put(f"{folder}/samples.png", encode_png(sheet))
     run.put(f"{folder}/rows.csv", evaluation.csv().encode())
     record = {"settings": settings, "pictures": len(evaluation.rows), "metrics": metrics}
     run.put(f"{folder}/metrics.json", json.dumps(record, indent=1).encode())  # last: finished

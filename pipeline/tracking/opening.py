@@ -1,18 +1,35 @@
-"""Open the tracker of a run from its recipe."""
+"""Open the tracker of a run."""
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
 
 import yaml
 
+from cluster.storage import Store
 from data_prep.shards import Dataset
 from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
-from pipeline.tracking import RunInfo, Tracker, open_tracker
+from pipeline.tracking.jsonl import JsonLinesTracker
+from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
+from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
+
+log = logging.getLogger(__name__)
+
+DEFAULT_URI = "sqlite:///mlflow.db"
 
 
 def open_run_tracker(
     cfg: Config, storage: RunStorage, dataset: Dataset, resume_from_step: int, ranks: Ranks
 ) -> Tracker:
-    """The run's tracker on rank 0, system metrics only on one rank of each other node."""
+    """The tracker of the run, as its recipe configures it.
+
+    Rank 0 records everything, one rank of each other node its system metrics, the rest nothing.
+    """
     info = RunInfo(
         name=cfg.name,
         url=storage.run_url,
@@ -31,3 +48,42 @@ def open_run_tracker(
         uri=cfg.tracking.uri,
         node=ranks.machine,
     )
+
+
+def open_tracker(
+    backend: Literal["mlflow", "jsonl", "none"],
+    info: RunInfo,
+    *,
+    store: Store,
+    resume_from_step: int,
+    experiment: str = "deepfill",
+    uri: str | None = None,
+    node: int = 0,
+) -> Tracker:
+    """The tracker of the run in ``store``, which resumes after ``resume_from_step``.
+
+    ``uri``: MLflow's server or database; by default ``MLFLOW_TRACKING_URI``, or else
+    ``sqlite:///mlflow.db``. ``node``: number of this machine; except for 0, its tracker records
+    system metrics alone.
+    """
+    if backend == "none" or (backend == "jsonl" and node):
+        return NullTracker()
+    if backend == "jsonl":
+        return JsonLinesTracker(store, resume_from_step)
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    if uri == DEFAULT_URI and "_ray_pkg_" in os.getcwd():
+        log.warning(
+            "MLFLOW_TRACKING_URI is not set: MLflow's database is deleted with this job's folder"
+        )
+    queue_folder = _queue_folder(info.url)
+    if node:
+        return NodeTracker(
+            info, uri=uri, experiment=experiment, queue_folder=queue_folder, node=node
+        )
+    return MlflowTracker(info, uri=uri, experiment=experiment, queue_folder=queue_folder)
+
+
+def _queue_folder(url: str) -> Path:
+    """The folder on this machine for the undelivered events of the run at ``url``."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"deepfill-tracking-{os.getuid()}" / name

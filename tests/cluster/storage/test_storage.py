@@ -31,10 +31,9 @@ from cluster.storage import (
     join,
     open_store,
     pyarrow_filesystem,
-    s3_bucket,
     scratch_folder,
 )
-from cluster.storage.s3 import S3Store, endpoint, storage_errors
+from cluster.storage.s3 import S3Store, endpoint, s3_bucket, storage_errors
 
 
 @pytest.fixture

@@ -1,0 +1,270 @@
+"""Tracking with MLflow: one MLflow run per training run, across restarts and nodes."""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.git import git_commit
+from cluster.session import job_metadata
+from cluster.storage import describe_error, without_password
+from data_prep.images import encode_png
+from pipeline.tracking.event_queue import EventQueue, EventSender
+from pipeline.tracking.protocol import FinishOnExit, NullTracker, RunInfo
+
+log = logging.getLogger(__name__)
+
+SAMPLE_S = 10.0  # between readings of this machine; MLflow's own variable overrides it
+PARAM_LENGTH = 6000  # MLflow cuts longer values without a warning
+PARAMS_PER_CALL = 100  # MLflow accepts this many
+DIGEST_LENGTH = 32  # MLflow refuses digests of more than 36 characters
+
+
+class MlflowTracker(FinishOnExit):
+    """One MLflow run for all restarts, written by a thread so that training never waits.
+
+    Every event is written to the file of ``queue_folder`` first. Sending is retried while the
+    server is down. Events that are left at the end stay in the file, and the next tracker of this
+    run on this machine sends them. The tag ``project.run`` identifies the MLflow run. A metric
+    that has a value at a step, or at a later one, gets no second value: a resumed run repeats
+    steps, but does not record them twice.
+    """
+
+    def __init__(self, info: RunInfo, *, uri: str, experiment: str, queue_folder: Path) -> None:
+        self._run = MlflowRun(info, uri, experiment)
+        self._queue = EventQueue(queue_folder)
+        self._sender = EventSender(self._run, self._queue)
+        self._monitor = SystemMonitor(0, uri, self._queue)
+
+    @property
+    def run_id(self) -> str | None:
+        return self._run.id
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._queue.add({"kind": "metrics", "step": step, "values": dict(values), "ms": _now_ms()})
+
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
+        path = self._queue.folder / f"{key}-{step:08d}.png"
+        try:
+            path.write_bytes(encode_png(pixels))
+        except OSError as error:
+            log.warning("tracking: image %s at step %d lost: %s", key, step, describe_error(error))
+            return
+        self._queue.add({"kind": "image", "key": key, "step": step, "path": str(path)})
+
+    def _close(self) -> None:
+        self._monitor.close()
+        self._queue.add({"kind": "end", "status": self._status})
+        self._sender.close()
+
+
+class NodeTracker(NullTracker):
+    """The system metrics of a further node, added to the run that rank 0 has created."""
+
+    def __init__(
+        self, info: RunInfo, *, uri: str, experiment: str, queue_folder: Path, node: int
+    ) -> None:
+        queue = EventQueue(queue_folder.with_name(f"{queue_folder.name}-node-{node}"))
+        self._sender = EventSender(MlflowRun(info, uri, experiment, creates=False), queue)
+        self._monitor = SystemMonitor(node, uri, queue)
+
+    def _close(self) -> None:
+        self._monitor.close()
+        self._sender.close()
+
+
+class SystemMonitor:
+    """A thread that samples CPU, memory, disk, network and GPU of this machine."""
+
+    def __init__(self, node: int, uri: str, queue: EventQueue) -> None:
+        self._node, self._uri, self._queue = node, uri, queue
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="system-monitor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # MLflow's own readings and names; its own thread gives up when the server is down.
+        with _importing_mlflow():
+            from mlflow.system_metrics import system_metrics_monitor as mlflow_monitor
+        logging.getLogger(mlflow_monitor.__name__).setLevel(logging.WARNING)
+        monitor = mlflow_monitor.SystemMetricsMonitor(None, tracking_uri=self._uri)
+        interval_s = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", SAMPLE_S))
+        while not self._closed.wait(interval_s):
+            try:
+                monitor.collect_metrics()
+                readings = monitor.aggregate_metrics().items()
+            except Exception as error:  # of a GPU driver, for example
+                log.warning("tracking: system metrics end here: %s", describe_error(error))
+                return
+            for part in monitor.monitors:
+                part.clear_metrics()
+            values = {f"system/node-{self._node}/{name}": value for name, value in readings}
+            self._queue.add({"kind": "machine", "values": values, "ms": _now_ms()})
+
+
+class MlflowRun:
+    """The run on the server, found or created once; it receives events in order.
+
+    ``creates=False``: wait until rank 0 has created the run.
+    """
+
+    def __init__(self, info: RunInfo, uri: str, experiment: str, *, creates: bool = True) -> None:
+        self.id: str | None = None
+        self.address = without_password(uri)
+        self._info, self._uri, self._experiment, self._creates = info, uri, experiment, creates
+        self._last_steps: dict[str, int] = {}
+        self._readings = 0
+
+    def connect(self) -> None:
+        """Find or create the run, and record this attempt in it."""
+        if self.id is not None:
+            return
+        with _importing_mlflow():
+            from mlflow.client import MlflowClient
+        self._client = client = MlflowClient(tracking_uri=self._uri)
+        experiment_id = self._experiment_id()
+        found = client.search_runs(
+            [experiment_id], f"tags.`project.run` = '{self._info.url}'", max_results=1
+        )
+        if found:
+            # The newest step of each metric, without its whole history.
+            self._last_steps = {metric.key: metric.step for metric in found[0].data._metric_objs}
+            system = [step for key, step in self._last_steps.items() if key.startswith("system/")]
+            self._readings = max(system, default=-1) + 1
+        if not self._creates:
+            if not found:
+                raise LookupError(f"rank 0 has not created the run of {self._info.url} yet")
+            self.id = found[0].info.run_id
+            return
+        run = (
+            found[0]
+            if found
+            else client.create_run(
+                experiment_id,
+                run_name=self._info.name,
+                tags={"project.run": self._info.url, "project.attempt": "0"},
+            )
+        )
+        self._begin_attempt(run)
+        self.id = run.info.run_id
+
+    def receive(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Record metrics of the same kind, or one event of another kind."""
+        assert self.id is not None
+        kind = events[0]["kind"]
+        if kind == "metrics":
+            self._log_values([event["step"] for event in events], events)
+        elif kind == "machine":
+            self._log_values([self._readings + number for number in range(len(events))], events)
+            self._readings += len(events)
+        elif kind == "image":
+            self._log_image(events[0])
+        else:
+            self._client.set_terminated(self.id, events[0]["status"])
+
+    def _begin_attempt(self, run: Any) -> None:
+        """Parameters, tags, configuration and dataset; the run has the status RUNNING."""
+        from mlflow.entities import Param, RunTag
+
+        client, run_id = self._client, run.info.run_id
+        attempt = int(run.data.tags.get("project.attempt", "0")) + 1
+        tags = _origin_tags() | {"project.attempt": str(attempt)}
+        if self._info.dataset_digest:
+            tags["project.dataset.digest"] = self._info.dataset_digest
+        params = {key: str(value)[:PARAM_LENGTH] for key, value in self._info.params.items()}
+        known = run.data.params
+        for key, value in params.items():
+            if key in known and known[key] != value:
+                tags[f"resume.{attempt}.{key}"] = value  # MLflow's parameters cannot be changed
+        new = [Param(key, value) for key, value in params.items() if key not in known]
+        for start in range(0, len(new), PARAMS_PER_CALL):
+            client.log_batch(run_id, params=new[start : start + PARAMS_PER_CALL])
+        client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+        client.update_run(run_id, status="RUNNING")
+        if self._info.config_yaml:
+            client.log_text(run_id, self._info.config_yaml, "config/resolved.yaml")
+        if self._info.dataset_digest and not run.inputs.dataset_inputs:
+            self._log_dataset(run_id)
+
+    def _log_values(self, steps: Sequence[int], events: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        last, new = dict(self._last_steps), []
+        for step, event in zip(steps, events, strict=True):
+            for key, value in event["values"].items():
+                if step > last.get(key, -1):
+                    new.append(Metric(key, value, event["ms"], step))
+                    last[key] = step
+        if new:
+            self._client.log_batch(self.id, metrics=new)
+        self._last_steps = last
+
+    def _log_image(self, event: Mapping[str, Any]) -> None:
+        name = f"images/{event['key']}/step-{event['step']:08d}.png"  # a repetition replaces it
+        if (path := Path(event["path"])).exists():
+            with Image.open(path) as image:
+                self._client.log_image(self.id, image.copy(), artifact_file=name)
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None
+        if self._uri.startswith("sqlite:///"):
+            # MLflow would use ./mlruns of the folder that a job happens to run in.
+            database = Path(self._uri.removeprefix("sqlite:///")).absolute()
+            location = (database.parent / "mlartifacts").as_uri()
+        return str(self._client.create_experiment(self._experiment, artifact_location=location))
+
+    def _log_dataset(self, run_id: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=self._info.dataset_name,
+            digest=self._info.dataset_digest[:DIGEST_LENGTH],
+            source_type="uri",
+            source=json.dumps({"uri": self._info.dataset_url}),
+        )
+        context = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
+
+
+_import_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _importing_mlflow() -> Iterator[None]:
+    """For the first import in a thread: MLflow breaks where two threads import it at once."""
+    # Short, because EventSender retries as well.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with _import_lock:
+        yield
+
+
+def _origin_tags() -> dict[str, str]:
+    """Tags for the commit and the Ray job of this attempt, as far as they are known."""
+    job = job_metadata()
+    tags = {"mlflow.source.name": "python -m pipeline"}
+    if commit := job.get("git_commit") or git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    if submission := job.get("job_submission_id"):
+        tags["project.ray.submission_id"] = submission
+    return tags
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,92 @@
+"""What a tracker offers, and what it has to know about a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import numpy as np
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""MLflow's terminal statuses of a run."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run without its metrics and images."""
+
+    name: str
+    url: str
+    """The run's folder on storage; it identifies a resumed run."""
+    params: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    config_yaml: str = ""
+    dataset_name: str = ""
+    dataset_url: str = ""
+    dataset_digest: str = ""
+
+
+class Tracker(Protocol):
+    """Records a run without delaying training and without making it fail.
+
+    As a context manager it finishes the run: FAILED on an error, KILLED on an interruption, else
+    with the status given to ``finish``, by default FINISHED.
+    """
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None until it is known, and without MLflow."""
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record a value for each name at ``step``; steps recorded before are not repeated."""
+
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
+        """Record an (H, W, 3) uint8 RGB image."""
+
+    def finish(self, status: Status) -> None:
+        """Set the status with which the run finishes at the end of the block."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class FinishOnExit:
+    """The context manager that all trackers share."""
+
+    _status: Status = "FINISHED"
+
+    def finish(self, status: Status) -> None:
+        self._status = status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._status = "KILLED"
+        elif error is not None:
+            self._status = "FAILED"
+        self._close()
+
+    def _close(self) -> None:
+        """Deliver what is left."""
+
+
+class NullTracker(FinishOnExit):
+    """Records nothing."""
+
+    run_id = None
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None: ...

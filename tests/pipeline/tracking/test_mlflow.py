@@ -1,0 +1,254 @@
+"""One MLflow run per training run, across restarts, outages and kills."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline.tracking import RunInfo, event_queue, mlflow
+from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
+
+INFO = RunInfo(
+    name="demo",
+    url="s3://bucket/runs/demo",
+    params={"train.steps": 80, "train.engine": "ddp"},
+    config_yaml="name: demo\n",
+    dataset_name="bundled",
+    dataset_url="s3://bucket/datasets/bundled",
+    dataset_digest="0123456789abcdef" * 4,
+)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """MLflow takes seconds to create a database: it is created once and copied for every test."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def uri(tmp_path, empty_database) -> str:
+    (tmp_path / "mlflow.db").write_bytes(empty_database)
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def tracker(uri: str, tmp_path: Path, info: RunInfo = INFO) -> MlflowTracker:
+    return MlflowTracker(info, uri=uri, experiment="tests", queue_folder=tmp_path / "queue")
+
+
+def the_run(uri: str) -> Run:
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    return run
+
+
+def history(uri: str, key: str) -> list[tuple[int, float]]:
+    run = the_run(uri)
+    values = MlflowClient(uri).get_metric_history(run.info.run_id, key)
+    return [(value.step, value.value) for value in values]
+
+
+def test_a_run_is_recorded_completely(uri, tmp_path):
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(5, {"loss/l1_refined": 0.5, "speed/images_per_s": 3.0})
+        tracked.log_metrics(10, {"loss/l1_refined": 0.25})
+        tracked.log_image("samples", 10, np.zeros((4, 6, 3), np.uint8))
+    run = the_run(uri)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "demo"
+    assert history(uri, "loss/l1_refined") == [(5, 0.5), (10, 0.25)]
+    assert run.data.params == {"train.steps": "80", "train.engine": "ddp"}
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "bundled"
+    assert INFO.dataset_digest.startswith(dataset.dataset.digest)
+    artifacts = tmp_path / "mlartifacts"
+    assert next(artifacts.rglob("resolved.yaml")).read_text() == "name: demo\n"
+    assert next(artifacts.rglob("images/samples/step-00000010.png")).exists()
+
+
+def test_a_restart_resumes_the_run_and_repeats_no_step(uri, tmp_path):
+    with tracker(uri, tmp_path) as tracked:
+        for step in (5, 10, 15):
+            tracked.log_metrics(step, {"loss": float(step)})
+        tracked.finish("KILLED")
+    assert the_run(uri).info.status == "KILLED"
+    changed = replace(INFO, params={**INFO.params, "train.engine": "deepspeed"})
+    with tracker(uri, tmp_path, changed) as tracked:  # from the checkpoint of step 10
+        for step in (15, 20):
+            tracked.log_metrics(step, {"loss": float(step)})
+    assert history(uri, "loss") == [(5, 5.0), (10, 10.0), (15, 15.0), (20, 20.0)]
+    run = the_run(uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.engine"] == "ddp"
+    assert run.data.tags["resume.2.train.engine"] == "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("lost"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_run_that_ends_early_has_the_status_that_says_why(uri, tmp_path, error, status):
+    def ends_early() -> None:
+        with tracker(uri, tmp_path) as tracked:
+            tracked.log_metrics(1, {"loss": 1.0})
+            raise error
+
+    with pytest.raises(type(error)):
+        ends_early()
+    assert the_run(uri).info.status == status
+    assert history(uri, "loss") == [(1, 1.0)]
+
+
+def test_events_survive_an_outage_of_the_server_and_are_sent_later(
+    uri, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(event_queue, "FLUSH_S", 2.0)
+    with tracker("http://127.0.0.1:1", tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+        tracked.log_image("samples", 1, np.zeros((4, 4, 3), np.uint8))
+        assert tracked.run_id is None
+    assert re.search(r"events for \S+ wait in", caplog.text)
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(2, {"loss": 2.0})
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+    assert next((tmp_path / "mlartifacts").rglob("step-00000001.png")).exists()
+
+
+def test_events_survive_kill_9(uri, tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from tests.pipeline.tracking.test_mlflow import INFO, tracker
+tracked = tracker("http://127.0.0.1:1", Path({str(tmp_path)!r}))
+tracked.log_metrics(1, {{"loss": 1.0}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=Path.cwd())
+    assert killed.returncode == -signal.SIGKILL
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(2, {"loss": 2.0})
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_metric_that_mlflow_refuses_does_not_block_the_others(uri, tmp_path, caplog):
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(1, {"what?": 1.0})
+        tracked.log_metrics(1, {"loss": 1.0})
+    assert history(uri, "loss") == [(1, 1.0)]
+    assert "refused" in caplog.text
+
+
+def test_every_node_adds_its_system_metrics_to_the_one_run(uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    monkeypatch.setattr(event_queue, "RETRY_S", (0.2,))
+    node = NodeTracker(INFO, uri=uri, experiment="tests", queue_folder=tmp_path / "queue", node=1)
+    node.log_metrics(1, {"loss": 9.0})  # rank 0 records this
+    with tracker(uri, tmp_path) as tracked, node:
+        tracked.log_metrics(1, {"loss": 1.0})
+        deadline = time.monotonic() + 30
+        while "system/node-1/cpu_utilization_percentage" not in latest_values(uri):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    run = the_run(uri)
+    assert run.info.status == "FINISHED"
+    assert history(uri, "loss") == [(1, 1.0)]
+    with tracker(uri, tmp_path):
+        time.sleep(1)
+    for number in (0, 1):
+        steps = [
+            step for step, _ in history(uri, f"system/node-{number}/system_memory_usage_megabytes")
+        ]
+        assert steps
+        assert steps == sorted(set(steps))
+
+
+def latest_values(uri: str) -> dict[str, float]:
+    if MlflowClient(uri).get_experiment_by_name("tests") is None:
+        return {}
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    return runs[0].data.metrics if runs else {}
+
+
+def test_after_a_long_outage_events_are_sent_in_few_calls(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(event_queue, "FLUSH_S", 0.5)
+    with tracker("http://127.0.0.1:1", tmp_path) as tracked:
+        for step in range(3000):
+            tracked.log_metrics(step, {"loss": float(step)})
+    monkeypatch.setattr(event_queue, "FLUSH_S", 30)
+    started = time.monotonic()
+    with tracker(uri, tmp_path):
+        pass
+    assert time.monotonic() - started < 20
+    assert history(uri, "loss") == [(step, float(step)) for step in range(3000)]
+
+
+def test_the_status_of_an_earlier_process_is_not_sent_once_the_run_resumes(
+    uri, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(event_queue, "FLUSH_S", 0.5)
+    with tracker("http://127.0.0.1:1", tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(2, {"loss": 2.0})
+        deadline = time.monotonic() + 30
+        while tracked.run_id is None or len(history(uri, "loss")) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert the_run(uri).info.status == "RUNNING"
+
+
+def test_a_process_killed_while_it_wrote_the_number_of_delivered_events_loses_nothing(
+    uri, tmp_path
+):
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+    (tmp_path / "queue" / "delivered").write_text("")
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(2, {"loss": 2.0})
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_password_in_the_address_is_not_logged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(event_queue, "FLUSH_S", 3.0)
+    with tracker("http://user:planted-secret@127.0.0.1:1", tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+    assert "no answer, events are kept" in caplog.text
+    assert "http://127.0.0.1:1" in caplog.text
+    assert "planted-secret" not in caplog.text
+
+
+def test_the_job_and_the_commit_are_tags(uri, tmp_path, monkeypatch):
+    job = {"job_submission_id": "raysubmit_1", "git_commit": "c0ffee"}
+    monkeypatch.setattr(mlflow, "job_metadata", lambda: job)
+    with tracker(uri, tmp_path):
+        pass
+    tags = the_run(uri).data.tags
+    assert tags["project.ray.submission_id"] == "raysubmit_1"
+    assert tags["mlflow.source.git.commit"] == "c0ffee"
+
+
+def test_no_secret_of_the_environment_reaches_the_tracker(uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-7261")
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"planted-secret-7261" in path.read_bytes()]
+
+
+def test_an_image_that_does_not_fit_on_the_disk_does_not_stop_training(uri, tmp_path, caplog):
+    with tracker(uri, tmp_path) as tracked:
+        (tmp_path / "queue" / "samples-00000001.png").mkdir()  # writing there fails, as if full
+        tracked.log_image("samples", 1, np.zeros((4, 4, 3), np.uint8))
+        tracked.log_metrics(1, {"loss": 1.0})
+    assert "image samples at step 1 lost" in caplog.text
+    assert history(uri, "loss") == [(1, 1.0)]
