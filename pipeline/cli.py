@@ -336,15 +336,15 @@ def _show_masks(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
-    from pipeline.commands import checkpoints as retrieval
+    from pipeline.commands import checkpoints
 
-    return DONE if retrieval.CHECKPOINTS[arguments.action](arguments) else MISTAKE
+    return DONE if checkpoints.ACTIONS[arguments.action](arguments) else MISTAKE
 
 
 def _dataset(arguments: argparse.Namespace) -> int:
-    from pipeline.commands import checkpoints as retrieval
+    from pipeline.commands import dataset
 
-    return DONE if retrieval.DATASETS[arguments.action](arguments) else MISTAKE
+    return DONE if dataset.ACTIONS[arguments.action](arguments) else MISTAKE
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""The commands around the job; each module does what one of them says."""
+"""The commands around the job: one module for each, wired up in ``pipeline.cli``."""

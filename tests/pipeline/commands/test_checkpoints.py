@@ -1,4 +1,4 @@
-"""Checkpoints and data sets from the command line."""
+"""Checkpoints from the command line."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> str:
     return str(tmp_path / "run")
 
 
-def test_ls_lists_every_step_with_its_figures(run, capsys):
+def test_ls_lists_every_step_with_its_metrics(run, capsys):
     assert cli.main(["checkpoints", "ls", run]) == cli.DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "saved", "MB", "val/l1_percent"]
@@ -63,8 +63,6 @@ def test_prune_leaves_the_newest_and_the_best(run, capsys):
         ["checkpoints", "ls", "nowhere"],
         ["checkpoints", "pull", "{run}", "--step", "11", "--out", "x"],
         ["checkpoints", "show", "{run}", "--step", "latest"],
-        ["dataset", "show", "nowhere"],
-        ["dataset", "verify", "nowhere"],
     ],
 )
 def test_a_mistake_is_one_line(run, capsys, arguments):
