@@ -10,7 +10,7 @@ import numpy as np
 import simplejpeg
 
 from cluster.storage import open_store
-from data_prep.shards import FORMAT, Dataset, RawSample, Split, index_entry, write_shard
+from data_prep.shards import FORMAT, Dataset, RawSample, Split, digest_of, index_entry, write_shard
 
 
 def image_of(number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,8 +40,15 @@ def write_dataset(url: str, folder: Path, shards: Sequence[tuple[Split, list[Raw
         store.upload(folder / name, name)
     entries = [index_entry(shard) for shard in index]
     store.put("index.json", json.dumps({"shardlist": entries}).encode())
-    record = {"format": FORMAT, "name": "tiny", "digest": "", "settings": {}, "counts": {}}
-    store.put("dataset.json", json.dumps(record | {"files": {}}).encode())
+    record = {
+        "format": FORMAT,
+        "name": "tiny",
+        "digest": digest_of({}, index),
+        "settings": {"shaping": {}},
+        "counts": {},
+        "files": {},
+    }
+    store.put("dataset.json", json.dumps(record).encode())
 
 
 def shards_of(counts: Sequence[int], split: Split) -> list[tuple[Split, list[RawSample]]]:
