@@ -148,7 +148,7 @@ def _add_conversions(parser: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--out", type=Path, required=True, help="the generator's .safetensors")
     sub.add_argument(
-        "--discriminator", type=Path, help="a second one, for train.start_from_discriminator"
+        "--discriminator", type=Path, help="a second one, for train.init_discriminator_from"
     )
     sub.add_argument("--colours", choices=("rgb", "bgr"), help="order that its pictures had")
     sub.add_argument("--licence", help="in place of what is known of the release")

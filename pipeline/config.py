@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,9 +22,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
+
+log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -53,7 +60,7 @@ class Data(Section):
     """What a ``folder`` shows: scenes get HED edges, faces get joined landmarks."""
     split: str = "official"
     """Of CelebA-HQ: ``official``, ``val_fraction``, or the path or URL of a held-out list."""
-    partial: bool = False
+    allow_partial: bool = False
     """Accept a part of Places2 or CelebA-HQ, whose published counts are checked otherwise."""
     duplicates: Literal["drop", "keep"] = "drop"
     """What becomes of training pictures that are, nearly, among the held-out ones."""
@@ -156,56 +163,63 @@ class Model(Section):
     """``leaky``: the authors' code; ``linear``: as the hinge loss is usually written."""
 
 
-class Train(Section):
+class TrainSettings(Section):
     steps: PositiveInt
-    """Updates of both networks in all; a resumed run goes on to this number."""
-    start_from: str | None = None
-    """Trained generator that a run without a checkpoint starts from: a ``.safetensors`` file or a
-    checkpoint, as a path or URL that every rank can read. An unguided one also starts guided runs,
-    with zeros for the sketch."""
-    start_from_discriminator: str | None = None
-    """Its discriminator, likewise; else a fresh one."""
+    """Updates of both networks in all; a resumed run continues to this number."""
+    init_from: str | None = None
+    """Trained generator to start a new run from: a ``.safetensors`` file or a checkpoint, as a path
+    or URL that every rank can read. Unguided weights also start guided runs, with zeros for the
+    sketch."""
+    init_discriminator_from: str | None = None
+    """Trained discriminator to start a new run from, likewise; without it, a fresh one."""
     size_px: PositiveInt = 256
     """Side of the square training crop, a multiple of 8."""
     global_batch: PositiveInt = 16
-    """Images per step over all ranks."""
+    """Images per step over all ranks, a multiple of ``streams``."""
     streams: PositiveInt = 16
-    """Fixed readers that the order of training is made of; world sizes must divide it."""
+    """Fixed readers that define the order of training; the number of ranks must divide it."""
     shuffle_block: PositiveInt = 2000
     """Samples that a stream shuffles among themselves."""
     flip: bool = False
-    """Mirror half of the pictures; the authors do not."""
+    """Mirror half of the images; the authors do not."""
     loader_threads: PositiveInt = 2
     """Decoding threads per rank; their number never changes a batch."""
     launcher: Literal["ray", "local"] = "ray"
-    """``local``: in this process (torchrun is noticed by itself)."""
+    """``ray``: Ray Train starts the ranks. ``local``: this process is the only rank, or one of
+    torchrun's, which is detected."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Ranks under Ray Train; ``auto``: one for every GPU of the cluster, or one without GPUs."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
+    """What averages gradients and updates weights."""
     zero_stage: Literal[0, 1, 2] = 1
-    """What DeepSpeed shards: nothing, optimiser state, or gradients too."""
+    """What DeepSpeed shards: 0 nothing, 1 optimizer state, 2 gradients as well."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: convolutions under autocast; parameters, norms and losses stay float32."""
     compile: bool = False
-    """Compile: on a GPU both networks, on a processor the gates (which needs a C++ compiler).
-    Takes some seconds to minutes at the start, pays in long runs."""
-    recompute: bool = False
+    """Compile both networks on a GPU, or the gates on a processor (which needs a C++ compiler).
+    Takes seconds to minutes at the start, pays off in long runs."""
+    activation_checkpointing: bool = False
     """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4
+    """Of Adam, for both networks, constant."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Adam's decay of the mean of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's decay of the mean of squared gradients."""
     l1_weight: NonNegativeFloat = 1.0
+    """Weight of the L1 losses of both stages; raise it to 10 when a run diverges."""
     gan_weight: NonNegativeFloat = 1.0
-    """0.1 is the choice for runs that turn grey or diverge."""
+    """Weight of the adversarial loss; lower it to 0.1 when a run turns gray or diverges."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Of the averaged generator, the one that is evaluated and used."""
+    """Decay of the averaged generator, the one that is evaluated and used."""
     log_every_steps: PositiveInt = 50
+    """Steps between two log lines and two points of every training metric."""
     save_every_steps: PositiveInt = 2000
-    """Checkpoint and validation come together, so every checkpoint carries its figures."""
+    """Steps between two checkpoints; each one is validated and carries its metrics."""
     keep_checkpoints: PositiveInt = 3
-    """The newest so many stay, and the best."""
+    """How many of the newest checkpoints stay, besides the best."""
     max_failures: NonNegativeInt = 3
-    """Times that Ray Train starts the workers again after one was lost."""
+    """How often Ray Train restarts the workers after losing one."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -223,21 +237,33 @@ class Train(Section):
         return self
 
 
-class Evaluate(Section):
+class EvaluateSettings(Section):
     samples: PositiveInt | Literal["all"] = "all"
-    """Held-out pictures that `evaluate` looks at."""
+    """Held-out images that `evaluate` measures."""
     samples_while_training: PositiveInt = 64
-    """Held-out pictures behind the figures of a checkpoint."""
+    """Held-out images behind the metrics of a checkpoint."""
     batch: PositiveInt = 4
+    """Images per forward pass."""
     sheet: PositiveInt = 6
-    """Pictures on the sheet of samples."""
+    """Images on the sample sheet."""
 
 
-class Tracking(Section):
+class TrackingSettings(Section):
     backend: Literal["mlflow", "jsonl", "none"] = "mlflow"
+    """``jsonl``: a file in the run's folder; ``none``: log lines alone."""
     experiment: str = "deepfill"
+    """MLflow experiment of the run."""
     uri: str | None = None
     """MLflow server or database; else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``."""
+
+
+RENAMED: Mapping[str, str] = {
+    "data.partial": "data.allow_partial",
+    "train.recompute": "train.activation_checkpointing",
+    "train.start_from": "train.init_from",
+    "train.start_from_discriminator": "train.init_discriminator_from",
+}
+"""Old names of settings, which recipes and the manifests of checkpoints may still have."""
 
 
 PRESETS: Mapping[str, Any] = {
@@ -251,35 +277,44 @@ PRESETS: Mapping[str, Any] = {
         "train": {"l1_weight": 1.0, "gan_weight": 0.1},
     },
 }
-"""What a recipe need not write: ``official`` is the authors' training, but for one batch for both
-updates (theirs draws two); ``stable`` weighs the adversarial loss as those do whose runs went grey
-with 1.0. The recipe's own settings win."""
+"""Settings that a recipe may start from; its own settings win. ``official`` is the authors'
+training, except that both updates share a batch and its mask (theirs draw one each), and that the
+mask is shared by the global batch (theirs by the batch of one GPU). ``stable`` has the weight of
+the adversarial loss that people use whose runs turn gray with 1.0."""
 
 
 class Config(Section):
     name: Name
-    """The run: its folder under ``<storage>/runs`` and its MLflow run."""
+    """Name of the run: its folder under ``<storage>/runs`` and its MLflow run."""
     preset: Literal["official", "stable"] | None = None
     """Settings to start from."""
     storage: str
-    """A path, ``file://`` or ``s3://bucket/prefix``: data sets and runs are kept here."""
+    """Where datasets and runs are kept: a path, ``file://`` or ``s3://bucket/prefix``."""
     seed: NonNegativeInt = 0
+    """Start of every random choice: splits, order, crops, masks, fresh weights."""
     data: Data
     sketch: Sketch = Sketch()
     masks: Masks = Masks()
     model: Model = Model()
-    train: Train
-    evaluate: Evaluate = Evaluate()
-    tracking: Tracking = Tracking()
+    train: TrainSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
-    @model_validator(mode="after")
-    def _crop_fits(self) -> Self:
-        if self.train.size_px > self.data.stored_px:
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, tree: Any) -> Any:
+        return _renamed(tree) if isinstance(tree, dict) else tree
+
+    @field_validator("train")
+    @classmethod
+    def _crop_fits(cls, train: TrainSettings, others: ValidationInfo) -> TrainSettings:
+        # Here and not after the whole: mistakes elsewhere are then reported together with this one.
+        data: Data | None = others.data.get("data")
+        if data is not None and train.size_px > data.stored_px:
             raise ValueError(
-                f"train.size_px {self.train.size_px} should be at most "
-                f"data.stored_px {self.data.stored_px}"
+                f"train.size_px {train.size_px} should be at most data.stored_px {data.stored_px}"
             )
-        return self
+        return train
 
     def digest(self) -> str:
         """SHA-256 of every setting, for checkpoints and comparisons."""
@@ -291,15 +326,91 @@ class Config(Section):
         return dict(_leaves(self.model_dump(mode="json")))
 
 
-SECTIONS = frozenset(
-    name
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-)
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a recipe, as ``show --describe`` prints it."""
+
+    name: str
+    value: Any
+    origin: str
+    """``default``, ``preset NAME``, ``recipe`` or ``command line``."""
+    documentation: str
 
 
 def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``recipe``, apply ``section.key=value`` overrides, check the whole."""
+    """Read ``recipe``, apply ``section.key=value`` overrides, check the whole.
+
+    Raises ConfigError, which lists every mistake at once.
+    """
+    return _validated(recipe, _with_preset(_read(recipe, overrides)[0]))
+
+
+def describe(recipe: Path, overrides: Sequence[str] = ()) -> list[Setting]:
+    """Every setting of ``load(recipe, overrides)``, with its origin and its documentation."""
+    given, overridden = _read(recipe, overrides)
+    tree = _with_preset(given)
+    values = _settings(_validated(recipe, tree).model_dump(mode="json"))
+    in_recipe, with_preset = _settings(given), _settings(tree)
+
+    def origin(name: str) -> str:
+        if name in in_recipe:
+            typed = any(
+                f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in overridden
+            )
+            return "command line" if typed else "recipe"
+        return f"preset {tree['preset']}" if name in with_preset else "default"
+
+    return [
+        Setting(name, values[name], origin(name), documentation)
+        for name, documentation in documented_settings().items()
+    ]
+
+
+@cache
+def documented_settings() -> Mapping[str, str]:
+    """The documentation of every setting, by its dotted name."""
+    schema = Config.model_json_schema()
+
+    def walk(properties: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+        for name, field in properties.items():
+            section = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {})
+            if "properties" in section:
+                yield from walk(section["properties"], f"{prefix}{name}.")
+            else:
+                yield (
+                    f"{prefix}{name}",
+                    " ".join([*field.get("description", "").split(), *_choices(field)]),
+                )
+
+    return dict(walk(schema["properties"], ""))
+
+
+def _choices(field: Mapping[str, Any]) -> list[str]:
+    """The values of a setting that has few, as a last sentence of its documentation."""
+    kinds = field.get("anyOf", [field])
+    values = [value for kind in kinds for value in kind.get("enum", [])]
+    if len(values) < 2:
+        return []
+    return [f"One of {', '.join(map(str, values))}."]
+
+
+def stored_model_options(config: Mapping[str, Any]) -> Model:
+    """The model of a ``config`` that a checkpoint's manifest holds, also of an older one.
+
+    Options that are newer than the manifest have their default. Raises ConfigError.
+    """
+    try:
+        return _StoredModel.model_validate({"model": config.get("model")}).model
+    except ValidationError as error:
+        raise ConfigError(f"this model is not one of ours:\n{_mistakes(error)}") from error
+
+
+class _StoredModel(Section):
+    model: Model
+
+
+def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What recipe and overrides give, under the new names, and the names that overrides set."""
     try:
         tree = yaml.safe_load(recipe.read_text()) or {}
     except OSError as error:
@@ -312,23 +423,51 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"{recipe} should hold sections such as 'train:', not a {type(tree).__name__}"
         )
-    for override in overrides:
-        _set_in(tree, override)
-    if isinstance(preset := tree.get("preset"), str):
-        tree = _merged(PRESETS.get(preset, {}), tree)
     try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{recipe} does not fit:\n{_describe(error)}") from error
+        tree = _renamed(tree)
+    except ValueError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+    typed: dict[str, str] = {}  # the name that was typed, by the name that the setting has today
+    for override in overrides:
+        old, _, value = override.partition("=")
+        name = RENAMED.get(old, old)
+        if typed.setdefault(name, old) != old:
+            raise ConfigError(_both_given(*sorted([old, typed[name]], key=lambda n: n == name)))
+        if name != old:
+            _log_renamed(old, name)
+        _set_in(tree, name if "=" not in override else f"{name}={value}")
+    return tree, list(typed)
+
+
+def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with today's names of its settings. ValueError where it has both names of one."""
+    tree = dict(tree)
+    for old, new in RENAMED.items():
+        section, _, old_key = old.partition(".")
+        new_key = new.removeprefix(f"{section}.")
+        settings = tree.get(section)
+        if not isinstance(settings, dict) or old_key not in settings:
+            continue
+        if new_key in settings:
+            raise ValueError(_both_given(old, new))
+        _log_renamed(old, new)
+        tree[section] = {new_key if key == old_key else key: settings[key] for key in settings}
+    return tree
+
+
+def _both_given(old: str, new: str) -> str:
+    return f"{old} and {new} are given, the old and the new name of one setting: keep {new}"
+
+
+def _log_renamed(old: str, new: str) -> None:
+    log.warning("setting renamed: write %s instead of %s", new, old)
 
 
 def _set_in(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *sections, key = name.split(".")
     if not equals or not all([*sections, key]):
-        raise ConfigError(
-            f"{override!r} is no override: write section.key=value, as train.steps=100"
-        )
+        raise ConfigError(f"{override!r} should be section.key=value, for instance train.steps=100")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -341,39 +480,75 @@ def _set_in(tree: dict[str, Any], override: str) -> None:
         ) from error
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` with what only ``below`` has, section by section."""
-    sections = {
-        key: _merged(below[key], value) if isinstance(value, dict) and key in SECTIONS else value
-        for key, value in above.items()
-        if key in below
-    }
-    return {**below, **above, **sections}
+def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with what only its preset has, section by section."""
+    preset = tree.get("preset")
+    below = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    merged = {**below, **tree}
+    for section, settings in below.items():
+        if isinstance(given := merged[section], dict):
+            merged[section] = {**settings, **given}
+    return merged
 
 
-def _describe(error: ValidationError) -> str:
+def _validated(recipe: Path, tree: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{recipe} does not fit:\n{_mistakes(error)}") from error
+
+
+def _mistakes(error: ValidationError) -> str:
+    """One line for every mistake."""
     lines = []
     for mistake in error.errors():
         place = ".".join(str(part) for part in mistake["loc"]) or "recipe"
-        message = _message(mistake)
         given = mistake["input"]
-        shown = "" if isinstance(given, BaseModel | dict) else f" (got {given!r})"
-        lines.append(f"  {place}: {message}{shown}")
+        shown = (
+            ""
+            if isinstance(given, BaseModel | dict) or is_dataclass(given)
+            else f" (got {given!r})"
+        )
+        lines.append(f"  {place}: {_message(mistake)}{shown}")
     return "\n".join(lines)
 
 
 def _message(mistake: ErrorDetails) -> str:
-    if mistake["type"] == "model_type":
-        return "should be a section of settings"
-    if mistake["type"] != "extra_forbidden":
-        return mistake["msg"].removeprefix("Value error, ")
+    match mistake["type"]:
+        case "model_type" | "dataclass_type":
+            return "should be a section of settings"
+        case "missing":
+            return "is required"
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"this setting does not exist{_meant(mistake)}"
+        case _:
+            return mistake["msg"].removeprefix("Value error, ")
+
+
+def _meant(mistake: ErrorDetails) -> str:
+    """The setting, or section, beside the unknown one whose name is nearest."""
     *sections, key = map(str, mistake["loc"])
-    section: Any = Config
-    for name in sections:
-        section = section.model_fields[name].annotation
-    near = get_close_matches(key, section.model_fields, n=1)
-    meant = f": did you mean {'.'.join([*sections, *near])}?" if near else ""
-    return f"there is no such setting{meant}"
+    depth = len(sections)
+    known = (name.split(".") for name in documented_settings())
+    beside = {parts[depth] for parts in known if parts[:depth] == sections}
+    near = get_close_matches(key, sorted(beside), n=1)
+    return f": did you mean {'.'.join([*sections, *near])}?" if near else ""
+
+
+def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in ``tree`` by dotted name; a mapping that is no section is a value."""
+    sections = {
+        name[: at.start()] for name in documented_settings() for at in re.finditer(r"\.", name)
+    }
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict) and f"{prefix}{key}" in sections:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(tree, ""))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

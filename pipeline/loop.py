@@ -64,7 +64,7 @@ def train_on_rank(
     state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
 
-    generator_module = networks.generator(cfg.model, recompute=cfg.train.recompute).to(device)
+    generator_module = networks.generator(cfg.model, recompute=cfg.train.activation_checkpointing).to(device)
     discriminator_module = networks.discriminator(cfg.model).to(device)
     if not state:
         _load_initial_weights(cfg, generator=generator_module, discriminator=discriminator_module)
@@ -106,8 +106,8 @@ def _load_initial_weights(cfg: Config, **modules: nn.Module) -> None:
     log.info(
         "starting run=%s generator=%s discriminator=%s",
         cfg.name,
-        cfg.train.start_from or "fresh",
-        cfg.train.start_from_discriminator or "fresh",
+        cfg.train.init_from or "fresh",
+        cfg.train.init_discriminator_from or "fresh",
     )
 
 

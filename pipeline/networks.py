@@ -89,9 +89,9 @@ def starting_weights(cfg: Config) -> dict[str, dict[str, Tensor]]:
     than the recipe's; FileNotFoundError and ValueError as ``load_generator``.
     """
     weights = {}
-    if source := cfg.train.start_from:
+    if source := cfg.train.init_from:
         weights["generator"] = _starting_generator(cfg.model, source)
-    if source := cfg.train.start_from_discriminator:
+    if source := cfg.train.init_discriminator_from:
         weights["discriminator"] = _starting_discriminator(cfg.model, source)
     return weights
 
@@ -107,7 +107,7 @@ def _starting_generator(cfg: Model, source: str) -> dict[str, Tensor]:
         "attention": found.style.attention,
         "refine_mask": found.refine_mask,
     }
-    _refuse_other_options(cfg, options, f"train.start_from: {source}")
+    _refuse_other_options(cfg, options, f"train.init_from: {source}")
     return found.state_dict()
 
 
@@ -124,7 +124,7 @@ def _starting_discriminator(cfg: Model, source: str) -> dict[str, Tensor]:
         weights[f"{FIRST}.0._v"] = F.pad(weights[f"{FIRST}.0._v"], (0, kernel[0, 0].numel()))
     head = (_described(data, name) or Model()).discriminator_head
     options = {"guided": cfg.guided or guided, "discriminator_head": head}
-    _refuse_other_options(cfg, options, f"train.start_from_discriminator: {source}")
+    _refuse_other_options(cfg, options, f"train.init_discriminator_from: {source}")
     return weights
 
 

@@ -188,7 +188,7 @@ def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings
     unguided = write_weights(given, Model(guided=False), gain=4.0).state_dict()
     overrides = [
         *(*settings, "name=started", "train.launcher=local"),
-        *(f"train.start_from={given}", "train.learning_rate=1e-9"),
+        *(f"train.init_from={given}", "train.learning_rate=1e-9"),
     ]
     cfg = config.load(Path(RECIPE), overrides)
     started = pipeline("train", RECIPE, *overrides, "train.steps=1", "train.engine=deepspeed")
@@ -220,7 +220,7 @@ def test_training_without_a_data_set_says_what_to_do(settings):
             "data.stored_px=96 train.size_px=80",
             "stored at 72 pixels, fewer than train.size_px 80",
         ),
-        ("name=new train.start_from=nowhere.safetensors", "nowhere.safetensors is not there"),
+        ("name=new train.init_from=nowhere.safetensors", "nowhere.safetensors is not there"),
     ],
 )
 def test_what_cannot_go_on_is_told_before_any_machine_starts(left_alone, settings, override, told):

@@ -29,7 +29,7 @@ def test_all_mistakes_are_told_at_once():
     assert str(error.value).splitlines() == [
         "pipeline/recipes/demo.yaml does not fit:",
         "  train.engine: Input should be 'ddp' or 'deepspeed' (got 'fsdp')",
-        "  train.step: there is no such setting: did you mean train.steps? (got 5)",
+        "  train.step: this setting does not exist: did you mean train.steps? (got 5)",
     ]
 
 
@@ -78,12 +78,12 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("train.steps", "write section.key=value"),
-        ("=3", "write section.key=value"),
+        ("train.steps", "should be section.key=value"),
+        ("=3", "should be section.key=value"),
         ("name.first=x", "name is a value, not a section"),
         ("train.size_px=100", "should be a multiple of 8"),
         ("masks.brush.max_lenght=1", r"did you mean masks\.brush\.max_length\? \(got 1\)"),
-        ("nothing=1", r"nothing: there is no such setting \(got 1\)"),
+        ("nothing=1", r"nothing: this setting does not exist \(got 1\)"),
         ("model=3", r"model: should be a section of settings \(got 3\)"),
         ("train.streams=3", "should be a multiple of streams 3"),
         ("train.workers=3", "should divide streams"),
@@ -140,8 +140,8 @@ def test_the_tree_survives_a_trip_through_json():
         "train.l1_weight=2",
         "train.gan_weight=0.2",
         "train.precision=bf16",
-        "train.start_from=generator.safetensors",
-        "train.start_from_discriminator=discriminator.safetensors",
+        "train.init_from=generator.safetensors",
+        "train.init_discriminator_from=discriminator.safetensors",
     ],
 )
 def test_the_digest_follows_every_setting(override):

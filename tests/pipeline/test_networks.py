@@ -88,8 +88,8 @@ def test_a_guided_run_starts_where_unguided_weights_ended(store, tmp_path):
     for name in ("g.safetensors", "d.safetensors"):
         store.upload(tmp_path / name, name)
     sources = (
-        f"train.start_from={store.url}/g.safetensors",
-        f"train.start_from_discriminator={store.url}/d.safetensors",
+        f"train.init_from={store.url}/g.safetensors",
+        f"train.init_discriminator_from={store.url}/d.safetensors",
     )
     cfg = load(DEMO, sources)
     weights = networks.starting_weights(cfg)
@@ -113,8 +113,8 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
     cfg = load(
         DEMO,
         [
-            f"train.start_from={tmp_path}/g.safetensors",
-            f"train.start_from_discriminator={tmp_path}/d.safetensors",
+            f"train.init_from={tmp_path}/g.safetensors",
+            f"train.init_discriminator_from={tmp_path}/d.safetensors",
         ],
     )
     found = networks.starting_weights(cfg)
@@ -127,22 +127,22 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
     ("overrides", "told"),
     [
         (
-            ["train.start_from=g", "model.guided=false"],
-            r"start_from: .*g\.safe.* model.guided=True",
+            ["train.init_from=g", "model.guided=false"],
+            r"init_from: .*g\.safe.* model.guided=True",
         ),
-        (["train.start_from=g", "model.padding=symmetric"], "start_from: .* model.padding=same:"),
-        (["train.start_from=g", "model.refine_mask=true"], "model.refine_mask=False"),
-        (["train.start_from=g", "model.convolution=partial"], "model.convolution=gated"),
-        (["train.start_from=g", "model.attention=renormalised"], "model.attention=official"),
-        (["train.start_from=d"], r"d\.safetensors holds no generator"),
-        (["train.start_from=nowhere"], r"nowhere\.safetensors is not there"),
+        (["train.init_from=g", "model.padding=symmetric"], "init_from: .* model.padding=same:"),
+        (["train.init_from=g", "model.refine_mask=true"], "model.refine_mask=False"),
+        (["train.init_from=g", "model.convolution=partial"], "model.convolution=gated"),
+        (["train.init_from=g", "model.attention=renormalised"], "model.attention=official"),
+        (["train.init_from=d"], r"d\.safetensors holds no generator"),
+        (["train.init_from=nowhere"], r"nowhere\.safetensors is not there"),
         (
-            ["train.start_from_discriminator=d", "model.discriminator_head=linear"],
-            r"start_from_discriminator: .*d\.safe.* model.discriminator_head=leaky",
+            ["train.init_discriminator_from=d", "model.discriminator_head=linear"],
+            r"init_discriminator_from: .*d\.safe.* model.discriminator_head=leaky",
         ),
-        (["train.start_from_discriminator=d", "model.guided=false"], "model.guided=True"),
-        (["train.start_from_discriminator=g"], r"g\.safetensors holds no discriminator"),
-        (["train.start_from_discriminator=flat"], r"flat\.safetensors does not fit"),
+        (["train.init_discriminator_from=d", "model.guided=false"], "model.guided=True"),
+        (["train.init_discriminator_from=g"], r"g\.safetensors holds no discriminator"),
+        (["train.init_discriminator_from=flat"], r"flat\.safetensors does not fit"),
     ],
 )
 def test_weights_that_do_not_suit_the_recipe_are_told_in_one_line(tmp_path, overrides, told):
