@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cluster.storage import MissingKeyError, Store, join, open_store
-from pipeline.config import Model
+from models.options import ModelOptions
+from pipeline.config import stored_model_options
 
 log = logging.getLogger(__name__)
 
@@ -295,12 +296,10 @@ class CheckpointInfo:
     metrics: Mapping[str, float]
 
 
-def refuse_other_model(run: str, manifest: Mapping[str, Any], model: Model) -> None:
+def refuse_other_model(run: str, manifest: Mapping[str, Any], model: ModelOptions) -> None:
     """A run keeps its model: CheckpointError where a checkpoint's ``manifest`` has another."""
-    saved = Model.model_validate(manifest["config"]["model"])
-    differing = [
-        name for name in Model.model_fields if getattr(saved, name) != getattr(model, name)
-    ]
+    saved = vars(stored_model_options(manifest["config"]["model"]))
+    differing = [name for name, value in vars(model).items() if saved[name] != value]
     if differing:
         raise CheckpointError(
             f"run {run} at step {manifest['step']} has another model "

@@ -326,12 +326,13 @@ def _show_gates(arguments: argparse.Namespace) -> int:
 
 
 def _show_masks(arguments: argparse.Namespace) -> int:
+    from data_prep.masks import MaskSampler
     from pipeline.commands.figures import show_masks
-    from pipeline.data.loaders import mask_sampler
 
     cfg = _load(arguments)
-    sampler = mask_sampler(cfg.masks)
-    print(show_masks(sampler, arguments.out, size_px=cfg.train.size_px, seed=cfg.seed))
+    print(
+        show_masks(MaskSampler(cfg.masks), arguments.out, size_px=cfg.train.size_px, seed=cfg.seed)
+    )
     return DONE
 
 

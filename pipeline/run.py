@@ -2,7 +2,7 @@
 
 from cluster.session import connect
 from data_prep.build import build_dataset
-from data_prep.settings import BuildOptions, DataSettings, SketchSettings
+from data_prep.settings import BuildOptions
 from data_prep.shards import Dataset
 from pipeline.config import Config
 from pipeline.evaluation.job import evaluate_run
@@ -39,10 +39,8 @@ def prepare(
     with connect(), sigterm_interrupts(), progress("prepare", "images") as advance:
         return build_dataset(
             storage.dataset_url,
-            DataSettings(
-                allow_partial=cfg.data.partial, **cfg.data.model_dump(exclude={"partial"})
-            ),
-            SketchSettings(**cfg.sketch.model_dump()),
+            cfg.data,
+            cfg.sketch,
             seed=cfg.seed,
             options=BuildOptions(replace=replace, update=update, retry_failed=retry_failed),
             progress=advance,

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from cluster.session import connect
 from cluster.storage import join, pyarrow_filesystem
+from data_prep.masks import MaskSampler
 from data_prep.shards import Dataset
 from pipeline import ranks as distributed
 from pipeline.checkpoints import CheckpointStore, refuse_other_model
 from pipeline.config import Config
-from pipeline.data.loaders import mask_sampler
 from pipeline.data.sample_order import dataset_misfits
 from pipeline.errors import TrainingError
 from pipeline.loop import train_on_rank
@@ -67,7 +67,7 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
     )
     if faults:
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
-    mask_sampler(cfg.masks)  # raises where a folder of masks is empty
+    MaskSampler(cfg.masks)  # raises where a folder of masks is empty
     if (step := checkpoints.newest()) is not None:
         refuse_other_model(cfg.name, checkpoints.manifest(step), cfg.model)
     else:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from models.options import ModelOptions
 from pipeline import config
 from pipeline.cli import DONE, MISTAKE, STOPPED
-from pipeline.config import Model
 from pipeline.run_storage import RunStorage
 from tests.weights import write_weights
 
@@ -185,7 +185,7 @@ def test_the_job_runs_on_a_folder_of_faces(photographs, settings):
 
 def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings, tmp_path):
     given = tmp_path / "unguided.safetensors"
-    unguided = write_weights(given, Model(guided=False), gain=4.0).state_dict()
+    unguided = write_weights(given, ModelOptions(guided=False), gain=4.0).state_dict()
     overrides = [
         *(*settings, "name=started", "train.launcher=local"),
         *(f"train.init_from={given}", "train.learning_rate=1e-9"),
@@ -220,7 +220,7 @@ def test_training_without_a_data_set_says_what_to_do(settings):
             "data.stored_px=96 train.size_px=80",
             "stored at 72 pixels, fewer than train.size_px 80",
         ),
-        ("name=new train.init_from=nowhere.safetensors", "nowhere.safetensors is not there"),
+        ("name=new train.init_from=nowhere.safetensors", "nowhere.safetensors was not found"),
     ],
 )
 def test_what_cannot_go_on_is_told_before_any_machine_starts(left_alone, settings, override, told):

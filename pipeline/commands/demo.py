@@ -18,9 +18,9 @@ from cluster.services import start_s3
 from cluster.session import local_ray
 from cluster.storage.s3 import s3_bucket
 from cluster.submit import submit
+from data_prep.masks import MaskSampler
 from data_prep.shards import read_samples
 from pipeline import config
-from pipeline.data.loaders import mask_sampler
 from pipeline.run_storage import RunStorage
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _held_out(cfg: config.Config, storage: RunStorage, folder: Path) -> tuple[Pa
     image = Image.open(BytesIO(sample.jpg))
     image.save(picture)
     Image.open(BytesIO(sample.sketch)).save(strokes)
-    mask = mask_sampler(cfg.masks)(image.height, image.width, random.Random(cfg.seed))
+    mask = MaskSampler(cfg.masks)(image.height, image.width, random.Random(cfg.seed))
     Image.fromarray(mask * np.uint8(255)).save(hole)
     return picture, hole, strokes
 

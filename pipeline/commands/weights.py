@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from models import Generator
 from models.generator import STRIDE
 from models.masking import erase, guide
+from models.options import ModelOptions
 from models.weights import (
     Colours,
     Source,
@@ -26,7 +27,6 @@ from models.weights import (
     generator_weights,
     read_source,
 )
-from pipeline.config import Model
 from pipeline.networks import described_generator, weights_header
 
 Format = Literal["onnx", "pt2"]
@@ -75,7 +75,7 @@ def import_weights(
     weights = generator_weights(source, colours=colours)
     guided = weights["coarse.conv01.weight"].shape[1] == 6
     header = {
-        **weights_header(Model(guided=guided, padding=source.padding)),
+        **weights_header(ModelOptions(guided=guided, padding=source.padding)),
         "licence": licence or LICENCES[source.style],
         "origin": _origin(source),
         "colours": "RGB, as the file" if colours == "rgb" else "RGB, turned from BGR",

@@ -2,25 +2,12 @@
 
 from collections.abc import Iterator
 
-from data_prep.masks import BoxSettings, BrushSettings, MaskSampler, MaskSettings
+from data_prep.masks import MaskSampler
 from data_prep.shards import Dataset
 from pipeline import config
 from pipeline.data.batch import Batch
 from pipeline.data.batches import TrainLoader, val_batches
 from pipeline.ranks import Ranks
-
-
-def mask_sampler(cfg: config.Masks) -> MaskSampler:
-    return MaskSampler(
-        MaskSettings(
-            mixture={str(kind): weight for kind, weight in cfg.mixture.items()},
-            per_sample=cfg.per_sample,
-            brush=BrushSettings(**cfg.brush.model_dump()),
-            box=BoxSettings(**cfg.box.model_dump()),
-            folder=cfg.folder,
-            white_is_hole=cfg.white_is_hole,
-        )
-    )
 
 
 def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoader:
@@ -31,7 +18,7 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
         streams=cfg.train.streams,
         shuffle_block=cfg.train.shuffle_block,
         seed=cfg.seed,
-        masks=mask_sampler(cfg.masks),
+        masks=MaskSampler(cfg.masks),
         mask_per_sample=cfg.masks.per_sample,
         flip=cfg.train.flip,
         threads=cfg.train.loader_threads,
@@ -48,7 +35,7 @@ def validation_batches(
         dataset,
         size_px=cfg.train.size_px,
         batch=cfg.evaluate.batch,
-        masks=mask_sampler(cfg.masks),
+        masks=MaskSampler(cfg.masks),
         seed=cfg.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,

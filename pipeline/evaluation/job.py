@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 
 from cluster.session import run_on_gpu
 from cluster.storage import Store
@@ -37,7 +38,7 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
         "dataset_digest": dataset.digest,
         "seed": cfg.seed,
         "size_px": cfg.train.size_px,
-        "masks": cfg.masks.model_dump(mode="json"),
+        "masks": asdict(cfg.masks),
         "samples": cfg.evaluate.samples,
     }
     if run.exists(f"{folder}/metrics.json"):

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from models import Discriminator, Generator
+from models.options import ModelOptions
 from pipeline import networks
-from pipeline.config import ConfigError, Model, load
+from pipeline.config import ConfigError, load
 from tests.weights import write_weights
 
 
-def small_picture(guided: bool) -> tuple[torch.Tensor, ...]:
+def small_image(guided: bool) -> tuple[torch.Tensor, ...]:
     mask = torch.zeros(1, 1, 16, 24)
     mask[..., 4:12, 8:16] = 1
     image = torch.rand(1, 3, 16, 24) * (1 - mask)
@@ -22,35 +23,35 @@ def small_picture(guided: bool) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("with_header", [False, True])
 def test_a_weights_file_needs_no_recipe(tmp_path, guided, with_header):
-    cfg = Model(guided=guided)
+    cfg = ModelOptions(guided=guided)
     path = tmp_path / "generator.safetensors"
     network = write_weights(path, cfg, header=with_header)
     loaded = networks.load_generator(str(path))
     assert loaded.guided == guided
-    inputs = small_picture(guided)
+    inputs = small_image(guided)
     with torch.no_grad():
         torch.testing.assert_close(loaded(*inputs), network(*inputs), rtol=0, atol=0)
 
 
 def test_options_travel_in_the_header(tmp_path):
-    cfg = Model(guided=False, attention="renormalised", refine_mask=True)
+    cfg = ModelOptions(guided=False, attention="renormalised", refine_mask=True)
     path = tmp_path / "generator.safetensors"
     network = write_weights(path, cfg)
-    inputs = small_picture(guided=False)
+    inputs = small_image(guided=False)
     with torch.no_grad():
         torch.testing.assert_close(networks.load_generator(str(path))(*inputs), network(*inputs))
 
 
-def test_files_that_hold_no_generator_are_told_apart(tmp_path):
+def test_files_that_hold_no_generator_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         networks.load_generator(str(tmp_path / "nowhere.safetensors"))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         networks.load_generator(str(broken))
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(1)}, other)
-    with pytest.raises(ValueError, match="holds no generator"):
+    with pytest.raises(ValueError, match="not a generator"):
         networks.load_generator(str(other))
     wide = tmp_path / "wide.safetensors"
     save_file(Generator(width=8).state_dict(), wide)
@@ -63,10 +64,10 @@ def test_files_that_hold_no_generator_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["sdxl", '{"guided": false, "heads": 2}'])
-def test_a_header_that_is_not_ours_is_told_in_one_line(tmp_path, header):
+def test_a_header_that_is_not_ours_is_refused_in_one_line(tmp_path, header):
     path = tmp_path / "foreign.safetensors"
     save_file(Generator().state_dict(), path, {networks.HEADER: header})
-    with pytest.raises(ValueError, match="holds another model than ours") as error:
+    with pytest.raises(ValueError, match="of another model than ours") as error:
         networks.load_generator(str(path))
     assert len(str(error.value).splitlines()) == 1
 
@@ -77,13 +78,13 @@ DEMO = Path("pipeline/recipes/demo.yaml")  # guided
 def write_discriminator(path, **options):
     torch.manual_seed(0)
     network = Discriminator(**options)
-    network(*small_picture(network.guided))  # v of the spectral norm follows from u
-    save_file(network.state_dict(), path, networks.weights_header(Model()))
+    network(*small_image(network.guided))  # v of the spectral norm follows from u
+    save_file(network.state_dict(), path, networks.weights_header(ModelOptions()))
     return network
 
 
 def test_a_guided_run_starts_where_unguided_weights_ended(store, tmp_path):
-    unguided = write_weights(tmp_path / "g.safetensors", Model(guided=False))
+    unguided = write_weights(tmp_path / "g.safetensors", ModelOptions(guided=False))
     critic = write_discriminator(tmp_path / "d.safetensors")
     for name in ("g.safetensors", "d.safetensors"):
         store.upload(tmp_path / name, name)
@@ -96,11 +97,11 @@ def test_a_guided_run_starts_where_unguided_weights_ended(store, tmp_path):
     generator, discriminator = networks.generator(cfg.model), networks.discriminator(cfg.model)
     generator.load_state_dict(weights["generator"])
     discriminator.load_state_dict(weights["discriminator"])
-    image, mask, sketch = small_picture(guided=True)
+    image, mask, sketch = small_image(guided=True)
     with torch.no_grad():
         expected = unguided(image, mask)
         torch.testing.assert_close(generator(image, mask, sketch), expected, rtol=0, atol=0)
-        for _ in range(2):  # power iterations go on alike
+        for _ in range(2):  # both continue the same power iteration
             torch.testing.assert_close(discriminator(image, mask, sketch), critic(image, mask))
         torch.testing.assert_close(
             discriminator.eval()(image, mask, sketch), critic.eval()(image, mask)
@@ -108,7 +109,7 @@ def test_a_guided_run_starts_where_unguided_weights_ended(store, tmp_path):
 
 
 def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
-    network = write_weights(tmp_path / "g.safetensors", Model(guided=True))
+    network = write_weights(tmp_path / "g.safetensors", ModelOptions(guided=True))
     critic = write_discriminator(tmp_path / "d.safetensors", guided=True)
     cfg = load(
         DEMO,
@@ -124,7 +125,7 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             ["train.init_from=g", "model.guided=false"],
@@ -134,24 +135,24 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
         (["train.init_from=g", "model.refine_mask=true"], "model.refine_mask=False"),
         (["train.init_from=g", "model.convolution=partial"], "model.convolution=gated"),
         (["train.init_from=g", "model.attention=renormalised"], "model.attention=official"),
-        (["train.init_from=d"], r"d\.safetensors holds no generator"),
-        (["train.init_from=nowhere"], r"nowhere\.safetensors is not there"),
+        (["train.init_from=d"], r"d\.safetensors is not a generator"),
+        (["train.init_from=nowhere"], r"nowhere\.safetensors was not found"),
         (
             ["train.init_discriminator_from=d", "model.discriminator_head=linear"],
             r"init_discriminator_from: .*d\.safe.* model.discriminator_head=leaky",
         ),
         (["train.init_discriminator_from=d", "model.guided=false"], "model.guided=True"),
-        (["train.init_discriminator_from=g"], r"g\.safetensors holds no discriminator"),
+        (["train.init_discriminator_from=g"], r"g\.safetensors is not a discriminator"),
         (["train.init_discriminator_from=flat"], r"flat\.safetensors does not fit"),
     ],
 )
-def test_weights_that_do_not_suit_the_recipe_are_told_in_one_line(tmp_path, overrides, told):
-    write_weights(tmp_path / "g.safetensors", Model(guided=True))
+def test_weights_that_do_not_suit_the_recipe_are_refused_in_one_line(tmp_path, overrides, message):
+    write_weights(tmp_path / "g.safetensors", ModelOptions(guided=True))
     write_discriminator(tmp_path / "d.safetensors", guided=True)
     save_file({f"{networks.FIRST}.original": torch.zeros(())}, tmp_path / "flat.safetensors")
     name, _, file = overrides[0].partition("=")
     cfg = load(DEMO, [f"{name}={tmp_path}/{file}.safetensors", *overrides[1:]])
     kind = ConfigError if overrides[1:] else (ValueError, FileNotFoundError)
-    with pytest.raises(kind, match=told) as error:
+    with pytest.raises(kind, match=message) as error:
         networks.starting_weights(cfg)
     assert len(str(error.value).splitlines()) == 1

@@ -10,8 +10,8 @@ from torch import Tensor
 from data_prep.masks import MaskSampler, MaskSettings, corrected_mask
 from models import Generator
 from models.masking import erase
+from models.options import ModelOptions
 from pipeline.commands.figures import gates, show_gates, show_masks
-from pipeline.config import Model
 from tests.weights import write_weights
 
 
@@ -36,7 +36,7 @@ def files(tmp_path: Path, picture: np.ndarray, hole: np.ndarray) -> tuple[Path, 
     return image, mask
 
 
-def weights(folder: Path, cfg: Model) -> str:
+def weights(folder: Path, cfg: ModelOptions) -> str:
     path = folder / "weights.safetensors"
     write_weights(path, cfg)
     return str(path)
@@ -94,7 +94,7 @@ def test_the_partial_mask_shrinks_in_stage_one_and_is_full_in_stage_two(
 def test_a_sheet_of_gates_is_written(
     tmp_path: Path, files: tuple[Path, Path], photographs: Path
 ) -> None:
-    source = weights(tmp_path, Model(guided=True))
+    source = weights(tmp_path, ModelOptions(guided=True))
     photograph = sorted((photographs / "scenes").glob("*.jpg"))[0]
     with Image.open(photograph) as opened:
         mask = corrected_mask(opened.height, opened.width, random.Random(0))
@@ -108,7 +108,7 @@ def test_a_sheet_of_gates_is_written(
 
 
 def test_a_small_sheet_of_an_unguided_network(tmp_path: Path, files: tuple[Path, Path]) -> None:
-    source = weights(tmp_path, Model(guided=False))
+    source = weights(tmp_path, ModelOptions(guided=False))
     with Image.open(show_gates(source, *files, tmp_path / "gates.png")) as sheet:
         assert sheet.size[0] > sheet.size[1] > 2000
 
@@ -119,13 +119,13 @@ def test_mistakes_are_told(tmp_path: Path, files: tuple[Path, Path]) -> None:
     for target, told in ((image, "one of the pictures given"), (tmp_path / "g.gif", "end in .bmp")):
         with pytest.raises(ValueError, match=told):
             show_gates("unread", image, mask, target)
-    plain = weights(tmp_path, Model(guided=False))
+    plain = weights(tmp_path, ModelOptions(guided=False))
     with pytest.raises(ValueError, match="takes no sketch"):
         show_gates(plain, image, mask, out, sketch=mask)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match=r"small\.png is 8×8, but .*picture\.png is 96×64"):
         show_gates(plain, image, tmp_path / "small.png", out)
-    gateless = weights(tmp_path, Model(guided=False, convolution="partial"))
+    gateless = weights(tmp_path, ModelOptions(guided=False, convolution="partial"))
     with pytest.raises(ValueError, match="no gates to show: its convolutions are partial"):
         show_gates(gateless, image, mask, out)
 

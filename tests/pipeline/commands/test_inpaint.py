@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.options import ModelOptions
 from pipeline import cli
 from pipeline.commands.inpaint import inpaint
-from pipeline.config import Model
 from tests.weights import write_weights
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unguided", "guided"])
 def weights(request, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "ema.safetensors"
-    write_weights(path, Model(guided=request.param))
+    write_weights(path, ModelOptions(guided=request.param))
     return str(path)
 
 
@@ -69,7 +69,7 @@ def test_a_folder_is_filled_picture_by_picture(weights, tmp_path):
 
 def test_strokes_inside_the_hole_change_the_fill_of_a_guided_generator(tmp_path):
     weights = tmp_path / "ema.safetensors"
-    write_weights(weights, Model(guided=True), gain=4.0)
+    write_weights(weights, ModelOptions(guided=True), gain=4.0)
     draw(tmp_path)
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
     (plain,) = inpaint(str(weights), image, mask, tmp_path / "plain.png")
@@ -81,7 +81,7 @@ def test_strokes_inside_the_hole_change_the_fill_of_a_guided_generator(tmp_path)
 
 def test_what_is_transparent_in_masks_and_sketches_counts_as_black(tmp_path):
     weights = tmp_path / "ema.safetensors"
-    write_weights(weights, Model(guided=True), gain=4.0)
+    write_weights(weights, ModelOptions(guided=True), gain=4.0)
     draw(tmp_path)
     image, mask, sketch = (tmp_path / f"{name}.png" for name in ("image", "mask", "sketch"))
     (opaque,) = inpaint(str(weights), image, mask, tmp_path / "opaque.png", sketch=sketch)
@@ -93,7 +93,7 @@ def test_what_is_transparent_in_masks_and_sketches_counts_as_black(tmp_path):
 
 def test_a_sketch_without_a_stroke_in_the_hole_is_told(tmp_path, caplog):
     weights = tmp_path / "ema.safetensors"
-    write_weights(weights, Model(guided=True))
+    write_weights(weights, ModelOptions(guided=True))
     draw(tmp_path, hole=(slice(20, 30), slice(8, 30)))
     paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
     list(inpaint(str(weights), *paths, sketch=tmp_path / "sketch.png"))
@@ -166,8 +166,8 @@ def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, ca
         ({"mask": "black.png"}, "black.png has no hole: white pixels mark it"),
         ({"mask": "ones.png"}, "ones.png: its brightest pixel is 1 of 255"),
         ({"image": "words.png"}, "words.png"),
-        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors is not there"),
-        ({"weights": "words.png"}, "words.png should be a .safetensors file or a checkpoint's"),
+        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors was not found"),
+        ({"weights": "words.png"}, "words.png should be a .safetensors file or the folder of a"),
         ({"out": "mask.png"}, "mask.png is one of the pictures given"),
         ({"out": "folder/../image.png"}, "image.png is one of the pictures given"),
     ],

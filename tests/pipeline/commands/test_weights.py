@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import Discriminator, Generator
+from models.options import ModelOptions
 from models.weights import LAYERS
 from pipeline.commands.weights import _compare, export_weights, import_weights
-from pipeline.config import Model
 from pipeline.networks import load_generator, weights_header
 from tests.models.golden import fill_generator
 
@@ -131,7 +131,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = Generator(guided=True)
     fill_generator(generator)
     path = tmp_path_factory.mktemp("weights") / "guided.safetensors"
-    told = weights_header(Model(guided=True)) | {"licence": "ours"}
+    told = weights_header(ModelOptions(guided=True)) | {"licence": "ours"}
     save_file(generator.state_dict(), path, metadata=told)
     return path
 
