@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 
 Values = Float64[np.ndarray, "runs images metrics"]
 PerImage = Float64[np.ndarray, "images metrics"]
@@ -20,6 +20,8 @@ MIN_IMAGES = 10
 """Fewer images carry no interval: their spread is a guess."""
 RESAMPLES = 4000
 _MOST_COUNTS = 8_000_000  # of resamples times images; with more images the t interval is exact
+PROBABILITIES = np.unique(np.append(np.geomspace(1e-12, 1, 2400), 1 - LEVEL))[::-1]
+"""Two-sided, falling from 1: the grid on which p-values are found."""
 _TAILS = (0.95, 0.99)  # where the bootstrap's tails are compared with those of t
 
 
@@ -42,37 +44,35 @@ class Estimate:
 def differences(first: Values, second: Values, *, seed: int = 0) -> list[Estimate]:
     """One estimate for each metric; both groups hold the same images in the same order.
 
-    Two or more runs on both sides: the runs are a sample of seeds and the images one of images.
-    Variances of both add up. Seeds have the degrees of freedom of the smaller group, which holds
-    for any two variances (Mickey and Brown 1966); resampling two or three seeds, or Welch's
-    degrees, would claim too much. Satterthwaite's formula joins them with the images'. With a
-    single run on one side the images alone are the sample. The images' part has the tails of a
-    studentized bootstrap over images (Efron and Tibshirani 1993, chapter 12), drawn by ``seed``.
+    Two or more runs on both sides: the runs are a sample of seeds, the images one of images, and
+    the variances of both add up, each times the square of its own t (Cochran 1964). Seeds have the
+    degrees of freedom of the smaller group, which holds for any two variances (Mickey and Brown
+    1966): resampling two or three seeds, or Welch's and Satterthwaite's degrees, claim too much.
+    With a single run on one side the images alone are the sample. The images' variance is widened
+    to the tails of a studentized bootstrap over images (Efron and Tibshirani 1993, chapter 12),
+    drawn by ``seed``.
     """
     images = first.shape[1]
     by_image = second.mean(axis=0) - first.mean(axis=0)  # (images, metrics)
     over_seeds = min(len(first), len(second)) > 1
     difference = by_image.mean(axis=0)
     if images < MIN_IMAGES:
-        return [Estimate(d, -math.inf, math.inf, 1.0, images, over_seeds) for d in difference]
+        wide = math.inf
+        return [Estimate(float(d), -wide, wide, 1.0, images, over_seeds) for d in difference]
 
-    widening = _bootstrap_widening(by_image, seed)
-    components = [(widening**2 * by_image.var(axis=0, ddof=1) / images, images - 1)]
+    widened = _bootstrap_widening(by_image, seed) ** 2 * by_image.var(axis=0, ddof=1) / images
+    components = [(widened, images - 1)]
     if over_seeds:
         runs = [group.mean(axis=1) for group in (first, second)]  # (runs, metrics) each
-        variance = sum(means.var(axis=0, ddof=1) / len(means) for means in runs)
-        components.append((variance, min(map(len, runs)) - 1))
-    variance = sum(component for component, _ in components)
-    pooled = sum(component**2 / freedom for component, freedom in components)
+        of_seeds = sum(means.var(axis=0, ddof=1) / len(means) for means in runs)
+        components.append((np.asarray(of_seeds), min(map(len, runs)) - 1))
+    # Half the interval's width for each metric and each probability of missing.
+    halves = np.sqrt(sum(np.outer(part, t_quantiles(free) ** 2) for part, free in components))
     estimates = []
-    for d, v, w in zip(difference, variance, pooled, strict=True):
-        if v == 0:  # every image differs by the same
-            estimates.append(Estimate(d, d, d, float(d == 0), images, over_seeds))
-            continue
-        freedom = float(f"{v**2 / w:.4g}")  # few different ones, which t_quantile remembers
-        half = t_quantile((1 + LEVEL) / 2, freedom) * math.sqrt(v)
-        p = t_two_sided(d / math.sqrt(v), freedom)
-        estimates.append(Estimate(float(d), d - half, d + half, p, images, over_seeds))
+    for d, half in zip(difference.tolist(), halves, strict=True):
+        p = float(np.exp(np.interp(abs(d), half, np.log(PROBABILITIES)))) if half[-1] else d == 0
+        width = float(half[PROBABILITIES == 1 - LEVEL][0])
+        estimates.append(Estimate(d, d - width, d + width, float(p), images, over_seeds))
     return estimates
 
 
@@ -90,11 +90,11 @@ def _bootstrap_widening(by_image: PerImage, seed: int) -> Float64[np.ndarray, " 
         studentized = np.abs(means) / np.sqrt(np.maximum(variances, 0))
     studentized = np.nan_to_num(studentized, nan=0.0, posinf=np.inf)
     wider = [
-        np.quantile(studentized, level, axis=0, method="higher")
-        / t_quantile((1 + level) / 2, freedom)
+        np.quantile(studentized, level, axis=0, method="higher") / t_quantile(1 - level, freedom)
         for level in _TAILS
     ]
-    return np.maximum(1.0, np.max(wider, axis=0))
+    widening: np.ndarray = np.maximum(1.0, np.max(wider, axis=0))
+    return widening
 
 
 @functools.lru_cache(maxsize=32)
@@ -123,48 +123,51 @@ def corrected(p: Sequence[float], weights: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def not_numbers(values: Values) -> Bool[np.ndarray, "images metrics"]:
-    """Where any run has NaN or infinity."""
-    return ~np.isfinite(values).all(axis=0)
-
-
-def t_two_sided(t: float, freedom: float) -> float:
-    """Probability of a value of Student's t beyond ``±t``."""
-    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
-
-
-@functools.lru_cache(maxsize=4096)
-def t_quantile(probability: float, freedom: float) -> float:
-    """Student's t below which ``probability`` lies, for 0.5 ≤ ``probability`` < 1."""
-    beyond = 2 * (1 - probability)
-    low, high = 0.0, 1.0
-    while t_two_sided(high, freedom) > beyond:
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided(middle, freedom) > beyond else (low, middle)
-    return (low + high) / 2
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularized, by Lentz's continued fraction (Press et al., Numerical Recipes, 6.4)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+@functools.lru_cache(maxsize=256)
+def t_quantiles(freedom: int) -> Float64[np.ndarray, " probabilities"]:
+    """Student's t that is exceeded on both sides together with each of ``PROBABILITIES``."""
+    t = np.concatenate([[0.0], np.geomspace(1e-4, 1e13, 6000)])
+    quantiles: np.ndarray = np.interp(
+        -np.log(PROBABILITIES), -np.log(np.maximum(_beyond(t, freedom), 1e-300)), t
     )
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    return quantiles
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Student's t that is exceeded on both sides together with ``probability``."""
+    return float(np.interp(-probability, -PROBABILITIES, t_quantiles(freedom)))
+
+
+def _beyond(t: Float64[np.ndarray, " values"], freedom: int) -> Float64[np.ndarray, " values"]:
+    """Probability of Student's t beyond ``±t``: an incomplete beta function."""
+    a, b = freedom / 2, 0.5
+    x, rest = freedom / (freedom + t * t), t * t / (freedom + t * t)
+    swapped = x > (a + 1) / (a + b + 2)
+    direct = _incomplete_beta(a, b, np.where(swapped, 0.5, x), np.where(swapped, 0.5, rest))
+    other = _incomplete_beta(b, a, np.where(swapped, rest, 0.5), np.where(swapped, x, 0.5))
+    beyond: np.ndarray = np.where(swapped, 1 - other, direct)
+    return beyond
+
+
+def _incomplete_beta(a: float, b: float, x: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Regularized, by Lentz's continued fraction (Press et al., Numerical Recipes, 6.4).
+
+    ``rest`` is 1 - x, whose digits the subtraction would lose.
+    """
+    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    with np.errstate(divide="ignore"):
+        front = np.exp(scale + a * np.log(x) + b * np.log(rest))
+    c, d = np.ones_like(x), 1 / (1 - (a + b) * x / (a + 1))
     fraction = d
-    for m in range(1, 500):
+    for m in range(1, 1000):
         for term in (
             m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
             -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
         ):
             d = 1 / (1 + term * d)
             c = 1 + term / c
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-14:
+            fraction = fraction * c * d
+        if np.all(np.abs(c * d - 1) < 1e-14):
             break
-    return front * fraction / a
+    result: np.ndarray = front * fraction / a
+    return result
