@@ -72,7 +72,7 @@ def list_files(root: str) -> Files:
     beside its tar counts once. Raises ValueError for a root that is none of these.
     """
     if root.endswith(".tar"):
-        return _tar_members(root, "")
+        return list_tar(root, "")
     found: Files = {}
     tars = []
     for path in walk_files(root):
@@ -81,7 +81,7 @@ def list_files(root: str) -> Files:
         else:
             found[path] = None
     for tar in tars:
-        for path, member in _tar_members(root, tar).items():
+        for path, member in list_tar(root, tar).items():
             found.setdefault(path, member)
     return found
 
@@ -151,7 +151,7 @@ def _place(name: str) -> float:
     return int.from_bytes(digest) / 2**48
 
 
-def _tar_members(root: str, tar: str) -> Files:
+def list_tar(root: str, tar: str) -> Files:
     """Files of a tar on disk (seeking from header to header) or on S3 (read through).
 
     As unpacking leaves them: of two members of one name the last counts (``tar -r`` adds those),

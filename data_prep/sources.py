@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.storage import one_line, open_store
-from data_prep import celebahq, places2
+from data_prep import celebahq, places2, webdataset_source
 from data_prep.files import (
     SourceImage,
     key_of,
@@ -90,6 +90,12 @@ def _list_celebahq(data: DataSettings) -> Iterator[SourceImage]:
         split=data.split,
         val_fraction=data.val_fraction,
         allow_partial=data.allow_partial,
+    )
+
+
+def _list_webdataset(data: DataSettings) -> Iterator[SourceImage]:
+    return webdataset_source.list_images(
+        _root(data), subject=data.subject, val_fraction=data.val_fraction
     )
 
 
@@ -204,6 +210,12 @@ DATA_SOURCES = {
         splits="Folders train and val where both exist; else the share val_fraction, by name.",
         license="That of the pictures in the folder; nothing was said about it when this was made.",
         list=_list_folder,
+    ),
+    "webdataset": DataSource(
+        about="Tars of samples with a jpg, jpeg, png or webp member, as img2dataset writes them.",
+        splits="As the names of the tars say; else the share val_fraction, by name.",
+        license="That of the images in the tars; nothing was said about it when this was made.",
+        list=_list_webdataset,
     ),
     "places2": DataSource(
         about="Places2 (Places365), as its archives or unpacked.",

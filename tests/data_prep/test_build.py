@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import webdataset
 from PIL import Image
 
 from cluster.ports import LOOPBACK
@@ -536,3 +537,27 @@ def test_a_storage_that_cannot_be_written_is_one_clear_error(album: Path, tmp_pa
     (tmp_path / "parts").write_text("a file where a folder has to be")
     with pytest.raises(StorageError, match="parts"):
         build(tmp_path, album)
+
+
+def test_a_webdataset_gives_the_samples_that_its_files_would(album: Path, tmp_path: Path) -> None:
+    """Same bytes as from the unpacked files, but for the key and where the image came from."""
+    root = tmp_path / "web"
+    root.mkdir()
+    images = sorted(album.glob("*/*.jpg"))
+    with webdataset.TarWriter(str(root / "00000.tar")) as writer:
+        for path in images:
+            key = path.relative_to(album).with_suffix("").as_posix()
+            writer.write({"__key__": key, "jpg": path.read_bytes(), "json": {"caption": "a part"}})
+    unpacked = tmp_path / "files" / "00000"
+    for path in images:
+        copy = unpacked / path.relative_to(album)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    web = build(tmp_path / "a", root, source="webdataset", val_fraction=0.0)
+    files = build(tmp_path / "b", tmp_path / "files", val_fraction=0.0)
+    assert web.counts["pictures"] == {"ok": 24, "skipped": 0, "failed": 0}
+    for one, other in zip(web.index, files.index, strict=True):
+        for ours, theirs in zip(web.read(one), files.read(other), strict=True):
+            assert (ours.key, ours.jpg, ours.sketch) == (theirs.key, theirs.jpg, theirs.sketch)
+    again = build(tmp_path / "c", root, source="webdataset", val_fraction=0.0)
+    assert again.digest == web.digest
