@@ -432,6 +432,30 @@ def pull_checkpoint(
     return checkpoints.pull(step, to)
 
 
+def read_pulled(url: str, name: str) -> bytes | None:
+    """The file ``name`` of the one checkpoint in the folder ``url``, each byte checked.
+
+    Such a folder is what ``pull_checkpoint`` leaves; None where ``url`` is not one. Raises
+    CheckpointError where the checkpoint is damaged or has no such file.
+    """
+    store = open_store(url)
+    try:
+        manifest = store.get(MANIFEST)
+    except MissingKeyError:
+        return None
+    try:
+        files = json.loads(manifest)["files"]
+        if name not in files:
+            raise CheckpointError(f"{url} has no {name}: it has {', '.join(sorted(files))}")
+        expected = files[name]["bytes"], files[name]["sha256"]
+        data = store.get(name)
+    except (ValueError, TypeError, KeyError, MissingKeyError) as error:
+        raise CheckpointError(f"{join(url, name)} is damaged: {error}; pull it again") from error
+    if (len(data), hashlib.sha256(data).hexdigest()) != expected:
+        raise CheckpointError(f"{join(url, name)} is damaged: its sha256 differs; pull it again")
+    return data
+
+
 def verify_checkpoints(url: str) -> dict[int, list[str]]:
     """The faults of every checkpoint at ``url``, by step; every byte is read."""
     checkpoints, only = find_checkpoints(url)

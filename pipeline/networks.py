@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
 from models.options import ModelOptions
-from pipeline.checkpoints import BEST, choose_checkpoint
+from pipeline.checkpoints import BEST, choose_checkpoint, read_pulled
 from pipeline.config import Config, ConfigError, stored_model_options
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,10 +59,11 @@ def weights_header(options: ModelOptions) -> dict[str, str]:
 def load_generator(source: str) -> Generator:
     """The generator at ``source``, in evaluation mode, on the processor.
 
-    ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, or
-    of a run, which gives its best step. A file without our header is read as the official model,
-    guided if its first layer has six inputs. Raises FileNotFoundError, and ValueError for a file
-    that holds something else.
+    ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, a
+    folder that ``checkpoints pull`` made, or the folder of a run, which gives its best step. A file
+    without our header is read as the official model, guided if its first layer has six inputs.
+    Raises FileNotFoundError, and ValueError for a file that holds something else or values that are
+    not finite.
     """
     return described_generator(source)[0]
 
@@ -149,6 +150,8 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
                 f"{source} should be a .safetensors file or the folder of a checkpoint: "
                 "`python -m pipeline weights import` converts the weights of other codes"
             )
+        if (pulled := read_pulled(source, name)) is not None:
+            return pulled, f"{name} in {source}"
         checkpoints, step = choose_checkpoint(source, "best", BEST)
         return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
     folder, file = folder_and_name(source)
@@ -160,9 +163,21 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
 
 def _tensors(data: bytes, name: str) -> dict[str, Tensor]:
     try:
-        return load_tensors(data)
+        tensors = load_tensors(data)
     except SafetensorError as error:
         raise ValueError(f"{name} is not a safetensors file: {error}") from error
+    refuse_not_finite(tensors, name)
+    return tensors
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """ValueError where a tensor holds NaN or infinity; ``name`` is for the message."""
+    for tensor, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{name} holds values that are not finite, in {tensor}: training diverged; use "
+                "other weights"
+            )
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:

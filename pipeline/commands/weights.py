@@ -27,7 +27,7 @@ from models.weights import (
     generator_weights,
     read_source,
 )
-from pipeline.networks import described_generator, weights_header
+from pipeline.networks import described_generator, refuse_not_finite, weights_header
 
 Format = Literal["onnx", "pt2"]
 Network = Callable[..., Sequence[Tensor]]
@@ -83,6 +83,8 @@ def import_weights(
     written = {out: weights}
     if discriminator is not None:
         written[discriminator] = discriminator_weights(source, colours=colours)
+    for tensors in written.values():
+        refuse_not_finite(tensors, str(path))
     for file, tensors in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 import zipfile
@@ -105,6 +106,28 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
     out = tmp_path / "g.safetensors"
     list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
     assert load_generator(str(out)).style.padding == "symmetric"
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_neither_imported_nor_exported(
+    tmp_path: Path, value: float
+) -> None:
+    tensors, out = nipponjo(0), tmp_path / "g.safetensors"
+    tensors["conv1.conv.bias"][3] = value
+    torch.save({"G": tensors}, tmp_path / "states.pth")
+    with pytest.raises(
+        ValueError, match=r"states\.pth holds values that are not finite, in coarse"
+    ):
+        list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
+    assert not out.exists()
+    state = Generator().state_dict()
+    state["refine.merge.conv17.bias"][0] = value
+    save_file(state, out)
+    with pytest.raises(
+        ValueError, match=r"g\.safetensors holds values that are not finite, in ref"
+    ):
+        list(export_weights(str(out), tmp_path / "g.pt2", format="pt2"))
+    assert not (tmp_path / "g.pt2").exists()
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
