@@ -85,7 +85,7 @@ def fetch(
     if archive not in FILES:
         raise ValueError(f"{archive} is no archive known here; there are {', '.join(FILES)}")
     if not accept_licence:
-        raise ValueError(f"{archive} is fetched once you agree by --accept-licence: {LICENCE}")
+        raise ValueError(f"{archive} is fetched once you agree by --accept-license: {LICENCE}")
     file = FILES[archive]
     url, target = _address(base_url) + file, out / file
     with _told_of(out):

@@ -86,7 +86,8 @@ class MaskSettings:
     """Kinds of holes (keys of ``MASK_KINDS``: ``official``, ``corrected``, ``brush``, ``box``,
     ``folder``) and their weights; the share of a kind is its weight over their sum."""
     per_sample: bool = True
-    """One mask per image; false: one per global batch, as the authors do."""
+    """One mask per image; false: one per global batch (the authors' release draws one for every GPU
+    and for each of the two updates)."""
     brush: BrushSettings = field(default_factory=BrushSettings)
     """Strokes of the kind ``brush``."""
     box: BoxSettings = field(default_factory=BoxSettings)

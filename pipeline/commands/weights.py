@@ -68,8 +68,8 @@ def import_weights(
     source = read_source(path)
     if colours is None and source.style != "tensorflow":
         raise ValueError(
-            f"{path} does not tell the colour order of its pictures: give --colours rgb or "
-            "--colours bgr; the right one fills with the lower error"
+            f"{path} does not tell the colour order of its pictures: give --colors rgb or "
+            "--colors bgr; the right one fills with the lower error"
         )
     colours = colours or "bgr"
     weights = generator_weights(source, colours=colours)
