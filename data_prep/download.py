@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
-from cluster.storage import folder_and_name, open_store
+from cluster.storage import StorageError, folder_and_name, open_store, replacing
 from data_prep.files import walk_files
 from data_prep.places2 import ARCHIVES, LISTS, Archive
 
@@ -291,9 +291,8 @@ class Part:
             if origin is None:
                 self._note.unlink(missing_ok=True)
                 return
-            fresh = self._note.with_name(f"{self._note.name}.new")
-            fresh.write_text(json.dumps(dataclasses.asdict(origin)))
-            fresh.replace(self._note)
+            with replacing(self._note) as file:
+                file.write(json.dumps(dataclasses.asdict(origin)).encode())
 
     def write(self, block: bytes) -> None:
         with _told_of(self.path):
@@ -481,5 +480,7 @@ def _told_of(path: Path) -> Iterator[None]:
         yield
     except FetchError:
         raise
+    except StorageError as error:
+        raise FetchError(str(error)) from error
     except OSError as error:
         raise FetchError(f"{path}: {error.strerror}") from error

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import tempfile
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from cluster.storage import MIB, replacing, scratch_folder
 from models import Generator
 from models.generator import STRIDE
 from models.masking import erase, guide
@@ -86,10 +87,8 @@ def import_weights(
     for tensors in written.values():
         refuse_not_finite(tensors, str(path))
     for file, tensors in written.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            Path(folder, file.name).write_bytes(save(tensors, metadata=header))
-            Path(folder, file.name).replace(file)
+        with replacing(file) as target:
+            target.write(save(tensors, metadata=header))
         values = sum(tensor.numel() for tensor in tensors.values())
         yield f"{file}: {values:,} values, {header['colours']}; licence: {header['licence']}"
 
@@ -111,9 +110,8 @@ def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
     generator, metadata = described_generator(weights)
     # A .pt2 holds its weights in plain order.
     generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad():
-        file = Path(folder, out.name)
+    with scratch_folder() as folder, torch.no_grad():
+        file = folder / out.name
         program = _trace(generator)
         if format == "onnx":
             exported = _save_onnx(program, file, metadata)
@@ -122,7 +120,8 @@ def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
             exported = torch.export.load(file).module()
         for size in CHECKED:
             yield _compare(generator, exported, *size)
-        file.replace(out)
+        with file.open("rb") as source, replacing(out) as target:
+            shutil.copyfileobj(source, target, MIB)
 
 
 class _OnGrid(nn.Module):
