@@ -17,13 +17,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from benchmarks.timing import RESULTS, interleaved, parse_on_device, write_result
-from data_prep.hed import MEAN_BGR, EdgeDetector, Hed, Precision
+from data_prep.hed import MEAN_BGR, EdgeDetector, Hed
+
+if TYPE_CHECKING:
+    from data_prep.settings import HedPrecision
 
 SIZE = 256
 BATCH, LARGE_BATCH = 8, 64
@@ -85,7 +88,7 @@ def variants(device: str) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def ours(
-    network: Hed, pictures: Pictures, precision: Precision, device: str
+    network: Hed, pictures: Pictures, precision: "HedPrecision", device: str
 ) -> Callable[[], Pictures]:
     network, batch = copy.deepcopy(network), len(pictures)
     detector = EdgeDetector(network, precision=precision, device=device, batch=batch)

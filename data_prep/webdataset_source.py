@@ -10,9 +10,9 @@ from typing import Any
 
 from cluster.storage import one_line
 from data_prep.files import (
-    Member,
     SourceImage,
     Subject,
+    TarMember,
     key_of,
     list_tar,
     split_by_name,
@@ -36,7 +36,7 @@ def list_images(root: str, *, subject: Subject, val_fraction: float) -> Iterator
     """The image of every sample in the tars below ``root``, a folder, an ``s3://`` prefix or a tar.
 
     The samples are those that the webdataset library finds: files whose paths agree up to the first
-    dot, one after the other. Only headers are read here. Members besides the image, a ``json``
+    dot, one after the other. Only headers are read here. Files besides the image, a ``json``
     among them, stay in the source; ``source_path`` in the manifest leads to them. Keys begin with
     the path of the tar, so that equal keys in two tars stay two images.
 
@@ -48,7 +48,7 @@ def list_images(root: str, *, subject: Subject, val_fraction: float) -> Iterator
     """
     tars = [""] if root.endswith(".tar") else _tars(root)
     splits = _named_splits(tars, root)
-    listed: dict[str, tuple[str, str, Member]] = {}  # by key: the tar, the path, where it lies
+    listed: dict[str, tuple[str, str, TarMember]] = {}  # by key: the tar, the path, where it lies
     without_image, several = 0, 0
     for tar in tars:
         for sample in _samples(root, tar):
@@ -60,10 +60,10 @@ def list_images(root: str, *, subject: Subject, val_fraction: float) -> Iterator
             key = key_of(
                 "/".join(part for part in (tar.removesuffix(".tar"), sample["__key__"]) if part)
             )
-            path, member = sample[fields[0]]
+            path, place = sample[fields[0]]
             if key in listed:
                 raise ShardError(f"{root}: {path} and {listed[key][1]} are one sample: rename one")
-            listed[key] = tar, path, member
+            listed[key] = tar, path, place
     if without_image:
         log.warning("samples without an image skipped count=%d root=%s", without_image, root)
     if several:
@@ -74,9 +74,9 @@ def list_images(root: str, *, subject: Subject, val_fraction: float) -> Iterator
     if not listed:
         raise ValueError(f"{root} has no sample with an image ({', '.join(IMAGE_FIELDS)})")
     by_name = {} if splits else split_by_name(listed, val_fraction)
-    for key, (tar, path, member) in listed.items():
+    for key, (tar, path, place) in listed.items():
         split = splits[tar] if splits else by_name[key]
-        yield SourceImage(key, split, subject, path, "webdataset", member=member)
+        yield SourceImage(key, split, subject, path, "webdataset", place=place)
 
 
 def _tars(root: str) -> list[str]:
@@ -120,8 +120,8 @@ def _samples(root: str, tar: str) -> Iterator[dict[str, Any]]:
     below = tar[: tar.rfind("/") + 1]
     name = tar or root
     entries = (
-        {"fname": path.removeprefix(below), "data": (path, member), "__url__": name}
-        for path, member in list_tar(root, tar).items()
+        {"fname": path.removeprefix(below), "data": (path, place), "__url__": name}
+        for path, place in list_tar(root, tar).items()
     )
     try:
         yield from tariterators.group_by_keys(entries)
