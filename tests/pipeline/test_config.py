@@ -1,5 +1,6 @@
 """Recipes: what they may hold, and what is reported about mistakes."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,26 @@ def test_every_recipe_that_we_ship_is_valid(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_opens_with_what_it_needs_and_what_to_expect(recipe):
+def test_every_recipe_opens_with_needs_differences_and_expectations(recipe):
     opening = recipe.read_text().split("\n\n")[0]
-    assert "Needs" in opening
-    assert "Expect" in opening
+    for heading in ("Needs", "Differs", "Expect"):
+        assert f"\n# {heading:8} " in opening
+
+
+@pytest.mark.parametrize("name", ["places2_256", "celebahq_256"])
+def test_the_settings_that_a_recipe_calls_nearest_to_the_release_are_those_of_its_preset(name):
+    recipe = Path(f"pipeline/recipes/{name}.yaml")
+    opening = recipe.read_text().split("\n\n")[0].replace("#", " ")
+    typed = opening.partition("nearest to their training:")[2].partition("What remains:")[0]
+    overrides = shlex.split(typed)
+    cfg = load(recipe, overrides)
+    assert cfg.model_copy(update={"preset": "official"}) == load(
+        recipe, ["preset=official", *overrides]
+    )
+    official = load(DEMO, ["preset=official"])
+    assert cfg.masks.mixture == official.masks.mixture
+    assert cfg.masks.per_sample is official.masks.per_sample is cfg.train.flip is False
+    assert (cfg.train.global_batch, cfg.train.precision, cfg.train.ema_decay) == (16, "fp32", 0)
 
 
 def test_all_mistakes_are_reported_at_once():
@@ -241,7 +258,7 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
         ("masks.mixture={folder: 1}", "needs masks.folder"),
         ("name=a/b", "letters, digits"),
         ("data.name=a/b", "letters, digits"),
-        ("data.source=flickr", "source 'flickr' should be one of bundled, folder, places2"),
+        ("data.source=flickr", "source 'flickr' should be one of bundled, folder, "),
         ("masks.mixture={boxes: 1}", "mixture has a kind 'boxes': it should be one of official"),
         ("masks.mixture={}", "mixture should name at least one kind"),
         ("model.convolution=dense", "give one of gated, partial, vanilla"),
