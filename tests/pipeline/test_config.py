@@ -92,6 +92,13 @@ def test_mistakes_of_types_of_values_and_between_sections_come_in_one_round():
     assert sorted(places) == ["masks.box", "model.width", "seed", "stor", "train"]
 
 
+def test_all_mistakes_of_one_section_come_in_one_round():
+    with pytest.raises(ConfigError) as error:
+        load(DEMO, ["train.size_px=100", "train.streams=3", "train.flip=perhaps", "train.stps=1"])
+    places = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert sorted(places) == ["train.flip", "train.size_px", "train.stps", "train.streams"]
+
+
 def test_what_a_recipe_must_have_is_reported_as_required(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: {}\ntrain: {}")
@@ -247,12 +254,12 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
         ("train.steps", "should be section.key=value"),
         ("=3", "should be section.key=value"),
         ("name.first=x", "name is a value, not a section"),
-        ("train.size_px=100", "should be a multiple of 8"),
+        ("train.size_px=100", r"train\.size_px: should be a multiple of 8 \(got 100\)"),
         ("masks.brush.max_lenght=1", r"did you mean masks\.brush\.max_length\? \(got 1\)"),
         ("nothing=1", r"nothing: this setting does not exist \(got 1\)"),
         ("model=3", r"model: should be a section of settings \(got 3\)"),
-        ("train.streams=3", "should be a multiple of streams 3"),
-        ("train.workers=3", "should divide streams"),
+        ("train.streams=3", r"train\.streams: should divide global_batch 4 \(got 3\)"),
+        ("train.workers=3", r"train\.workers: should divide streams 2 \(got 3\)"),
         ("train.size_px=512", "should be at most data.stored_px"),
         ("data.source=folder", "needs data.root"),
         ("masks.mixture={folder: 1}", "needs masks.folder"),
