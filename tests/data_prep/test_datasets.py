@@ -116,6 +116,7 @@ def test_shards_open_as_plain_webdataset_files(
     assert_same(read, scenes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_folder_opens_by_its_card_with_scenes_and_faces_mixed(
     hugging_face: ModuleType, tmp_path: Path, streaming: bool

@@ -72,6 +72,7 @@ def test_edges_lie_on_edges(weights: bytes, cup: np.ndarray) -> None:
     assert on.mean() > 5 * off.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_a_step_is_found_where_it_is(weights: bytes, output: HedOutput) -> None:
     """To the pixel, at sizes that the pools divide and that they do not."""
@@ -83,6 +84,7 @@ def test_a_step_is_found_where_it_is(weights: bytes, output: HedOutput) -> None:
         assert abs(strong.mean() - (column - 0.5)) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_image_has_the_same_edges_in_any_batch(
     weights: bytes, cup: np.ndarray, output: HedOutput
@@ -111,6 +113,7 @@ def test_an_image_has_the_same_edges_in_any_batch_on_a_gpu(
             assert np.array_equal(alone[0], together[-1])
 
 
+@pytest.mark.slow
 def test_averaged_edges_of_a_mirror_image_are_mirrored(weights: bytes, cup: np.ndarray) -> None:
     fused, averaged = (edge_detector(weights, output=output) for output in OUTPUTS)
     image = cup[None, :130, :131]  # sizes that the scales do not divide
