@@ -49,7 +49,9 @@ FILES = {
 
 BLOCK = 2**20
 PROGRESS_BYTES = 2**20  # a try that adds so many bytes resets the count of failures
-LONGEST_WAIT_S = 60.0
+TRIES = 8  # failures in a row
+TIMEOUT_S = 60.0  # of silence
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between tries; doubled each time
 TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -68,16 +70,13 @@ def fetch(
     accept_license: bool,
     base_url: str = OFFICIAL,
     progress: ByteProgress | None = None,
-    tries: int = 8,
-    back_off_s: float = 1.0,
-    timeout_s: float = 60.0,
 ) -> Path:
     """Download one of ``FILES`` into the folder ``out``; the path of the archive, its MD5 checked.
 
     An archive that is there already is only checked. An interrupted download, even by kill -9,
     resumes from ``<file>.part`` as long as the server has the same file. A try fails when the
-    connection breaks or is silent for ``timeout_s``. Between tries it waits ``back_off_s`` seconds,
-    doubled each time; after ``tries`` failures in a row it keeps the part and raises FetchError.
+    connection breaks or is silent for a minute. The waits between tries double; after
+    ``TRIES`` failures in a row the part is kept and FetchError raised.
     Raises ValueError without ``accept_license``, for an unknown archive and a bad ``base_url``;
     FetchError for faults of the server, the disk or the content; StorageError where an archive
     that is there already cannot be read.
@@ -97,8 +96,8 @@ def fetch(
     part = PartialFile(target)
     with part.locked():
         if not target.exists():  # another process may have finished it meanwhile
-            download = Download(url, part, ARCHIVES[file], timeout_s, progress)
-            _complete(download, tries, back_off_s)
+            download = Download(url, part, ARCHIVES[file], progress)
+            _complete(download)
             part.finish()
             log.info("downloaded path=%s bytes=%d", target, part.size)
             return target
@@ -177,8 +176,8 @@ def _checked(target: Path, progress: ByteProgress | None) -> Path:
     return target
 
 
-def _complete(download: Download, tries: int, back_off_s: float) -> None:
-    """Request until the file is complete; FetchError after ``tries`` failures in a row."""
+def _complete(download: Download) -> None:
+    """Request until the file is complete; FetchError after ``TRIES`` failures in a row."""
     failures, furthest = 0, download.position
     while not download.is_right():
         try:
@@ -191,12 +190,12 @@ def _complete(download: Download, tries: int, back_off_s: float) -> None:
             if download.position >= furthest + PROGRESS_BYTES:
                 failures, furthest = 0, download.position
             failures += 1
-            if failures >= tries:
+            if failures >= TRIES:
                 raise FetchError(
-                    f"{download.url}: {_reason(error)}; gave up after {tries} tries with "
+                    f"{download.url}: {_reason(error)}; gave up after {TRIES} tries with "
                     f"{download.position:,} bytes kept: run the same command to resume"
                 ) from error
-            wait_s = max(back_off_s * 2 ** (failures - 1), _requested_wait_s(error))
+            wait_s = max(FIRST_WAIT_S * 2 ** (failures - 1), _requested_wait_s(error))
             wait_s = min(wait_s, LONGEST_WAIT_S)
             log.warning("%s bytes=%d wait_s=%.1f", _reason(error), download.position, wait_s)
             time.sleep(wait_s)
@@ -337,11 +336,10 @@ class Download:
         url: str,
         part: PartialFile,
         known: Published,
-        timeout_s: float,
         progress: ByteProgress | None,
     ) -> None:
         self.url, self._part, self._known = url, part, known
-        self._timeout_s, self._progress = timeout_s, progress
+        self._progress = progress
         self._ranges = True
         """False once the server has answered a range wrongly."""
         self._pieced = False
@@ -388,7 +386,7 @@ class Download:
                 headers["If-Range"] = self._origin.validator
         request = urllib.request.Request(self.url, headers=headers)
         try:
-            response = urllib.request.urlopen(request, timeout=self._timeout_s)
+            response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             error.close()
             self._refused(error)

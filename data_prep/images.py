@@ -189,7 +189,7 @@ def decode_sketch(png: bytes | memoryview) -> Strokes:
 
 def read_mask(
     data: bytes, *, size: tuple[int, int] | None = None, white_is_hole: bool = True
-) -> Strokes:
+) -> UInt8[np.ndarray, "height width"]:
     """1 where an image file is white, else 0; with ``white_is_hole`` false, 1 where it is black.
 
     White is a mean over the channels above 127.5, and what is transparent counts as black. The
@@ -210,7 +210,7 @@ def read_mask(
         shrinks = gray.shape[0] >= size[0] and gray.shape[1] >= size[1]
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         gray = cv2.resize(gray, size[::-1], interpolation=how).astype(np.uint8, copy=False)
-    hole: Strokes = ((gray > WHITE_ABOVE) == white_is_hole).astype(np.uint8)
+    hole: np.ndarray = ((gray > WHITE_ABOVE) == white_is_hole).astype(np.uint8)
     return hole
 
 

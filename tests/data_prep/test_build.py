@@ -21,6 +21,7 @@ from PIL import Image
 from cluster.ports import LOOPBACK
 from cluster.services import S3Server
 from cluster.storage import StorageError, open_store
+from data_prep.build import SerialScheduler
 from data_prep.hed import PACKAGED_SHA256, packaged_weights
 from data_prep.images import decode, encode_jpeg, fit
 from data_prep.manifest import describe, read_record
@@ -219,6 +220,13 @@ def test_the_same_images_on_s3_give_the_same_bytes(
     assert dataset.counts["pictures"]["failed"] == local.counts["pictures"]["failed"] - 1
     same = {shard.name: shard.sha256 for shard in local.index}
     assert {shard.name: shard.sha256 for shard in dataset.index} == same
+
+
+def test_a_build_in_one_process_without_ray_gives_the_same_bytes(
+    album: Path, tmp_path: Path, scenes: Path
+) -> None:
+    build(tmp_path, album, subject="scene", scheduler=SerialScheduler())
+    assert contents(tmp_path) == contents(scenes)
 
 
 @pytest.mark.parametrize(("kind", "subject"), [("shard_task", "face"), ("EdgeActor", "scene")])

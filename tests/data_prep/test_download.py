@@ -127,15 +127,11 @@ def published(data: bytes) -> Published:
 
 
 def fetched(server: Server, out: Path, tries: int = 4, timeout_s: float = 5.0) -> Path:
-    return fetch(
-        NAME,
-        out,
-        accept_license=True,
-        base_url=server.url,
-        tries=tries,
-        back_off_s=0.01,
-        timeout_s=timeout_s,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "TRIES", tries)
+        patch.setattr(fetching, "TIMEOUT_S", timeout_s)
+        patch.setattr(fetching, "FIRST_WAIT_S", 0.01)
+        return fetch(NAME, out, accept_license=True, base_url=server.url)
 
 
 def assert_whole(path: Path, data: bytes = DATA) -> None:
@@ -372,11 +368,13 @@ def test_nobody_at_home_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fetching, "TRIES", 2)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
         with pytest.raises(FetchError, match=r"Connection refused; gave up after 2 tries"):
-            fetch(NAME, tmp_path, accept_license=True, base_url=url, tries=2, back_off_s=0.01)
+            fetch(NAME, tmp_path, accept_license=True, base_url=url)
 
 
 CHILD = """
