@@ -1,4 +1,4 @@
-"""The README and the docs are true: what can be typed, what lies where, and the code as a library."""
+"""The README and the docs are true: commands, the tree of modules, and the code as a library."""
 
 import re
 import shlex
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cli import build_parser
 from models.options import ModelOptions
+from pipeline.cli import build_parser
 from tests.test_docs import PAGES, commands
 from tests.weights import write_weights
 
