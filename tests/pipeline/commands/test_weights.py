@@ -84,7 +84,7 @@ def test_an_imported_file_says_where_it_is_from_and_fills_pictures(tmp_path: Pat
 def test_colours_of_nipponjos_files_must_be_told(tmp_path: Path) -> None:
     path, out = tmp_path / "states.pth", tmp_path / "g.safetensors"
     torch.save({"G": nipponjo(0)}, path)
-    with pytest.raises(ValueError, match="give --colours rgb or --colours bgr"):
+    with pytest.raises(ValueError, match="give --colors rgb or --colors bgr"):
         list(import_weights(path, out))
     list(import_weights(path, out, colours="rgb", licence="mine"))
     assert (header(out)["licence"], header(out)["colours"]) == ("mine", "RGB, as the file")
