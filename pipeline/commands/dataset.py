@@ -36,7 +36,7 @@ def _fetch(arguments: argparse.Namespace) -> bool:
         path = fetch(
             arguments.archive,
             arguments.out,
-            accept_license=arguments.accept_license,
+            accept_licence=arguments.accept_licence,
             base_url=arguments.base_url or OFFICIAL,
             progress=advance,
         )
