@@ -1,4 +1,4 @@
-"""The files for a real cluster say the same as what is installed and tested here."""
+"""The files for a real cluster name the versions that are installed and tested here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_credentials_reach_the_pods_from_a_secret_alone() -> None:
         assert [setting["name"] for setting in container["env"]] == ["MLFLOW_TRACKING_URI"]
 
 
-def test_a_worker_is_given_as_long_to_save_as_a_job() -> None:
+def test_a_worker_has_as_long_to_save_as_a_job() -> None:
     job = yaml.safe_load((ROOT / "ray_job.yaml").read_text())
     (workers,) = CLUSTER["spec"]["workerGroupSpecs"]
     grace_s = workers["template"]["spec"]["terminationGracePeriodSeconds"]

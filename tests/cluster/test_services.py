@@ -1,4 +1,4 @@
-"""The S3 server of the laptop: private, lasting, and never left behind."""
+"""The embedded S3 server is private, keeps its data, and is never left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray head of our own: it takes jobs, shares a machine, and leaves nothing behind."""
+"""A temporary Ray head takes jobs, shares a machine, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def job(tmp_path: Path) -> Path:
     return tmp_path / "job.yaml"
 
 
-def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
+def test_a_job_inherits_the_environment_and_our_python_and_returns_its_exit_code(
     head: RayHead, job: Path
 ) -> None:
     (job.parent / "code" / "program.py").write_text(
@@ -65,8 +65,8 @@ def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
         "    here = os.environ['AWS_SECRET_ACCESS_KEY']\n"
         "    there = ray.get(ray.remote(lambda: os.environ['AWS_SECRET_ACCESS_KEY']).remote())\n"
         "    print(len(here), len(there), sys.executable, 'cpus', ray.cluster_resources()['CPU'])\n"
-        "    told = ray.get(ray.remote(job_metadata).remote())\n"
-        "    print('told', told['job_submission_id'], told.get('git_commit'))\n"
+        "    known = ray.get(ray.remote(job_metadata).remote())\n"
+        "    print('metadata', known['job_submission_id'], known.get('git_commit'))\n"
     )
     lines: list[str] = []
     settings = yaml.safe_load(job.read_text())
@@ -89,8 +89,10 @@ def test_a_job_inherits_the_environment_and_our_python_and_tells_how_it_ended(
         assert (working.result(), failing.result()) == (0, 1), lines
     (printed,) = [line for line in lines if line.startswith("14 ")]
     python = Path(sys.executable).with_name("python")
-    (told,) = [line for line in lines if line.startswith("told")]
-    assert re.fullmatch("told working ([0-9a-f]{40}|None)", told)  # None outside of a checkout
+    (metadata,) = [line for line in lines if line.startswith("metadata")]
+    assert re.fullmatch(
+        "metadata working ([0-9a-f]{40}|None)", metadata
+    )  # None outside of a checkout
     assert printed == f"14 14 {python} cpus {float(os.cpu_count() or 1)}"
 
 
@@ -169,13 +171,15 @@ def test_two_heads_share_a_machine_and_end_with_their_parents(
     assert not Path(session).exists()
 
 
-def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nobody_listens_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(SessionError, match=r"RAY_ADDRESS=127.0.0.1:9: start one"), connect():
         pass
 
 
-def test_our_own_package_is_small_and_holds_what_a_job_needs(
+def test_the_package_of_this_repository_is_small_and_has_what_a_job_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -230,7 +234,7 @@ def wait_for_none(folder: Path, timeout_s: float = 60) -> list[psutil.Process]:
     return left
 
 
-def test_work_for_a_gpu_goes_to_one_where_the_cluster_has_some() -> None:
+def test_run_on_gpu_uses_a_gpu_of_the_cluster_and_otherwise_this_process() -> None:
     assert run_on_gpu(os.getpid) == os.getpid()
     program = """
 import os
@@ -244,11 +248,11 @@ ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, _node_ip_addr
 assert run_on_gpu(process) != process()
 print("elsewhere")
 """
-    told = subprocess.run(
+    ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=120,
     )
-    assert told.stdout.splitlines()[-1:] == ["elsewhere"], told.stderr[-2000:]
+    assert ran.stdout.splitlines()[-1:] == ["elsewhere"], ran.stderr[-2000:]
