@@ -8,7 +8,7 @@ PIP := pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check format bench lock
+.PHONY: help demo test unit check format docs bench lock
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,10 @@ check: .venv/installed ## format, lint, types, and which package may import whic
 format: .venv/installed ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/installed ## write docs/commands.md, from --help and the settings
+	$(BIN)/python -m pipeline.commands.reference > docs/commands.new
+	mv docs/commands.new docs/commands.md
 
 bench: .venv/installed ## measure what suits this machine, and bring benchmarks/README.md up to date
 	$(BIN)/python -m benchmarks

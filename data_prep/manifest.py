@@ -1,4 +1,4 @@
-"""What lies beside the shards: manifest, index, sizes, card, and last of all ``dataset.json``."""
+"""The files beside the shards: manifest, index, sizes, card, and last ``dataset.json``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from data_prep.shards import (
     FORMAT,
     Dataset,
     Shard,
-    damage_told,
+    damage_as_shard_error,
     digest_of,
     index_entry,
     shard_from_index,
 )
 from data_prep.sources import DATA_SOURCES
 
-READERS = 16  # threads, for storage that answers slowly
+READERS = 16  # threads, since storage may answer slowly
 
 WORDS = pa.dictionary(pa.int8(), pa.string())
 # Lists of open length: pyarrow cannot read back null entries in lists of fixed size.
@@ -60,8 +60,8 @@ SCHEMA = pa.schema(
         ("phash", pa.int64()),
     ]
 )
-# What the JSON of a sample tells, with its types as a card has them. Without a card, Hugging Face's
-# reader infers them from five samples, and fails at the first landmarks that follow five scenes.
+# The fields of a sample's JSON, with their types for the card. Without a card, Hugging Face's
+# reader infers the types from five samples, and fails at the first landmarks after five scenes.
 PROVENANCE = {
     "key": "dtype: string",
     "source_path": "dtype: string",
@@ -190,10 +190,9 @@ def read_record(store: Store, shard: str) -> ShardRecord:
 def read_rows(
     store: Store, shards: Sequence[str], columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    """The rows of the manifest that each shard has, some or all of their columns.
+    """The rows of each shard, with all or some columns.
 
-    A few are read at a time: quickly also from storage that answers slowly, and no more than a few
-    are in memory.
+    Reads a few shards at a time: fast also from slow storage, and only these are in memory.
     """
 
     def read(shard: str) -> pa.Table:
@@ -223,9 +222,9 @@ def publish(
     shaping: dict[str, Any],
     duplicates: int,
 ) -> None:
-    """Write everything that lies beside the shards; ``dataset.json`` last, which commits it.
+    """Write the files beside the shards; ``dataset.json`` last, which commits the dataset.
 
-    ``duplicates`` is how many train pictures were found to be held out as well.
+    ``duplicates`` is the number of train images that are also held out.
     """
     shards = [record.shard for record in records]
     digest = digest_of(shaping, shards)
@@ -258,7 +257,7 @@ def publish(
 
 
 def count(records: Iterable[ShardRecord]) -> dict[str, Any]:
-    """Pictures by what became of them, sketches by kind, and the size of each split."""
+    """Images by status, sketches by kind, and the size of each split."""
     statuses: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     sketches: Counter[str] = Counter()
@@ -282,7 +281,7 @@ def count(records: Iterable[ShardRecord]) -> dict[str, Any]:
 
 
 def _write_manifest(store: Store, shards: Sequence[Shard], digest: str) -> dict[str, Any]:
-    """All rows in one file, shard by shard, so that millions fit into little memory."""
+    """Write all rows to one file, shard by shard, so that millions need little memory."""
     schema = SCHEMA.with_metadata({"schema_version": "1", "dataset_digest": digest})
     with scratch_folder() as folder:
         path = folder / "manifest.parquet"
@@ -318,8 +317,8 @@ def _versions() -> dict[str, str]:
 def card(
     name: str, license: str, digest: str, counts: dict[str, Any], shaping: dict[str, Any]
 ) -> str:
-    """The README of a data set, with the header that Hugging Face reads."""
-    splits, pictures = counts["splits"], counts["pictures"]
+    """The README of a dataset, with the header that Hugging Face reads."""
+    splits, images = counts["splits"], counts["pictures"]
     called = {"train": "train", "val": "validation"}
     data_files = "".join(
         f'  - split: {called[split]}\n    path: "{name}-{split}-*.tar"\n' for split in splits
@@ -342,7 +341,7 @@ tags:
 - webdataset
 - inpainting
 size_categories:
-- {_size_category(pictures["ok"])}
+- {_size_category(images["ok"])}
 configs:
 - config_name: default
   data_files:
@@ -362,20 +361,20 @@ configs:
 
 # {name}
 
-![some of the pictures with their sketches](contact_sheet.png)
+![some of the images with their sketches](contact_sheet.png)
 
-Pictures with sketches for guided inpainting, as WebDataset shards. Digest `{digest}`.
+Images with sketches for guided inpainting, as WebDataset shards. Digest `{digest}`.
 
 | split | samples | shards | size |
 | --- | ---: | ---: | ---: |
 {table}
 A sample is `<key>.jpg`, `<key>.sketch.png` (one channel, 0 or 255) and `<key>.json` (where the
-picture came from, how its sketch was made). Sketches: {sketches or "none"}; they cover
-{counts["sketch_density"]:.1%} of the pixels. Of {sum(pictures.values()):,} pictures
-{pictures["skipped"]:,} were skipped and {pictures["failed"]:,} could not be read:
+image came from, how its sketch was made). Sketches: {sketches or "none"}; they cover
+{counts["sketch_density"]:.1%} of the pixels. Of {sum(images.values()):,} images
+{images["skipped"]:,} were skipped and {images["failed"]:,} could not be read:
 `manifest.parquet` has a row for each, with the reason.
 
-## Licence
+## License
 
 {license}
 
@@ -391,22 +390,22 @@ def _size_category(samples: int) -> str:
     return next((word for bound, word in bounds if samples < bound), "1M<n<10M")
 
 
-@damage_told()
+@damage_as_shard_error()
 def describe(dataset: Dataset) -> dict[str, str]:
-    """What ``dataset show`` prints, as labels and values. Raises ShardError for a damaged one."""
+    """Labels and values for ``dataset show``. Raises ShardError for a damaged ``dataset.json``."""
     counts = dataset.counts
-    pictures, sketches = counts["pictures"], counts["sketches"]
+    images, sketches = counts["pictures"], counts["sketches"]
     shown = {"name": dataset.name, "url": dataset.url, "digest": dataset.digest}
     for split, of in counts["splits"].items():
         shown[split] = (
             f"{of['samples']:,} samples in {of['shards']:,} shards, {of['bytes'] / 1e6:,.1f} MB"
         )
-    shown["pictures"] = ", ".join(f"{number:,} {word}" for word, number in pictures.items())
+    shown["images"] = ", ".join(f"{number:,} {word}" for word, number in images.items())
     if counts["reasons"]:
         shown["left out"] = ", ".join(f"{n:,} {reason}" for reason, n in counts["reasons"].items())
     if duplicates := counts.get("duplicates"):
         fate = "dropped from" if "duplicate" in counts["reasons"] else "kept in"
-        shown["also held out"] = f"{duplicates:,} pictures {fate} train"
+        shown["also held out"] = f"{duplicates:,} images {fate} train"
     shown["sketches"] = ", ".join(f"{number:,} {kind}" for kind, number in sketches.items())
     shown["sketch density"] = f"{counts['sketch_density']:.1%} of the pixels"
     name = dataset.settings["requested"]["source"]

@@ -1,4 +1,4 @@
-"""Holes: the authors' masks, corrected ones, the paper's brush, boxes, and a user's own.
+"""Masks: the authors' kind, a corrected one, the paper's brush, boxes, and your own images.
 
 Training draws them, yet they are here: they are data, drawn with OpenCV in loader threads, and
 ``pipeline`` and the benchmarks use them without torch.
@@ -25,9 +25,9 @@ from data_prep.images import IMAGE_SUFFIXES, ImageError, Pixels, read_mask
 
 Mask: TypeAlias = UInt8[np.ndarray, "height width"]  # 1 in the hole, 0 where pixels are known
 
-# Of the square of 256 pixels that the authors' constants, and ours, are meant for.
+# Of the square of 256 pixels that the authors' constants, and ours, are made for.
 _REFERENCE_DIAGONAL_PX = math.hypot(256, 256)
-_LENGTH_BITS = 10  # random ones that decide a segment's length; its ends are whole pixels
+_LENGTH_BITS = 10  # random bits that choose the length of a segment, whose ends are whole pixels
 GRAY = (128, 128, 128)
 
 
@@ -86,7 +86,8 @@ class MaskSettings:
     """Kinds of holes (keys of ``MASK_KINDS``: ``official``, ``corrected``, ``brush``, ``box``,
     ``folder``) and their weights; the share of a kind is its weight over their sum."""
     per_sample: bool = True
-    """One mask per image; false: one per global batch, as the authors do."""
+    """One mask per image; false: one per global batch (the authors' release draws one for every GPU
+    and for each of the two updates)."""
     brush: BrushSettings = field(default_factory=BrushSettings)
     """Strokes of the kind ``brush``."""
     box: BoxSettings = field(default_factory=BoxSettings)
@@ -118,10 +119,10 @@ class MaskSettings:
 def official_mask(height: int, width: int, rng: random.Random) -> Mask:
     """A rectangle and 1 to 3 strokes, as the authors' release draws them (v2, inpaint_ops.py).
 
-    Kept as it is, with what looks unintended: strokes are never flipped, so the pen always drifts
-    to the right and 35 % of their area falls in the left half; height and width are swapped for
-    the pen, so on a wide picture strokes end at ``x = height``; brush widths do not scale.
-    At 256 x 256 a mask covers 0.31 of the picture on average.
+    Kept with its peculiarities: strokes are never flipped, so the pen always drifts to the right
+    and 35 % of their area falls in the left half; height and width are swapped for the pen, so on
+    a wide image strokes end at ``x = height``; brush widths do not scale.
+    At 256 x 256 a mask covers 0.31 of the image on average.
     """
     mask = np.zeros((height, width), np.uint8)
     _draw_zigzags(mask, rng, limit_x=height, limit_y=width, right=1, down=1, scale=1.0)
@@ -130,10 +131,10 @@ def official_mask(height: int, width: int, rng: random.Random) -> Mask:
 
 
 def corrected_mask(height: int, width: int, rng: random.Random) -> Mask:
-    """What ``official_mask`` means to be, at any size and aspect ratio.
+    """``official_mask`` without its peculiarities, at any size and aspect ratio.
 
     Strokes start anywhere, reach every side, are flipped left-right and top-bottom at random, and
-    their width scales with the picture, so coverage (0.31 on average) does not depend on its size.
+    their width scales with the image, so coverage (0.31 on average) does not depend on its size.
     """
     mask = np.zeros((height, width), np.uint8)
     _draw_zigzags(
@@ -172,7 +173,7 @@ def brush_mask(height: int, width: int, rng: random.Random, brush: BrushSettings
 
 
 def box_mask(height: int, width: int, rng: random.Random, box: BoxSettings) -> Mask:
-    """One rectangular hole, wholly inside the picture."""
+    """One rectangular hole inside the image."""
     box_height = max(1, round(rng.uniform(box.min_side, box.max_side) * height))
     box_width = max(1, round(rng.uniform(box.min_side, box.max_side) * width))
     top = _below(height - box_height + 1, rng)
@@ -202,7 +203,7 @@ class FolderMasks:
 
     def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
         name = self._files[_below(len(self._files), rng)]
-        if name not in self._contents:  # kept as files: a mask is a few KB packed, 64 and more not
+        if name not in self._contents:  # kept as files: a few KB, and decoded 64 KB or more
             self._contents[name] = self._store.get(name)
         try:
             mask = read_mask(
@@ -341,7 +342,7 @@ def _draw_stroke(mask: Mask, vertices: list[int], brush_width: float) -> None:
 
 
 def _draw_rectangle(mask: Mask, rng: random.Random) -> None:
-    """Fill the authors' rectangle: half the picture's sides, less up to an eighth at either end."""
+    """Fill the authors' rectangle: half the image's sides, less up to an eighth at either end."""
     height, width = mask.shape
     box_height, box_width = height // 2, width // 2
     top, left = _below(height - box_height, rng), _below(width - box_width, rng)

@@ -1,4 +1,4 @@
-"""Pictures in the rows of Parquet files, as Hugging Face keeps them: ``struct<bytes, path>``."""
+"""Images in the rows of Parquet files, as Hugging Face keeps them: ``struct<bytes, path>``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _reading = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A picture in a Parquet file: where its bytes are."""
+class ParquetImage:
+    """Where an image lies in a Parquet file."""
 
     parquet: str
     """The file's path relative to the root."""
@@ -29,31 +29,34 @@ class Row:
     """Of the file, when it was listed."""
 
 
-def list_rows(root: str, parquet: str) -> Iterator[tuple[str | None, Row]]:
-    """Every row of the pictures' column, in order, with the name that it gives its picture.
+def list_parquet(root: str, parquet: str) -> Iterator[tuple[str | None, ParquetImage]]:
+    """Every row of the column of images, in order, with the name that it gives its image.
 
-    Reads the names only, and no pictures. Raises ValueError where there is no such column or no
-    whole file, StorageError.
+    Reads the names only. Raises ValueError where the file is incomplete or has no column of
+    images, StorageError.
     """
     url = join(root, parquet)
     try:
         opened, version = open_version(url)
         with pq.ParquetFile(opened, pre_buffer=True) as file:
-            column = _picture_column(file.schema_arrow, url)
-            pictures = iter(file.read([f"{column}.path"])[column].to_pylist())
+            column = _image_column(file.schema_arrow, url)
+            images = iter(file.read([f"{column}.path"])[column].to_pylist())
             groups = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{url} is no whole Parquet file: {error}") from error
+        raise ValueError(f"{url} is not a complete Parquet file: {error}") from error
     except OSError as error:
         raise StorageError(f"{url}: {error}") from error
     for group, rows in enumerate(groups):
         for row in range(rows):
-            picture = next(pictures)
-            yield picture["path"] if picture else None, Row(parquet, column, group, row, version)
+            image = next(images)
+            yield (
+                image["path"] if image else None,
+                ParquetImage(parquet, column, group, row, version),
+            )
 
 
-def _picture_column(schema: pa.Schema, url: str) -> str:
-    """``image``, or what else is called so; a second one may hold masks."""
+def _image_column(schema: pa.Schema, url: str) -> str:
+    """``image``, or the only column of images; a second one may hold masks."""
     columns: list[str] = [
         field.name
         for field in schema
@@ -63,31 +66,31 @@ def _picture_column(schema: pa.Schema, url: str) -> str:
         return "image"
     if len(columns) != 1:
         raise ValueError(
-            f"{url} has {len(columns)} columns of pictures (struct<bytes, path>) "
-            f"among {', '.join(schema.names)}, and none of them is called 'image'"
+            f"{url} has {len(columns)} columns of images (struct<bytes, path>) "
+            f"among {', '.join(schema.names)}: call the right one 'image'"
         )
     return columns[0]
 
 
-def read_row(root: str, row: Row) -> bytes:
-    """The bytes of one picture. Raises MissingKeyError where there are none, StorageError.
+def read_parquet(root: str, place: ParquetImage) -> bytes:
+    """The bytes of one image. Raises MissingKeyError for an empty row, StorageError.
 
-    A row group is the least that can be read. The last few stay in memory, so neighbours in the
-    order of the file cost one reading.
+    A row group is read as a whole. The last few stay in memory, so that neighbors in the file
+    are read once.
     """
-    url = join(root, row.parquet)
+    url = join(root, place.parquet)
     try:
-        with _reading:  # threads that want the same group wait for the first of them
-            picture = _row_group(url, row.version, row.column, row.group)[row.row]
+        with _reading:  # threads that need one group wait for the first of them
+            image = _row_group(url, place.version, place.column, place.group)[place.row]
     except StorageError:
         raise
     except FileNotFoundError as error:
         raise MissingKeyError(f"{url}: the Parquet file is gone") from error
     except (OSError, pa.ArrowException, IndexError) as error:
-        raise StorageError(f"{url}: row group {row.group} cannot be read: {error}") from error
-    data: bytes | None = picture["bytes"].as_py() if picture.is_valid else None
+        raise StorageError(f"{url}: row group {place.group} cannot be read: {error}") from error
+    data: bytes | None = image["bytes"].as_py() if image.is_valid else None
     if data is None:
-        raise MissingKeyError(f"{url}: row {row.row} of group {row.group} has no picture in it")
+        raise MissingKeyError(f"{url}: row {place.row} of group {place.group} has no image")
     return data
 
 

@@ -1,4 +1,4 @@
-"""From one shard's plan to its samples: read, decode, scale, sketch, encode."""
+"""Make the samples of a shard: read, decode, scale, sketch, encode."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from data_prep.sources import ReadImage
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16  # pictures that are read ahead, and that may wait for their edges together
-BATCH = 8  # pictures of one size that go through the network together
-READERS = 8  # threads, for storage that answers slowly
+CHUNK = 16  # images that are read ahead, and that wait for their edges together
+BATCH = 8  # images of one size that go through the network together
+READERS = 8  # threads, since storage may answer slowly
 FAULTS_OF_A_FILE = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 }
 
 ImageBatch = UInt8[np.ndarray, "batch height width 3"]
 StartEdges = Callable[[ImageBatch], Callable[[], UInt8[np.ndarray, "batch height width"]]]
-"""Begins to look for edges; calling what comes back waits for the strokes."""
+"""Starts the search for edges; the function it returns waits for the strokes."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,19 @@ SKETCH_SETTINGS: dict[Subject, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReusableSample:
-    """A sample that an earlier build made, with its row: its picture need not be read again."""
+    """A sample of an earlier build, with its row: its image need not be read again."""
 
     row: ManifestRow
     sample: RawSample
 
-    def serves(self, picture: SourceImage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-        """Whether this is ``picture``; ``old`` and ``new`` are the records of the two recipes."""
-        settings = IMAGE_SETTINGS + (LANDMARK_SETTINGS if picture.subject == "face" else ())
-        crop = list(picture.crop) if picture.crop else None
+    def serves(self, image: SourceImage, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Whether this is ``image``; ``old`` and ``new`` are records of the sample settings."""
+        settings = IMAGE_SETTINGS + (LANDMARK_SETTINGS if image.subject == "face" else ())
+        crop = list(image.crop) if image.crop else None
         return (
-            self.row["source_path"] == _text(picture.path)
+            self.row["source_path"] == _text(image.path)
             and self.row["crop"] == crop
-            and (self.row["sketch_kind"] == "hed") == (picture.subject == "scene")
+            and (self.row["sketch_kind"] == "hed") == (image.subject == "scene")
             and _equal(settings, old, new)
         )
 
@@ -130,9 +130,9 @@ def _equal(settings: Sequence[str], old: Mapping[str, Any], new: Mapping[str, An
 
 @dataclass
 class _Work:
-    """A picture on its way through the steps."""
+    """An image on its way through the steps."""
 
-    picture: SourceImage
+    image: SourceImage
     row: ManifestRow
     jpg: bytes = b""
     pixels: Pixels | None = None
@@ -141,7 +141,7 @@ class _Work:
 
 
 def make_samples(
-    pictures: Sequence[SourceImage],
+    images: Sequence[SourceImage],
     settings: SampleSettings,
     *,
     read: ReadImage,
@@ -149,36 +149,36 @@ def make_samples(
     earlier: EarlierSamples | None = None,
     excluded: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[ManifestRow, RawSample | None]]:
-    """One row of the manifest per picture, in order, and a sample where there is one.
+    """One row of the manifest per image, in order, and its sample unless the image is unusable.
 
-    A picture that cannot be used becomes a row that says why, as do those in ``excluded``, which
-    gives the reasons by key. While the edges of some pictures are found, the next are decoded;
-    memory holds two chunks of pictures at most. ``earlier`` samples are
-    reused: whole where the settings of their sketches are the same, else with a new sketch.
-    Raises StorageError where the storage, not a picture, is at fault.
+    The row of an unusable image gives the reason, as do those of ``excluded``, reasons by key.
+    Edges of some images are found while the next are decoded; memory holds at most two chunks of
+    images. ``earlier`` samples are reused: whole where the settings of their sketches are the
+    same, else with a new sketch. Raises StorageError for faults of the storage, as opposed to
+    those of one file.
     """
     record = settings.record()
     reusable = {
-        picture.key: earlier.samples[picture.key]
-        for picture in pictures
+        image.key: earlier.samples[image.key]
+        for image in images
         if earlier
-        and picture.key in earlier.samples
-        and earlier.samples[picture.key].serves(picture, earlier.settings, record)
+        and image.key in earlier.samples
+        and earlier.samples[image.key].serves(image, earlier.settings, record)
     }
     old = earlier.settings if earlier else {}
     with ThreadPoolExecutor(READERS) as readers:
         waiting: deque[tuple[list[_Work], Callable[[], None]]] = deque()
-        for chunk in _read_ahead(pictures, reusable, read, settings.data.root, readers):
+        for chunk in _read_ahead(images, reusable, read, settings.data.root, readers):
             works = [
-                _begin(picture, data, settings)
+                _begin(image, data, settings)
                 if isinstance(data, Future)
-                else _take_over(
-                    picture,
+                else _reuse(
+                    image,
                     data,
                     settings,
-                    whole=_equal(SKETCH_SETTINGS[picture.subject], old, record),
+                    whole=_equal(SKETCH_SETTINGS[image.subject], old, record),
                 )
-                for picture, data in chunk
+                for image, data in chunk
             ]
             waiting.append((works, _start(works, start_edges)))
             if len(waiting) == 2:
@@ -188,18 +188,18 @@ def make_samples(
 
 
 def _read_ahead(
-    pictures: Sequence[SourceImage],
+    images: Sequence[SourceImage],
     reusable: Mapping[str, ReusableSample],
     read: ReadImage,
     root: str | None,
     readers: ThreadPoolExecutor,
 ) -> Iterator[list[tuple[SourceImage, Future[bytes] | ReusableSample]]]:
     ahead: deque[list[tuple[SourceImage, Future[bytes] | ReusableSample]]] = deque()
-    for start in range(0, len(pictures), CHUNK):
+    for start in range(0, len(images), CHUNK):
         ahead.append(
             [
-                (picture, reusable.get(picture.key) or readers.submit(read, picture, root))
-                for picture in pictures[start : start + CHUNK]
+                (image, reusable.get(image.key) or readers.submit(read, image, root))
+                for image in images[start : start + CHUNK]
             ]
         )
         if len(ahead) == 2:
@@ -207,9 +207,9 @@ def _read_ahead(
     yield from ahead
 
 
-def _begin(picture: SourceImage, data: Future[bytes], settings: SampleSettings) -> _Work:
+def _begin(image: SourceImage, data: Future[bytes], settings: SampleSettings) -> _Work:
     """Everything up to the edges."""
-    work = _Work(picture, _empty_row(picture))
+    work = _Work(image, _empty_row(image))
     try:
         _decode_and_encode(work, _content(data), settings)
     except ImageError as error:
@@ -218,7 +218,7 @@ def _begin(picture: SourceImage, data: Future[bytes], settings: SampleSettings) 
     except StorageError:
         raise
     except Exception as error:
-        what = f"{picture.path} (key {picture.key}): {type(error).__name__}: {error}"
+        what = f"{image.path} (key {image.key}): {type(error).__name__}: {error}"
         raise RuntimeError(one_line(what)) from error
     return work
 
@@ -227,16 +227,16 @@ def _refuse(row: ManifestRow, status: str, reason: str, message: str) -> None:
     row |= {"status": status, "error_type": reason, "error_message": message}
 
 
-def _take_over(
-    picture: SourceImage, earlier: ReusableSample, settings: SampleSettings, *, whole: bool
+def _reuse(
+    image: SourceImage, earlier: ReusableSample, settings: SampleSettings, *, whole: bool
 ) -> _Work:
-    """A sample that was made before, as it is or without its sketch."""
-    work = _Work(picture, earlier.row, earlier.sample.jpg)
+    """Reuse an earlier sample, whole or without its sketch."""
+    work = _Work(image, earlier.row, earlier.sample.jpg)
     if whole:
         work.sample = earlier.sample
         return work
     meta = json.loads(earlier.sample.meta)
-    if picture.subject == "scene":
+    if image.subject == "scene":
         _await_edges(work, settings)
     elif meta["landmarks"] is None:
         work.strokes = np.zeros((meta["height"], meta["width"]), np.uint8)
@@ -247,7 +247,7 @@ def _take_over(
 
 
 def _content(data: Future[bytes]) -> bytes:
-    """What was read; faults of one file are the picture's, others are not ours to record."""
+    """The bytes read; faults of one file become ImageError, faults of the storage are raised."""
     try:
         return data.result()
     except MissingKeyError:
@@ -260,20 +260,20 @@ def _content(data: Future[bytes]) -> bytes:
 
 
 def _decode_and_encode(work: _Work, data: bytes, settings: SampleSettings) -> None:
-    picture, row = work.picture, work.row
+    image, row = work.image, work.row
     row["source_sha256"] = hashlib.sha256(data).hexdigest()
-    # Twice the size is enough to scale down well, and faces are looked for in that; a crop is
-    # given in pixels of the whole picture.
-    enough_px = None if picture.crop else 2 * settings.data.stored_px
+    # Twice the size is enough to scale down well and to find faces in; a crop is in pixels of the
+    # whole image.
+    enough_px = None if image.crop else 2 * settings.data.stored_px
     decoded = decode(data, enough_px=enough_px, max_pixels=settings.data.max_pixels)
     row |= {"source_width": decoded.width, "source_height": decoded.height}
-    if picture.crop:
-        decoded = decoded.cropped(picture.crop)
+    if image.crop:
+        decoded = decoded.cropped(image.crop)
     pixels = fit(decoded, settings.data.stored_px)
     height, width = pixels.shape[:2]
-    # A JPEG that is stored as it is loses nothing.
-    as_it_is = decoded.plain_jpeg and (width, height) == (decoded.width, decoded.height)
-    work.jpg = data if as_it_is else encode_jpeg(pixels, settings.data.jpeg_quality)
+    # A JPEG of the right size is stored unchanged, without loss.
+    unchanged = decoded.plain_jpeg and (width, height) == (decoded.width, decoded.height)
+    work.jpg = data if unchanged else encode_jpeg(pixels, settings.data.jpeg_quality)
     row |= {
         "width": width,
         "height": height,
@@ -281,14 +281,14 @@ def _decode_and_encode(work: _Work, data: bytes, settings: SampleSettings) -> No
         "phash": perceptual_hash(pixels),
         "status": "ok",
     }
-    if picture.subject == "face":
+    if image.subject == "face":
         _find_landmarks(work, decoded, settings)
     else:
         _await_edges(work, settings)
 
 
 def _await_edges(work: _Work, settings: SampleSettings) -> None:
-    # Edges of the picture as it is stored: whoever has the shards can make the sketches again.
+    # Edges of the stored image, so that the sketches can be made again from the shards.
     sketch = settings.sketch
     work.pixels = decode(work.jpg).pixels
     work.row |= {
@@ -301,7 +301,7 @@ def _await_edges(work: _Work, settings: SampleSettings) -> None:
 
 
 def _find_landmarks(work: _Work, decoded: Decoded, settings: SampleSettings) -> None:
-    # In the larger picture: at the stored size, faces may be too small to be found.
+    # In the larger image, since faces may be too small at the stored size.
     row = work.row
     face = _face_detector()(decoded.pixels)
     row |= {"detector": "dlib", "detector_weights_sha256": LANDMARKS_SHA256}
@@ -334,10 +334,10 @@ def _face_detector() -> FaceDetector:
 
 
 def _start(works: list[_Work], start_edges: StartEdges) -> Callable[[], None]:
-    """Send the scenes off in batches of one size; the result waits for and keeps their strokes."""
+    """Start on the scenes in batches of one size; the result waits for their strokes."""
     scenes = sorted(
         (work for work in works if work.pixels is not None),
-        key=lambda work: (work.row["width"], work.row["height"], work.picture.key),
+        key=lambda work: (work.row["width"], work.row["height"], work.image.key),
     )
     started = []
     for _, same_size in itertools.groupby(
@@ -384,16 +384,16 @@ def _provenance(row: ManifestRow, settings: SampleSettings) -> dict[str, Any]:
     return {name: row.get(name) for name in PROVENANCE} | {"line_width": line_width}
 
 
-def _empty_row(picture: SourceImage) -> ManifestRow:
+def _empty_row(image: SourceImage) -> ManifestRow:
     row: ManifestRow = dict.fromkeys(SCHEMA.names)
     return row | {
-        "key": picture.key,
-        "split": picture.split,
-        "source_path": _text(picture.path),
-        "crop": list(picture.crop) if picture.crop else None,
+        "key": image.key,
+        "split": image.split,
+        "source_path": _text(image.path),
+        "crop": list(image.crop) if image.crop else None,
     }
 
 
 def _text(path: str) -> str:
-    """A file name need not be UTF-8, a column of text must."""
+    """A path as UTF-8, which a column of text must be and a file name need not."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

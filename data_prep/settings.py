@@ -24,11 +24,11 @@ class DataSettings:
     """Folder of the dataset under ``<storage>/datasets`` and first part of its shards' names."""
     source: str
     """Where the images come from, a key of ``DATA_SOURCES``: ``bundled``, ``folder``,
-    ``places2`` or ``celebahq``."""
+    ``webdataset``, ``places2`` or ``celebahq``."""
     root: str | None = None
     """Where the images are: a path, ``file://`` or ``s3://`` (not for ``bundled``)."""
     subject: Subject = "scene"
-    """What a ``folder`` shows: scenes get HED edges, faces get joined landmarks."""
+    """What a ``folder`` or ``webdataset`` shows: scenes get HED edges, faces joined landmarks."""
     split: str = "official"
     """Of CelebA-HQ: ``official``, ``val_fraction``, or the path or URL of a held-out list."""
     allow_partial: bool = False
@@ -40,7 +40,7 @@ class DataSettings:
     jpeg_quality: int = JPEG_QUALITY
     """Quality of the stored JPEGs, 1 to 100."""
     val_fraction: float = 0.05
-    """Share of images held out of a ``folder``, and where ``split`` is ``val_fraction``."""
+    """Share held out of a ``folder`` or ``webdataset``, and where ``split`` is ``val_fraction``."""
     shard_samples: int = 2000
     """Samples per shard, about; 2,000 images of 256 px make some 100 MB."""
     max_pixels: int = MAX_PIXELS

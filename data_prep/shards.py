@@ -1,4 +1,4 @@
-"""Shards: which picture goes where, how a tar is written and read, and a finished data set."""
+"""Shards: which image goes into which, how a tar is written and read, and a finished dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Split = Literal["train", "val"]
 
 
 class ShardError(ValueError):
-    """A shard or data set that is missing, damaged or not ours; one line, naming it."""
+    """A shard or dataset that is missing, damaged or of another kind; one line with its name."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))  # names in damaged headers may have newlines
@@ -35,22 +35,22 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class RawSample:
-    """One picture's files, as they lie in the tar."""
+    """The files of one image in the tar."""
 
     key: str
     jpg: bytes
     sketch: bytes
     """A PNG of one channel with the values 0 and 255."""
     meta: bytes
-    """JSON: where the picture came from and how its sketch was made."""
+    """JSON: where the image came from and how its sketch was made."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished tar. A shard whose pictures all failed is a valid tar of no samples."""
+    """One finished tar. A shard whose images all failed is a valid tar without samples."""
 
     name: str
-    """File name below the URL of the data set, ``demo-train-000000.tar``."""
+    """File name below the URL of the dataset, ``demo-train-000000.tar``."""
     split: Split
     samples: int
     bytes: int
@@ -66,10 +66,10 @@ class Readable(Protocol):
 def plan(keys: Iterable[str], *, shard_samples: int, seed: int) -> list[list[str]]:
     """Deal keys to shards, each shard sorted; a function of the arguments alone, not their order.
 
-    A key's hash says which shard it belongs to, so a shard mixes folders and classes, and a picture
-    that is added or removed changes one shard. The number of shards is a power of two: streams
-    divide it, and it stays as it is until the number of pictures has doubled. A shard then holds
-    between half of ``shard_samples`` and all of it, give or take its square root; none is empty.
+    The hash of a key chooses its shard, so a shard mixes folders and classes, and an image that is
+    added or removed changes one shard. The number of shards is a power of two: streams divide it,
+    and it stays until the number of images has doubled. A shard holds between half of
+    ``shard_samples`` and all of it, give or take its square root; none is empty.
 
     Raises ShardError for a key that cannot name a tar member, or that occurs twice.
     """
@@ -80,7 +80,7 @@ def plan(keys: Iterable[str], *, shard_samples: int, seed: int) -> list[list[str
     ]
     for (_, key), (_, following) in itertools.pairwise(hashed):
         if key == following:
-            raise ShardError(f"key {key!r} stands for two pictures: keys must be unique")
+            raise ShardError(f"two images have the key {key!r}: keys must be unique")
     for _, key in hashed:
         if not KEY.fullmatch(key):
             raise ShardError(f"key {key!r} cannot name a sample: it must match {KEY.pattern}")
@@ -99,16 +99,16 @@ def shard_name(dataset: str, split: Split, number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[RawSample], *, split: Split, name: str) -> Shard:
-    """Write one tar; equal samples give equal bytes (no times, no owners, no order of chance)."""
+    """Write one tar; equal samples give equal bytes (without times and owners)."""
     sha256 = hashlib.sha256()
     count, written = 0, 0
     first_key = last_key = ""
-    with path.open("wb", buffering=MIB) as file:  # unbuffered, a full disk may cut in silence
+    with path.open("wb", buffering=MIB) as file:  # unbuffered, a full disk may truncate silently
         for sample in samples:
             if not KEY.fullmatch(sample.key):
                 raise ShardError(f"{name}: key {sample.key!r} must match {KEY.pattern}")
             if count and sample.key <= last_key:
-                raise ShardError(f"{name}: {sample.key} after {last_key}: samples must be sorted")
+                raise ShardError(f"{name}: {sample.key} follows {last_key}: samples must be sorted")
             block = sample_block(sample)
             file.write(block)
             sha256.update(block)
@@ -153,9 +153,9 @@ def _header(name: str, size: int) -> bytes:
 
 
 def read_samples(source: Readable | Path | bytes, *, name: str = "") -> Iterator[RawSample]:
-    """Every sample of a shard, in order; reads from front to back, so any stream will do.
+    """Every sample of a shard, in order; reads any stream from front to back.
 
-    ``name`` is for messages. Raises ShardError where the tar ends early or is not one of ours.
+    ``name`` is for messages. Raises ShardError where the tar ends early or is of another kind.
     """
     if isinstance(source, Path):
         with source.open("rb", buffering=1 << 20) as file:
@@ -171,12 +171,12 @@ def read_samples(source: Readable | Path | bytes, *, name: str = "") -> Iterator
                 raise ShardError(f"{name}: {key} has {', '.join(members)} instead of all fields")
             other_key, _, field = member[0].partition(".")
             if other_key != key:
-                raise ShardError(f"{name}: {member[0]} stands where {key} is incomplete")
+                raise ShardError(f"{name}: {member[0]} follows an incomplete {key}")
             members[field] = member[1]
         try:
             yield RawSample(key, *(members[field] for field in FIELDS))
         except KeyError as error:
-            raise ShardError(f"{name}: {key} has no {error.args[0]}") from None
+            raise ShardError(f"{name}: {key} lacks its {error.args[0]}") from None
 
 
 def _member(stream: Readable, name: str) -> tuple[str, bytes] | None:
@@ -184,9 +184,9 @@ def _member(stream: Readable, name: str) -> tuple[str, bytes] | None:
     header = stream.read(BLOCK)
     if len(header) == BLOCK and header[0]:
         if header[257:262] != b"ustar" or header[156:157] != b"0":
-            raise ShardError(f"{name} is no shard of ours: a plain USTAR file was expected")
+            raise ShardError(f"{name} is not one of our shards: expected a plain USTAR file")
         try:
-            size = int(b"0" + header[124:135], 8)  # with a digit before it, no sign is taken
+            size = int(b"0" + header[124:135], 8)  # the digit in front rules out a sign
         except ValueError:
             raise ShardError(f"{name} is damaged: a member's size is unreadable") from None
         member = header[:100].partition(b"\0")[0].decode("ascii", "replace")
@@ -201,7 +201,7 @@ def _member(stream: Readable, name: str) -> tuple[str, bytes] | None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished data set on storage: everything here is in its ``dataset.json``."""
+    """A finished dataset on storage, as its ``dataset.json`` describes it."""
 
     url: str
     name: str
@@ -210,16 +210,16 @@ class Dataset:
     settings: dict[str, Any]
     counts: dict[str, Any]
     files: dict[str, dict[str, Any]]
-    """Size and SHA-256 of what lies beside the shards."""
+    """Size and SHA-256 of the files beside the shards."""
 
     @classmethod
     def open(cls, url: str) -> Dataset:
-        """Read ``dataset.json``; ShardError where there is none, since then nothing is finished."""
+        """Read ``dataset.json``; ShardError where it is missing, so that nothing is finished."""
         try:
             data = open_store(url).get("dataset.json")
         except MissingKeyError:
             raise ShardError(
-                f"{url} holds no finished data set (dataset.json is missing): prepare it first"
+                f"{url} holds no finished dataset (dataset.json is missing): prepare it first"
             ) from None
         try:
             record = json.loads(data)
@@ -228,8 +228,8 @@ class Dataset:
                 fields = [field for field in cls.__dataclass_fields__ if field != "url"]
                 return cls(url=url, **{field: record[field] for field in fields})
         except (ValueError, KeyError, TypeError):
-            raise ShardError(f"{join(url, 'dataset.json')} is not a data set of ours") from None
-        raise ShardError(f"{url} has data set format {found}; this program reads {FORMAT}")
+            raise ShardError(f"{join(url, 'dataset.json')} is not one of our datasets") from None
+        raise ShardError(f"{url} has dataset format {found}; this program reads {FORMAT}")
 
     @cached_property
     def store(self) -> Store:
@@ -237,12 +237,12 @@ class Dataset:
 
     @cached_property
     def index(self) -> list[Shard]:
-        """Every shard of every split, in the order of the names."""
+        """Every shard of every split, ordered by name."""
         data = self.store.get("index.json")
         try:
             return [shard_from_index(entry) for entry in json.loads(data)["shardlist"]]
         except (ValueError, KeyError, TypeError):
-            raise ShardError(f"{join(self.url, 'index.json')} is no index of ours") from None
+            raise ShardError(f"{join(self.url, 'index.json')} is not one of our indexes") from None
 
     def shards(self, split: Split) -> list[Shard]:
         return [shard for shard in self.index if shard.split == split]
@@ -254,9 +254,9 @@ class Dataset:
 
 
 def index_entry(shard: Shard) -> dict[str, Any]:
-    """A shard in the words of wids, with what we add.
+    """The shard in the keys of wids, and ours.
 
-    Its ``md5sum`` is left out: wids does not need it, and it took as long as writing the shard.
+    Without ``md5sum``: wids does not need it, and it took as long as writing the shard.
     """
     return {
         "url": shard.name,
@@ -282,7 +282,7 @@ def shard_from_index(entry: dict[str, Any]) -> Shard:
 
 
 def digest_of(shaping: dict[str, Any], shards: Sequence[Shard]) -> str:
-    """What names the content: the settings that shape bytes, and the shards' hashes in order."""
+    """SHA-256 of the content: the settings that shape bytes, and the hashes of the shards."""
     content = {
         "format": FORMAT,
         "settings": shaping,
@@ -297,22 +297,22 @@ def canonical_json(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def damage_told() -> Iterator[None]:
-    """For what reads more of a ``dataset.json`` than ``Dataset.open``: ShardError for KeyError."""
+def damage_as_shard_error() -> Iterator[None]:
+    """Turn a KeyError inside, from keys that ``Dataset.open`` does not check, into ShardError."""
     try:
         yield
     except KeyError as error:
         raise ShardError(f"dataset.json is damaged: {error} is missing") from None
 
 
-@damage_told()
+@damage_as_shard_error()
 def verify(
     dataset: Dataset, *, threads: int = 8, progress: Callable[[int, int], None] | None = None
 ) -> list[str]:
-    """Read every byte again; one line per fault, naming the file, and none if all is as written.
+    """Read every byte again; one line per fault, naming the file.
 
-    ``progress(bytes_done, bytes_in_all)`` is called after each file, from one thread. Raises
-    ShardError where ``dataset.json`` does not say what to compare with.
+    ``progress(bytes_done, all_bytes)`` is called after each file, from one thread. Raises
+    ShardError where ``dataset.json`` lacks the values to compare with.
     """
     files = dict(dataset.files)
     index, faults = [], []
@@ -348,7 +348,7 @@ def _file_check(dataset: Dataset, name: str, entry: dict[str, Any]) -> Callable[
         if len(data) != entry["bytes"]:
             return [f"{name} has {len(data)} bytes instead of {entry['bytes']}"]
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            return [f"{name} has other content than was written (SHA-256 differs)"]
+            return [f"{name} has changed since it was written (SHA-256 differs)"]
         return []
 
     return check
@@ -367,7 +367,7 @@ def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
         if hashing.count != shard.bytes:
             return [f"{shard.name} has {hashing.count} bytes instead of {shard.bytes}"]
         if hashing.sha256.hexdigest() != shard.sha256:
-            return [f"{shard.name} has other content than was written (SHA-256 differs)"]
+            return [f"{shard.name} has changed since it was written (SHA-256 differs)"]
         if len(keys) != shard.samples:
             return [f"{shard.name} has {len(keys)} samples instead of {shard.samples}"]
         return []
@@ -376,9 +376,9 @@ def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
 
 
 class _Hashing:
-    """A stream that remembers the hash and the number of bytes that went through it.
+    """A stream that computes the hash and the number of the bytes read through it.
 
-    It gives ``at_most`` so many at once, for a damaged header may ask for more than the memory has.
+    One read returns ``at_most`` so many, since a damaged header may ask for more than the memory.
     """
 
     def __init__(self, source: BinaryIO, *, at_most: int) -> None:

@@ -1,4 +1,4 @@
-"""What guides the fill: edges cut at a threshold, or facial landmarks joined by lines."""
+"""Sketches that guide the fill: edges above a threshold, or facial landmarks joined by lines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def face_strokes(
 ) -> Strokes:
     """Landmarks joined by lines of ``line_width`` pixels, without anti-aliasing.
 
-    ``points`` are (x, y) in pixels of the picture; they may lie outside of it.
+    ``points`` are (x, y) in pixels of the image; they may lie outside it.
     """
     canvas = np.zeros((height, width), np.uint8)
     whole = np.rint(points).astype(np.int32)

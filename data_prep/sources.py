@@ -1,4 +1,4 @@
-"""Where pictures come from: which there are, under which keys, and in which split."""
+"""Sources of images: every image, its key and its split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.storage import one_line, open_store
-from data_prep import celebahq, places2
+from data_prep import celebahq, places2, webdataset_source
 from data_prep.files import (
     SourceImage,
     key_of,
@@ -35,7 +35,7 @@ ReadImage = Callable[[SourceImage, str | None], bytes]
 def read_image(image: SourceImage, root: str | None) -> bytes:
     """The bytes of an image that lies below ``root``. Raises StorageError."""
     assert root is not None
-    return read_file(root, image.path, image.member)
+    return read_file(root, image.path, image.place)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _list_folder(data: DataSettings) -> Iterator[SourceImage]:
     files = list_files(root)
     splits = _folder_splits(_chosen(files, root), root, data.val_fraction)
     for path, split in splits.items():
-        yield SourceImage(key_of(path), split, data.subject, path, data.source, member=files[path])
+        yield SourceImage(key_of(path), split, data.subject, path, data.source, place=files[path])
 
 
 def _list_places2(data: DataSettings) -> Iterator[SourceImage]:
@@ -93,8 +93,14 @@ def _list_celebahq(data: DataSettings) -> Iterator[SourceImage]:
     )
 
 
+def _list_webdataset(data: DataSettings) -> Iterator[SourceImage]:
+    return webdataset_source.list_images(
+        _root(data), subject=data.subject, val_fraction=data.val_fraction
+    )
+
+
 def _chosen(paths: Iterable[str], root: str) -> list[str]:
-    """Those whose suffix is that of a picture; of the others it is told what they are."""
+    """The paths with the suffix of an image; the others are counted in the log."""
     chosen, others = [], Counter[str]()
     for path in paths:
         suffix = Path(path).suffix.lower()
@@ -104,7 +110,7 @@ def _chosen(paths: Iterable[str], root: str) -> list[str]:
             others[suffix or "no suffix"] += 1
     if others:
         log.warning(
-            "files that are no pictures left out count=%d (%s) root=%s",
+            "files left out that are not images count=%d (%s) root=%s",
             others.total(),
             one_line(", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))),
             root,
@@ -112,7 +118,7 @@ def _chosen(paths: Iterable[str], root: str) -> list[str]:
     return chosen
 
 
-# Photographs inside the wheels of scikit-image and scikit-learn. The pictures of the two splits
+# Photographs inside the wheels of scikit-image and scikit-learn. The images of the two splits
 # are different photographs.
 BUNDLED_TRAIN = {
     "skimage/data/camera.png": (512, 512),
@@ -158,7 +164,7 @@ def _read_bundled(image: SourceImage, _: str | None) -> bytes:
 
 
 def _windows(width: int, height: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Two rows of square windows that reach into the corners; at least 256 pixels each."""
+    """Two rows of square windows that reach into the corners, each of at least 256 pixels."""
     side = max(256, min(width, height) * 16 // 25)
     for row in range(2):
         for column in range(columns):
@@ -176,16 +182,16 @@ def _package_folder(package: str) -> Path:
 
 
 def _folder_splits(paths: list[str], root: str, val_fraction: float) -> dict[str, Split]:
-    """Folders ``train`` and ``val``, where both exist, are the splits; else the names decide."""
+    """Folders ``train`` and ``val`` are the splits where both exist; else the names decide."""
     if not paths:
-        raise ValueError(f"{root} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"{root} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     tops = {path.partition("/")[0] for path in paths if "/" in path}
     if not {"train", "val"} <= tops:
         return split_by_name(paths, val_fraction)
     splits: dict[str, Split] = {path: "train" for path in paths if path.startswith("train/")}
     splits |= {path: "val" for path in paths if path.startswith("val/")}
     if others := len(paths) - len(splits):
-        log.warning("pictures outside of train/ and val/ left out count=%d root=%s", others, root)
+        log.warning("images outside train/ and val/ left out count=%d root=%s", others, root)
     return splits
 
 
@@ -193,8 +199,8 @@ DATA_SOURCES = {
     "bundled": DataSource(
         about="Photographs inside the packages scikit-image and scikit-learn.",
         splits="Fixed: train and val are different photographs.",
-        license="Photographs in the packages scikit-image and scikit-learn, under the licences "
-        "stated there (public domain, CC0, CC BY); not to be passed on without those.",
+        license="Photographs in the packages scikit-image and scikit-learn, under the licenses "
+        "stated there (public domain, CC0, CC BY); keep those licenses with every copy.",
         list=_list_bundled,
         read=_read_bundled,
         needs_root=False,
@@ -202,21 +208,27 @@ DATA_SOURCES = {
     "folder": DataSource(
         about="Any tree of images, also inside tars.",
         splits="Folders train and val where both exist; else the share val_fraction, by name.",
-        license="That of the pictures in the folder; nothing was said about it when this was made.",
+        license="That of the images in the folder, which was not stated when this was made.",
         list=_list_folder,
+    ),
+    "webdataset": DataSource(
+        about="Tars of samples with a jpg, jpeg, png or webp member, as img2dataset writes them.",
+        splits="As the names of the tars say; else the share val_fraction, by name.",
+        license="That of the images in the tars; nothing was said about it when this was made.",
+        list=_list_webdataset,
     ),
     "places2": DataSource(
         about="Places2 (Places365), as its archives or unpacked.",
         splits="The published ones.",
-        license="Places365: the pictures belong to their owners; for research and teaching that is "
-        "not commercial. Keep this data set inside your institution.",
+        license="Places365: the images belong to their owners; for non-commercial research "
+        "and education. Keep this dataset inside your institution.",
         list=_list_places2,
     ),
     "celebahq": DataSource(
         about="CelebA-HQ, as files or in Parquet.",
         splits="Chosen by split: CelebA's partition, a share, or a list of held-out images.",
-        license="CelebA-HQ: for research that is not commercial; no redistribution, copies at one "
-        "site only. This data set is internal.",
+        license="CelebA-HQ: for non-commercial research; no redistribution, copies at one "
+        "site only. This dataset is internal.",
         list=_list_celebahq,
     ),
 }

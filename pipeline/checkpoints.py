@@ -1,4 +1,4 @@
-"""Numbered checkpoints on storage: written behind the training, finished by their manifest."""
+"""Numbered checkpoints on storage: written in the background, finished by their manifest."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+
 from cluster.storage import MissingKeyError, Store, join, open_store
 from models.options import ModelOptions
 from pipeline.config import stored_model_options
@@ -21,7 +25,8 @@ from pipeline.config import stored_model_options
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-TRANSFERS = 4  # files on their way at the same time; big ones go in parts besides
+TENSORS = ".safetensors"
+TRANSFERS = 4  # files in transfer at the same time; large ones also go in parallel parts
 MetricMode = Literal["min", "max"]
 CheckpointChoice = int | Literal["newest", "best"]
 """A step, or which one of a run's."""
@@ -32,22 +37,23 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, incomplete or damaged; the message names it in one line."""
+    """A checkpoint is missing, incomplete, damaged or not finite; the message names it."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run. One exists only once its manifest does.
+    """The checkpoints of one run. A checkpoint exists only once its manifest does.
 
-    Saving goes on in the background, one checkpoint at a time; of the finished ones the newest
-    ``keep`` stay, and the one that is ``best`` by a metric: ``("val/psnr_db", "max")``. One process
-    may save, any number may read.
+    Saving runs in the background, one checkpoint at a time. Of the finished ones the newest
+    ``keep`` stay, the ``best`` by a metric such as ``("val/psnr_db", "max")``, and the newest
+    healthy one: intact byte for byte, with finite tensors and metrics. One process may save, any
+    number may read.
     """
 
     def __init__(
         self, store: Store, *, keep: int = 3, best: tuple[str, MetricMode] | None = None
     ) -> None:
         if keep < 1:
-            raise ValueError(f"keep={keep} checkpoints: at least the newest one has to stay")
+            raise ValueError(f"keep={keep} checkpoints: keep at least the newest one")
         self._store, self._keep, self._best = store, keep, best
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -59,20 +65,24 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, bytes], *, manifest: Mapping[str, Any]) -> None:
         """Write in the background; ``manifest`` is added to the names, sizes and digests.
 
-        Returns at once, unless the save before is still under way: then it waits for that. Raises
-        what the save before has raised.
+        Returns at once, unless the previous save is still running: then it waits for that. Raises
+        the error of the previous save, and CheckpointError where a metric in ``manifest`` is not
+        finite. A tensor that is not finite raises CheckpointError later, as an error in writing
+        does. None of these leaves a finished checkpoint.
         """
+        if fault := _metrics_fault(manifest):
+            raise CheckpointError(f"step {step} was not saved at {self.url}: {fault}")
         self.wait()
         self._pending = self._writer.submit(self._write, step, dict(files), dict(manifest))
 
     def wait(self) -> None:
-        """Until the last save is finished. Raises what it raised."""
+        """Wait for the last save. Raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Finish what is being saved. Raises what it raised."""
+        """Finish the last save. Raises its error."""
         try:
             self.wait()
         finally:
@@ -98,14 +108,14 @@ class CheckpointStore:
         return max(finite, key=lambda step: (finite[step], step), default=None)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What was saved with ``step``, and ``files``: ``bytes`` and ``sha256`` by name."""
+        """The manifest given to ``save``, with ``files``: ``bytes`` and ``sha256`` by name."""
         key = f"{_folder(step)}/{MANIFEST}"
         try:
             data = self._store.get(key)
         except MissingKeyError as error:
             known = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
-                f"{self.url} has no finished checkpoint of step {step}: there are {known}"
+                f"{self.url} has no finished checkpoint of step {step}: it has {known}"
             ) from error
         try:
             manifest = json.loads(data)
@@ -116,13 +126,13 @@ class CheckpointStore:
         return dict(manifest)
 
     def manifests(self) -> dict[int, dict[str, Any]]:
-        """Every finished checkpoint's manifest, oldest first; damaged ones only give a warning."""
+        """The manifest of every finished checkpoint, oldest first; damaged ones give a warning."""
 
         def manifest(step: int) -> dict[str, Any] | None:
             try:
                 return self.manifest(step)
             except CheckpointError as error:
-                log.warning("checkpoint passed over step=%d: %s", step, error)
+                log.warning("checkpoint skipped step=%d: %s", step, error)
                 return None
 
         steps = self.steps()
@@ -130,13 +140,18 @@ class CheckpointStore:
         return {step: manifest for step, manifest in found if manifest is not None}
 
     def load(self, step: int) -> dict[str, bytes]:
-        """Every file of ``step``, each byte checked. Raises CheckpointError for a damaged one."""
-        files = self.manifest(step)["files"]
-        contents = _at_once(lambda name: self._get(step, name, files), files)
-        return dict(zip(files, contents, strict=True))
+        """Every file of ``step``. Raises CheckpointError unless it is healthy, byte for byte."""
+        manifest = self.manifest(step)
+        files = manifest["files"]
+        contents = dict(
+            zip(files, _at_once(lambda name: self._get(step, name, files), files), strict=True)
+        )
+        if fault := _metrics_fault(manifest) or _tensors_fault(contents):
+            raise CheckpointError(f"{join(self.url, _folder(step))} is damaged: {fault}")
+        return contents
 
     def load_newest(self) -> tuple[int, dict[str, bytes]] | None:
-        """The newest checkpoint that is intact; damaged ones are passed over with a warning.
+        """The newest healthy checkpoint; skips others with a warning.
 
         None if there is no checkpoint at all. Raises CheckpointError if all are damaged.
         """
@@ -145,12 +160,24 @@ class CheckpointStore:
             try:
                 return step, self.load(step)
             except CheckpointError as error:
-                log.warning("checkpoint passed over step=%d: %s", step, error)
+                log.warning("checkpoint skipped step=%d: %s", step, error)
         if steps:
             raise CheckpointError(
-                f"every checkpoint at {self.url} is damaged: delete it to restart"
+                f"every checkpoint at {self.url} is damaged: delete them to start again"
             )
         return None
+
+    def fault(self, step: int) -> str | None:
+        """What a look at the manifest and at the sizes shows to be wrong; no file is read."""
+        try:
+            manifest = self.manifest(step)
+            for name, file in manifest["files"].items():
+                size = self._existing(step, name, self._store.size)
+                if size != file["bytes"]:
+                    return self._damaged(step, name, f"{size} of {file['bytes']} bytes")
+        except CheckpointError as error:
+            return str(error)
+        return _metrics_fault(manifest)
 
     def read(self, step: int, name: str) -> bytes:
         """One file of ``step``, each byte checked."""
@@ -160,22 +187,22 @@ class CheckpointStore:
         return self._get(step, name, files)
 
     def verify(self, step: int) -> list[str]:
-        """Read every byte; one line for each fault, none if all is as it was written."""
+        """Read every byte; one line for each fault, none for a healthy checkpoint."""
         try:
-            files = self.manifest(step)["files"]
+            manifest = self.manifest(step)
         except CheckpointError as error:
             return [str(error)]
+        files = manifest["files"]
 
         def fault(name: str) -> str | None:
             try:
-                self._get(step, name, files)
+                return _tensors_fault({name: self._get(step, name, files)})
             except CheckpointError as error:
                 return str(error)
-            return None
 
         strangers = self._folders().get(step, set()) - set(files) - {MANIFEST}
         return [
-            *filter(None, _at_once(fault, files)),
+            *filter(None, [*_at_once(fault, files), _metrics_fault(manifest)]),
             *(
                 f"{join(self.url, _folder(step), name)} is not in the manifest"
                 for name in sorted(strangers)
@@ -185,13 +212,12 @@ class CheckpointStore:
     def pull(self, step: int, to: Path) -> list[Path]:
         """Copy ``step`` into the folder ``to``, each byte checked; its manifest comes last.
 
-        Files that are there already are not fetched again, so a pull that was cut short is
-        finished by repeating it.
+        Files that are already in ``to`` are not fetched again: repeat a pull that was cut short.
         """
         manifest = self.manifest(step)
         files = manifest["files"]
         to.mkdir(parents=True, exist_ok=True)
-        (to / MANIFEST).unlink(missing_ok=True)  # ``to`` is not what it says until the end
+        (to / MANIFEST).unlink(missing_ok=True)  # it describes ``to`` only at the end
 
         def fetch(name: str) -> Path:
             path = to / name
@@ -207,18 +233,32 @@ class CheckpointStore:
         return [*paths, to / MANIFEST]
 
     def delete(self, step: int) -> None:
-        """Take ``step`` away; its manifest first, so half a checkpoint is never taken for one."""
+        """Delete ``step``, its manifest first: half a checkpoint never passes for a whole one."""
         self._store.delete(f"{_folder(step)}/{MANIFEST}")
         for name in self._folders().get(step, set()) - {MANIFEST}:
             self._store.delete(f"{_folder(step)}/{name}")
 
     def prune(self) -> list[int]:
-        """Delete what need not stay, also what was never finished; returns those steps.
+        """Delete what need not stay, and what was never finished; returns those steps.
 
-        Only what is older than the newest finished one goes: a newer one is being written.
+        Keeps all that is newer than the newest finished checkpoint: it is being written. Reads
+        checkpoints, newest first, until one is healthy: that one stays as well. Where none is, all
+        finished ones stay.
         """
+        healthy = None
+        for step in reversed(self.steps()):
+            try:
+                self.load(step)
+            except CheckpointError as error:
+                log.warning("checkpoint is not healthy step=%d: %s", step, error)
+            else:
+                healthy = step
+                break
+        return self._prune(healthy)
+
+    def _prune(self, healthy: int | None) -> list[int]:
         finished = self.steps()
-        staying = set(finished[-self._keep :])
+        staying = set(finished) if healthy is None else {*finished[-self._keep :], healthy}
         if self._best and (best := self.best(*self._best)) is not None:
             staying.add(best)
         gone = [
@@ -232,7 +272,9 @@ class CheckpointStore:
 
     def _write(self, step: int, files: dict[str, bytes], more: dict[str, Any]) -> None:
         started = time.perf_counter()
-        self.delete(step)  # what a save that was cut short has left
+        if fault := _tensors_fault(files):
+            raise CheckpointError(f"step {step} was not saved at {self.url}: {fault}")
+        self.delete(step)  # leftovers of a save that was cut short
         _at_once(lambda name: self._store.put(f"{_folder(step)}/{name}", files[name]), files)
         manifest = {
             **more,
@@ -253,9 +295,9 @@ class CheckpointStore:
             join(self.url, _folder(step)),
         )
         for later in (later for later in self.steps() if later > step):
-            log.warning("checkpoint deleted step=%d: the run went on from before it", later)
+            log.warning("checkpoint deleted step=%d: the run resumed from before it", later)
             self.delete(later)
-        self.prune()
+        self._prune(healthy=step)
 
     def _folders(self) -> dict[int, set[str]]:
         """The names in each step's folder, finished or not."""
@@ -271,7 +313,7 @@ class CheckpointStore:
             expected = files[name]["bytes"]
             raise CheckpointError(self._damaged(step, name, f"{len(data)} of {expected} bytes"))
         if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
-            raise CheckpointError(self._damaged(step, name, "its sha256 is another"))
+            raise CheckpointError(self._damaged(step, name, "its sha256 differs"))
         return data
 
     def _existing(self, step: int, name: str, use: Callable[[str], T]) -> T:
@@ -294,6 +336,29 @@ class CheckpointInfo:
     """UTC, as 2026-01-31T12:00:00Z."""
     bytes: int
     metrics: Mapping[str, float]
+
+
+def _metrics_fault(manifest: Mapping[str, Any]) -> str | None:
+    """The first metric that is not finite, in words."""
+    for name, value in manifest.get("metrics", {}).items():
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            return f"its metric {name} is {value}"
+    return None
+
+
+def _tensors_fault(files: Mapping[str, bytes]) -> str | None:
+    """The first tensor in a safetensors file with a value that is not finite, in words."""
+    for name, data in files.items():
+        if not name.endswith(TENSORS):
+            continue
+        try:
+            tensors = load_tensors(data)
+        except SafetensorError as error:
+            return f"{name} is not a safetensors file: {error}"
+        for tensor, values in tensors.items():
+            if not np.isfinite(values).all():
+                return f"{tensor} in {name} is not finite"
+    return None
 
 
 def refuse_other_model(run: str, manifest: Mapping[str, Any], model: ModelOptions) -> None:
@@ -320,7 +385,7 @@ def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
         if checkpoints.steps():
             return checkpoints, None
     raise CheckpointError(
-        f"{url} holds no finished checkpoint: give a run's folder, as in STORAGE/runs/NAME"
+        f"{url} has no finished checkpoint: give the folder of a run, as in STORAGE/runs/NAME"
     )
 
 
@@ -353,7 +418,9 @@ def choose_checkpoint(
         else:
             step = which
     if step is None:
-        raise CheckpointError(f"no checkpoint at {url} has a value of {best[0]} to be best by")
+        raise CheckpointError(
+            f"no checkpoint at {url} has a finite {best[0]}: give a step, or 'newest'"
+        )
     return checkpoints, step
 
 
@@ -365,6 +432,30 @@ def pull_checkpoint(
     return checkpoints.pull(step, to)
 
 
+def read_pulled(url: str, name: str) -> bytes | None:
+    """The file ``name`` of the one checkpoint in the folder ``url``, each byte checked.
+
+    Such a folder is what ``pull_checkpoint`` leaves; None where ``url`` is not one. Raises
+    CheckpointError where the checkpoint is damaged or has no such file.
+    """
+    store = open_store(url)
+    try:
+        manifest = store.get(MANIFEST)
+    except MissingKeyError:
+        return None
+    try:
+        files = json.loads(manifest)["files"]
+        if name not in files:
+            raise CheckpointError(f"{url} has no {name}: it has {', '.join(sorted(files))}")
+        expected = files[name]["bytes"], files[name]["sha256"]
+        data = store.get(name)
+    except (ValueError, TypeError, KeyError, MissingKeyError) as error:
+        raise CheckpointError(f"{join(url, name)} is damaged: {error}; pull it again") from error
+    if (len(data), hashlib.sha256(data).hexdigest()) != expected:
+        raise CheckpointError(f"{join(url, name)} is damaged: its sha256 differs; pull it again")
+    return data
+
+
 def verify_checkpoints(url: str) -> dict[int, list[str]]:
     """The faults of every checkpoint at ``url``, by step; every byte is read."""
     checkpoints, only = find_checkpoints(url)
@@ -373,7 +464,10 @@ def verify_checkpoints(url: str) -> dict[int, list[str]]:
 
 
 def prune_checkpoints(url: str, *, keep: int, best: tuple[str, MetricMode]) -> list[int]:
-    """Delete all but the newest ``keep`` and the best at ``url``; returns the steps that went."""
+    """Delete all at ``url`` but the newest ``keep``, the best and the newest healthy one.
+
+    Returns the deleted steps.
+    """
     checkpoints, only = find_checkpoints(url)
     if only is not None:
         raise CheckpointError(f"{url} is a single checkpoint: prune a run's folder")

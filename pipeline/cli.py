@@ -6,20 +6,26 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
 
+from cluster.storage import describe_error
 from pipeline import config
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEMO = Path("pipeline/recipes/demo.yaml")
-DONE, MISTAKE, WRONG_USAGE, STOPPED = 0, 1, 2, 3
+DONE, MISTAKE, STOPPED = 0, 1, 3  # argparse itself exits with 2 for wrong usage
+EXAMPLE = "example:\n  python -m pipeline "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code says how it ended (0 done, 1 mistake, 2 usage, 3 stopped)."""
+    """Run one command and return its exit code.
+
+    0 done, 1 a mistake of the user or of the environment, 3 stopped on request with everything
+    saved. Wrong usage raises SystemExit with 2.
+    """
     parsed = _parsed(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
@@ -28,15 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(parsed)
     except KeyboardInterrupt:
-        print("stopped; run the same command to go on", file=sys.stderr)
+        print("stopped: run the same command to resume", file=sys.stderr)
         return STOPPED
-    except _told_in_one_line() as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except config.ConfigError as error:  # one line for every mistake
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return MISTAKE
+    except _reported_without_traceback() as error:
+        print(describe_error(error, max_chars=2000), file=sys.stderr)
         return MISTAKE
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse gives up on settings that follow a flag; ours may."""
+    """The arguments, with settings also after flags, where argparse alone refuses them."""
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
@@ -47,8 +56,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _told_in_one_line() -> tuple[type[Exception], ...]:
-    """Kinds of errors that are the user's or the environment's; the rest keep their traceback."""
+def _reported_without_traceback() -> tuple[type[Exception], ...]:
+    """Errors of the user or of the environment; any other is a bug and keeps its traceback."""
     from cluster.session import SessionError
     from cluster.submit import SubmitError
     from pipeline.checkpoints import CheckpointError
@@ -60,61 +69,49 @@ def _told_in_one_line() -> tuple[type[Exception], ...]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
-        description="Train free-form, sketch-guided image inpainting: photographs in, "
-        "verified checkpoints out.",
+        description="Train free-form, sketch-guided image inpainting: from photographs to verified "
+        "checkpoints.",
+        epilog=f"{EXAMPLE}run {DEMO}\n\n"
+        "exit codes:\n"
+        "  0 done, 1 a mistake (one line says which), 2 wrong usage,\n"
+        "  3 stopped on request with everything saved: run the same command to resume",
+        formatter_class=_formatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    for name, command, text in (
-        ("prepare", _prepare, "shard the pictures with their sketches"),
-        ("train", _train, "train, or go on training, to train.steps"),
-        ("evaluate", _evaluate, "measure the best checkpoint on held-out pictures"),
-        ("run", _run, "prepare, train and evaluate"),
-        ("show", _show, "print the complete resolved configuration"),
-    ):
-        sub = _add(commands, name, text)
-        sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file of settings")
-        _add_overrides(sub)
-        sub.set_defaults(command=command)
-        if name == "prepare":
-            for flag, change in (
-                ("--replace", "build over a finished data set of other settings"),
-                ("--update", "look at the source again: pictures came or went"),
-                ("--retry-failed", "read those pictures again that failed"),
-            ):
-                sub.add_argument(flag, action="store_true", help=change)
-
-    sub = _add(commands, "inpaint", "fill holes in pictures")
-    _add_weights(sub)
-    sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of them")
-    sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole; file or folder")
-    sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
-    sub.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="file or folder to write; known pixels stay as they are, but in JPEG",
-    )
-    sub.add_argument(
-        "--memory-gib", type=float, help="most to fill with; else most of what is free"
-    )
-    sub.set_defaults(command=_inpaint)
-
-    _add_conversions(_add(commands, "weights", "weights of other codes in, ONNX and .pt2 out"))
-    _add_galleries(commands)
-    _add_checkpoints(_add(commands, "checkpoints", "list, fetch, verify and delete checkpoints"))
-    _add_dataset(_add(commands, "dataset", "look at a data set, verify it, fetch its archives"))
-
-    sub = _add(commands, "demo", "the whole job on this machine, everything embedded")
-    _add_overrides(sub)
-    _add_recipe(sub)
-    sub.add_argument("--folder", type=Path, default=Path(".demo"), help="what it keeps, and where")
-    sub.set_defaults(command=_demo)
+    _add_stages(commands)
+    _add_inpaint(commands)
+    _add_weights(commands)
+    _add_figures(commands)
+    _add_checkpoints(commands)
+    _add_dataset(commands)
+    _add_demo(commands)
     return parser
 
 
-def _add(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Help with examples as they are written, and with the names of commands beside their text."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+
+
+def _add(commands: Commands, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=EXAMPLE + example,
+        formatter_class=_formatter,
+    )
+
+
+def _add_group(commands: Commands, name: str, text: str, example: str) -> Commands:
+    parser = _add(commands, name, text, example)
+    return parser.add_subparsers(required=True, metavar="ACTION")
+
+
+def _add_old_spelling(parser: argparse.ArgumentParser, old: str, new: str, **options: Any) -> None:
+    """Accept ``old`` for the flag ``new``, without a word about it in the help."""
+    dest = new.removeprefix("--").replace("-", "_")
+    parser.add_argument(old, dest=dest, help=argparse.SUPPRESS, **options)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -123,98 +120,279 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="section.key=value",
-        help="settings in place of the recipe's; 'show' prints them all",
+        help="settings that replace those of the recipe; 'show --describe' explains every one",
     )
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, default=DEMO, help=f"else {DEMO}")
+def _add_stages(commands: Commands) -> None:
+    storage = "storage=s3://BUCKET/PREFIX"
+    for name, command, text, example in (
+        (
+            "prepare",
+            _prepare,
+            "write the images and their sketches as shards",
+            f"prepare {DEMO} {storage}",
+        ),
+        (
+            "train",
+            _train,
+            "train to train.steps, from the newest checkpoint if the run has one",
+            f"train {DEMO} {storage} train.steps=1000",
+        ),
+        (
+            "evaluate",
+            _evaluate,
+            "measure the best checkpoint on held-out images",
+            f"evaluate {DEMO} {storage} evaluate.samples=10",
+        ),
+        (
+            "run",
+            _run,
+            "prepare, train and evaluate; what is finished is skipped",
+            f"run {DEMO} {storage} data.root=PHOTOGRAPHS data.source=folder",
+        ),
+        (
+            "show",
+            _show,
+            "print the complete settings of a recipe, as YAML",
+            f"show {DEMO} preset=official --describe",
+        ),
+    ):
+        sub = _add(commands, name, text, example)
+        sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file of settings")
+        _add_overrides(sub)
+        sub.set_defaults(command=command)
+        if name == "prepare":
+            for flag, change in (
+                ("--replace", "build over a finished dataset of other settings"),
+                ("--update", "list the source again, for images that were added or removed"),
+                ("--retry-failed", "read the images that failed once more"),
+            ):
+                sub.add_argument(flag, action="store_true", help=change)
+        if name == "show":
+            sub.add_argument(
+                "--describe",
+                action="store_true",
+                help="one line per setting instead: name, value, where the value comes from "
+                "(default, preset, recipe or command line), what it means",
+            )
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def _add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "weights", metavar="WEIGHTS", help="a .safetensors file, or a checkpoint's URL"
+        "weights",
+        metavar="WEIGHTS",
+        help="a .safetensors file, the folder of a checkpoint, or the folder of a run, which gives "
+        "its best checkpoint; path or URL",
     )
 
 
-def _add_conversions(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    sub = _add(actions, "import", "read the authors' or nipponjo's weights")
+def _add_image_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("image", type=Path, metavar="IMAGE", help=f"image {what}")
+    parser.add_argument("mask", type=Path, metavar="MASK", help=f"mask {what}, white in the hole")
+    parser.add_argument("--sketch", type=Path, help=f"strokes to follow, white on black; {what}")
+
+
+def _add_inpaint(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "inpaint",
+        "fill the holes of one image or of a folder of images",
+        "inpaint checkpoint/ema.safetensors photo.jpg mask.png --out filled.png",
+    )
+    _add_weights_argument(sub)
+    _add_image_arguments(sub, "file or folder")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="file or folder to write; known pixels stay exactly as they are, except in JPEG",
+    )
+    sub.add_argument(
+        "--memory-gib",
+        type=float,
+        help="limit of the memory to use, in GiB; without it, most of what is free",
+    )
+    sub.set_defaults(command=_inpaint)
+
+
+def _add_weights(commands: Commands) -> None:
+    actions = _add_group(
+        commands,
+        "weights",
+        "import weights of other codes, export ours as ONNX or .pt2",
+        "weights export checkpoint/ema.safetensors --format onnx --out generator.onnx",
+    )
+    sub = _add(
+        actions,
+        "import",
+        "convert weights of the authors or of nipponjo's port to ours",
+        "weights import snap-0 --out official.safetensors",
+    )
     sub.add_argument(
         "file",
         type=Path,
         metavar="FILE",
-        help="a TensorFlow checkpoint, an .npz of its variables, or nipponjo's .pth",
+        help="a TensorFlow checkpoint, an .npz of its variables, or a .pth of nipponjo's",
     )
-    sub.add_argument("--out", type=Path, required=True, help="the generator's .safetensors")
     sub.add_argument(
-        "--discriminator", type=Path, help="a second one, for train.init_discriminator_from"
+        "--out", type=Path, required=True, help=".safetensors file to write the generator to"
     )
-    sub.add_argument("--colours", choices=("rgb", "bgr"), help="order that its pictures had")
-    sub.add_argument("--licence", help="in place of what is known of the release")
+    sub.add_argument(
+        "--discriminator",
+        type=Path,
+        help="second file to write, the discriminator, for train.init_discriminator_from",
+    )
+    orders = ("rgb", "bgr")
+    sub.add_argument(
+        "--colors",
+        choices=orders,
+        help="channel order that the other code fed its images in; known for the authors' weights",
+    )
+    sub.add_argument("--license", help="license to record instead of the release's known one")
+    _add_old_spelling(sub, "--colours", "--colors", choices=orders)
+    _add_old_spelling(sub, "--licence", "--license")
     sub.set_defaults(command=_import_weights)
-    sub = _add(actions, "export", "write ONNX or torch's .pt2, checked against torch")
-    _add_weights(sub)
-    sub.add_argument("--format", choices=("onnx", "pt2"), required=True)
+    sub = _add(
+        actions,
+        "export",
+        "write a generator as ONNX or as torch's .pt2, checked against torch",
+        "weights export checkpoint/ema.safetensors --format pt2 --out generator.pt2",
+    )
+    _add_weights_argument(sub)
+    sub.add_argument("--format", choices=("onnx", "pt2"), required=True, help="format to write")
     sub.add_argument("--out", type=Path, required=True, help="file to write")
     sub.set_defaults(command=_export_weights)
 
 
-def _add_galleries(commands: Commands) -> None:
-    sub = _add(commands, "show-gates", "draw what the gates let through, layer by layer")
-    _add_weights(sub)
-    sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
-    sub.add_argument("mask", type=Path, metavar="MASK", help="white is the hole")
-    sub.add_argument("--sketch", type=Path, help="strokes to follow, white on black")
-    sub.add_argument("--out", type=Path, required=True, help="picture to write")
+def _add_figures(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "show-gates",
+        "draw what the gates of every layer let through",
+        "show-gates checkpoint/ema.safetensors photo.jpg mask.png --out gates.png",
+    )
+    _add_weights_argument(sub)
+    _add_image_arguments(sub, "file")
+    sub.add_argument("--out", type=Path, required=True, help="image to write")
     sub.set_defaults(command=_show_gates)
-    sub = _add(commands, "show-masks", "draw a sheet of a recipe's masks")
+    sub = _add(
+        commands,
+        "show-masks",
+        "draw a sheet of the masks of a recipe",
+        'show-masks masks.mixture="{official: 1, brush: 1}" --out masks.png',
+    )
     _add_overrides(sub)
-    _add_recipe(sub)
-    sub.add_argument("--out", type=Path, required=True, help="picture to write")
+    _add_recipe_option(sub)
+    sub.add_argument("--out", type=Path, required=True, help="image to write")
     sub.set_defaults(command=_show_masks)
 
 
-def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for name, text in (
-        ("ls", "list the finished checkpoints with their figures"),
-        ("show", "print one checkpoint's manifest"),
-        ("pull", "copy one checkpoint here, every byte checked"),
-        ("verify", "read every byte of every checkpoint against its digest"),
-        ("prune", "delete all but the newest and the best"),
+def _add_recipe_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", type=Path, default=DEMO, help=f"a YAML file of settings; without it, {DEMO}"
+    )
+
+
+def _add_checkpoints(commands: Commands) -> None:
+    run = "s3://BUCKET/PREFIX/runs/NAME"
+    actions = _add_group(
+        commands,
+        "checkpoints",
+        "list, fetch, verify and delete checkpoints",
+        f"checkpoints ls {run}",
+    )
+    for name, text, options in (
+        ("ls", "list the finished checkpoints with their metrics", ""),
+        ("show", "print the manifest of one checkpoint", " --step best"),
+        (
+            "pull",
+            "copy one checkpoint to a local folder and check every byte",
+            " --step best --out checkpoint",
+        ),
+        ("verify", "read every byte of every checkpoint and compare its digest", ""),
+        ("prune", "delete all checkpoints except the newest and the best", " --keep 3"),
     ):
-        sub = _add(actions, name, text)
-        sub.add_argument("url", metavar="URL", help="a run's folder, or one checkpoint's")
+        sub = _add(actions, name, text, f"checkpoints {name} {run}{options}")
+        sub.add_argument(
+            "url", metavar="URL", help="folder of a run, or of one checkpoint; path or URL"
+        )
         if name in ("show", "pull"):
-            sub.add_argument("--step", default="newest", help="a step, 'best', or else 'newest'")
+            sub.add_argument(
+                "--step", default="newest", help="a step, 'best' or 'newest'; without it, newest"
+            )
         if name == "pull":
             sub.add_argument("--out", type=Path, required=True, help="folder to write")
         if name == "prune":
-            sub.add_argument("--keep", type=int, required=True, help="how many of the newest stay")
+            sub.add_argument(
+                "--keep", type=int, required=True, help="how many of the newest to keep"
+            )
         sub.set_defaults(command=_checkpoints, action=name)
 
 
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
+def _add_dataset(commands: Commands) -> None:
+    url = "s3://BUCKET/PREFIX/datasets/NAME"
+    actions = _add_group(
+        commands,
+        "dataset",
+        "show and verify datasets, fetch and check official archives",
+        f"dataset show {url}",
+    )
     for name, text in (
-        ("show", "print what the data set holds"),
-        ("verify", "read every byte against its digest"),
+        ("show", "print what a dataset holds"),
+        ("verify", "read every byte of a dataset and compare its digest"),
     ):
-        sub = _add(actions, name, text)
-        sub.add_argument("url", metavar="URL", help="the data set's folder")
+        sub = _add(actions, name, text, f"dataset {name} {url}")
+        sub.add_argument("url", metavar="URL", help="folder of the dataset; path or URL")
         sub.set_defaults(command=_dataset, action=name)
-    sub = _add(actions, "fetch", "download an official archive of Places2, once agreed to")
-    sub.add_argument("archive", metavar="ARCHIVE", help="places2-val-256, for instance")
-    sub.add_argument("--accept-licence", action="store_true", help="research, no redistribution")
-    sub.add_argument("--out", type=Path, default=Path(), help="folder to write")
-    sub.add_argument("--base-url", help="a mirror of the official server")
+    sub = _add(
+        actions,
+        "fetch",
+        "download an official archive of Places2, resuming a download that was cut short",
+        "dataset fetch places2-val-256 --accept-license --out downloads",
+    )
+    sub.add_argument(
+        "archive", metavar="ARCHIVE", help="name of the archive, for instance places2-val-256"
+    )
+    sub.add_argument(
+        "--accept-license",
+        action="store_true",
+        help="agree to the terms of Places2: research only, no redistribution",
+    )
+    _add_old_spelling(sub, "--accept-licence", "--accept-license", action="store_true")
+    sub.add_argument(
+        "--out", type=Path, default=Path(), help="folder to write; without it, this one"
+    )
+    sub.add_argument("--base-url", help="URL of a mirror of the official server")
     sub.set_defaults(command=_dataset, action="fetch")
     sub = _add(
-        actions, "check-archives", "read the archives of Places2 against their published MD5"
+        actions,
+        "check-archives",
+        "compare archives of Places2 with their published MD5",
+        "dataset check-archives downloads",
     )
-    sub.add_argument("root", metavar="ROOT", help="a folder, a prefix on S3, or one archive")
+    sub.add_argument(
+        "root", metavar="ROOT", help="a folder, a prefix on S3, or one archive; path or URL"
+    )
     sub.set_defaults(command=_dataset, action="check-archives")
+
+
+def _add_demo(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "demo",
+        "run the whole job on this machine with embedded Ray, S3 and MLflow",
+        "demo train.steps=200 --folder .demo",
+    )
+    _add_overrides(sub)
+    _add_recipe_option(sub)
+    sub.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(".demo"),
+        help="folder for datasets, checkpoints and MLflow's database; without it, .demo",
+    )
+    sub.set_defaults(command=_demo)
 
 
 def _load(arguments: argparse.Namespace) -> config.Config:
@@ -222,12 +400,17 @@ def _load(arguments: argparse.Namespace) -> config.Config:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    if arguments.describe:
+        from pipeline.commands.settings import print_settings
+
+        print_settings(config.describe(arguments.recipe, arguments.overrides))
+        return DONE
     tree = _load(arguments).model_dump(mode="json")
     print(yaml.safe_dump(tree, sort_keys=False), end="")
     return DONE
 
 
-# The heavy parts are imported where a command needs them, so that mistakes are told at once.
+# Heavy modules are imported by the commands that need them, so that mistakes show at once.
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -275,7 +458,7 @@ def _inpaint(arguments: argparse.Namespace) -> int:
 
     memory = arguments.memory_gib
     if memory is not None and not 0 < memory < math.inf:
-        raise ValueError(f"--memory-gib {memory} should be a number above 0")
+        raise ValueError(f"--memory-gib {memory} should be above 0")
     for path in inpaint(
         arguments.weights,
         arguments.image,
@@ -294,8 +477,8 @@ def _import_weights(arguments: argparse.Namespace) -> int:
     for line in import_weights(
         arguments.file,
         arguments.out,
-        colours=arguments.colours,
-        licence=arguments.licence,
+        colours=arguments.colors,
+        licence=arguments.license,
         discriminator=arguments.discriminator,
     ):
         print(line)

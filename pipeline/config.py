@@ -274,6 +274,18 @@ def documented_settings() -> Mapping[str, str]:
     return dict(walk(schema["properties"], ""))
 
 
+def default_settings() -> Mapping[str, Any]:
+    """The value of every setting that a recipe may leave out, by its dotted name."""
+    required = {
+        "name": "run",
+        "storage": ".",
+        "data": {"name": "photographs", "source": "bundled"},
+        "train": {"steps": 1},
+    }
+    values = _settings(Config.model_validate(required).model_dump(mode="json"))
+    return {name: value for name, value in values.items() if name not in _settings(required)}
+
+
 def _choices(field: Mapping[str, Any]) -> list[str]:
     """The values of a setting that has few, as a last sentence of its documentation."""
     kinds = field.get("anyOf", [field])

@@ -32,7 +32,7 @@ from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState
 from pipeline.step import train_step
 from pipeline.stop_request import StopRequest
-from pipeline.tracking import Tracker, open_run_tracker
+from pipeline.tracking import Tracker, open_training_tracker
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def train_on_rank(
     position = state.position if state else Position()
 
     generator_module = networks.generator(
-        cfg.model, activation_checkpointing=cfg.train.activation_checkpointing
+        cfg.model, recompute=cfg.train.activation_checkpointing
     ).to(device)
     discriminator_module = networks.discriminator(cfg.model).to(device)
     if not state:
@@ -91,7 +91,9 @@ def train_on_rank(
     with ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
-        tracker = stack.enter_context(open_run_tracker(cfg, storage, dataset, position.step, ranks))
+        tracker = stack.enter_context(
+            open_training_tracker(cfg, storage, dataset, position.step, ranks)
+        )
         if ranks.first and not state:
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
@@ -14,25 +15,31 @@ from torch import Tensor, nn
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
 from models.options import ModelOptions
-from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided
-from pipeline.checkpoints import BEST, choose_checkpoint
+from pipeline.checkpoints import BEST, choose_checkpoint, read_pulled
 from pipeline.config import Config, ConfigError, stored_model_options
 
 M = TypeVar("M", bound=nn.Module)
 
 HEADER = "model"
 EMA, DISCRIMINATOR = "ema.safetensors", "discriminator.safetensors"
+FIRST = "conv1.parametrizations.weight"  # of the discriminator
 
 
-def generator(options: ModelOptions, *, activation_checkpointing: bool = False) -> Generator:
-    """A fresh generator, channels-last."""
-    network = Generator.from_options(options, activation_checkpointing=activation_checkpointing)
+def generator(options: ModelOptions, *, recompute: bool = False) -> Generator:
+    network = Generator(
+        guided=options.guided,
+        convolution=options.convolution,
+        padding=options.padding,
+        attention=options.attention,
+        refine_mask=options.refine_mask,
+        width=options.width,
+        recompute=recompute,
+    )
     return _channels_last(network)
 
 
 def discriminator(options: ModelOptions) -> Discriminator:
-    """A fresh discriminator, channels-last."""
-    return _channels_last(Discriminator.from_options(options))
+    return _channels_last(Discriminator(guided=options.guided, head=options.discriminator_head))
 
 
 def _channels_last(network: M) -> M:
@@ -52,10 +59,11 @@ def weights_header(options: ModelOptions) -> dict[str, str]:
 def load_generator(source: str) -> Generator:
     """The generator at ``source``, in evaluation mode, on the processor.
 
-    ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, or
-    of a run, which gives its best step. A file without our header is read as the official model,
-    guided if its first layer has six inputs. Raises FileNotFoundError, and ValueError for a file
-    that holds something else.
+    ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, a
+    folder that ``checkpoints pull`` made, or the folder of a run, which gives its best step. A file
+    without our header is read as the official model, guided if its first layer has six inputs.
+    Raises FileNotFoundError, and ValueError for a file that holds something else or values that are
+    not finite.
     """
     return described_generator(source)[0]
 
@@ -69,9 +77,10 @@ def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
 def read_generator(data: bytes, name: str) -> Generator:
     """The generator in the bytes of a safetensors file; ``name`` is for messages."""
     weights = _tensors(data, name)
-    if GENERATOR_KERNEL not in weights:
-        raise ValueError(f"{name} is not a generator: the tensor {GENERATOR_KERNEL} is missing")
-    network = generator(_described(data, name) or ModelOptions(guided=is_guided(weights)))
+    first = weights.get("coarse.conv01.weight")
+    if first is None:
+        raise ValueError(f"{name} is not a generator: the tensor coarse.conv01.weight is missing")
+    network = generator(_described(data, name) or ModelOptions(guided=first.shape[1:2] == (6,)))
     _fill(network, weights, name)
     return network.eval()
 
@@ -95,8 +104,14 @@ def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     found = load_generator(source)
     if wanted.guided and not found.guided:
         found = Generator.guided_from(found)
-    options = asdict(found.options)
-    del options["discriminator_head"]  # which the other network's weights decide
+    options = {
+        "guided": found.guided,
+        "convolution": found.style.convolution,
+        "padding": found.style.padding,
+        "attention": found.style.attention,
+        "refine_mask": found.refine_mask,
+        "width": found.width,
+    }
     _refuse_other_options(wanted, options, f"train.init_from: {source}")
     return found.state_dict()
 
@@ -104,18 +119,18 @@ def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
 def _starting_discriminator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     data, name = _read(source, DISCRIMINATOR)
     weights = _tensors(data, name)
-    if DISCRIMINATOR_KERNEL not in weights:
-        raise ValueError(
-            f"{name} is not a discriminator: the tensor {DISCRIMINATOR_KERNEL} is missing"
-        )
+    kernel = weights.get(f"{FIRST}.original")
+    if kernel is None:
+        raise ValueError(f"{name} is not a discriminator: the tensor {FIRST}.original is missing")
+    guided = kernel.shape[1:2] == (5,)
+    _fill(Discriminator(guided), weights, name)
+    if wanted.guided and not guided:  # zeros for the sketch, which comes last, leave σ unchanged
+        weights[f"{FIRST}.original"] = F.pad(kernel, (0, 0, 0, 0, 0, 1))
+        weights[f"{FIRST}.0._v"] = F.pad(weights[f"{FIRST}.0._v"], (0, kernel[0, 0].numel()))
     head = (_described(data, name) or ModelOptions()).discriminator_head
-    found = Discriminator(is_guided(weights), discriminator_head=head)
-    _fill(found, weights, name)
-    if wanted.guided and not found.guided:
-        found = Discriminator.guided_from(found)
-    options = {"guided": found.guided, "discriminator_head": head}
+    options = {"guided": wanted.guided or guided, "discriminator_head": head}
     _refuse_other_options(wanted, options, f"train.init_discriminator_from: {source}")
-    return found.state_dict()
+    return weights
 
 
 def _refuse_other_options(wanted: ModelOptions, found: Mapping[str, Any], where: str) -> None:
@@ -135,6 +150,8 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
                 f"{source} should be a .safetensors file or the folder of a checkpoint: "
                 "`python -m pipeline weights import` converts the weights of other codes"
             )
+        if (pulled := read_pulled(source, name)) is not None:
+            return pulled, f"{name} in {source}"
         checkpoints, step = choose_checkpoint(source, "best", BEST)
         return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
     folder, file = folder_and_name(source)
@@ -146,9 +163,21 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
 
 def _tensors(data: bytes, name: str) -> dict[str, Tensor]:
     try:
-        return load_tensors(data)
+        tensors = load_tensors(data)
     except SafetensorError as error:
         raise ValueError(f"{name} is not a safetensors file: {error}") from error
+    refuse_not_finite(tensors, name)
+    return tensors
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """ValueError where a tensor holds NaN or infinity; ``name`` is for the message."""
+    for tensor, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{name} holds values that are not finite, in {tensor}: training diverged; use "
+                "other weights"
+            )
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:

@@ -76,7 +76,11 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
 
 def _finished(cfg: Config, checkpoints: CheckpointStore) -> bool:
     newest = checkpoints.newest()
-    return newest is not None and newest >= cfg.train.steps
+    if newest is None or newest < cfg.train.steps:
+        return False
+    if fault := checkpoints.fault(newest):
+        log.warning("the last checkpoint is damaged, training resumes before it: %s", fault)
+    return fault is None
 
 
 def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:

@@ -13,12 +13,17 @@ STARTS = {
     "local_ray": "ray",
     "ray": "ray",
     "start_s3": "s3",
+    "s3_server": "s3",
+    "s3_url": "s3",
     "MlflowClient": "mlflow",
     "on_ranks": "distributed",
     "ProcessPoolExecutor": "process",
     "subprocess": "process",
 }
-"""A test is marked when its code, its helpers or its fixtures name one of these."""
+"""A test is marked when its code, its helpers or its fixtures name one of these.
+
+``request.getfixturevalue("s3_url")`` counts as well.
+"""
 
 
 def markers_of(item: pytest.Function) -> set[str]:
@@ -26,9 +31,9 @@ def markers_of(item: pytest.Function) -> set[str]:
     definitions = item._fixtureinfo.name2fixturedefs.values()
     fixtures = [definition.func for found in definitions for definition in found]
     markers = {STARTS[name] for name in names([item.function, *fixtures]) & STARTS.keys()}
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("store") == "s3":  # asks for the server while it runs
-        markers.add("s3")
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else []
+    if "file" in parameters:  # of a test that runs on both kinds of storage
+        markers.discard("s3")
     return markers
 
 
@@ -53,6 +58,8 @@ def names(functions: Iterable[Callable[..., Any]]) -> set[str]:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """The names that code refers to, those in its lambdas and inner functions included."""
+    """Names, arguments and strings in code, those of its lambdas and inner functions included."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*map(_names_in, inner))
+    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
+    arguments = code.co_varnames[: code.co_argcount]
+    return strings.union(code.co_names, arguments, *map(_names_in, inner))

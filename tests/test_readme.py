@@ -1,27 +1,31 @@
-"""The README tells the truth about what can be typed."""
+"""The README and the docs are true: commands, the tree of modules, and the code as a library."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.options import ModelOptions
 from pipeline.cli import build_parser
+from tests.test_docs import PAGES, commands
+from tests.weights import write_weights
 
 README = Path("README.md").read_text()
-BLOCKS = re.findall(r"```(?:console|sh|bash)\n(.*?)```", README, flags=re.S)
-COMMANDS = [
-    line.removeprefix("$ ").strip()
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("$ ")
-]
+COMMANDS = [command for page in PAGES for command in commands(page)]
 OURS = [command for command in COMMANDS if "-m pipeline" in command]
-TARGETS = [command for command in COMMANDS if command.startswith("make ")]
+TARGETS = sorted({command for command in COMMANDS if command.startswith("make ")})
+TREE = README.partition("## What is where")[2].partition("\n## ")[0]
 
 
-def test_the_readme_begins_with_the_two_commands():
-    assert COMMANDS[:2] == ["make demo", "make test"]
+def arguments(command: str) -> list[str]:
+    return shlex.split(command.split("-m pipeline", 1)[1], comments=True)
+
+
+def test_the_readme_begins_with_the_two_commands_and_is_short():
+    assert commands(Path("README.md"))[:2] == ["make demo", "make test"]
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("command", TARGETS)
@@ -31,22 +35,36 @@ def test_make_targets_exist(command):
 
 
 @pytest.mark.parametrize("command", OURS)
-def test_our_commands_parse_and_name_files_that_exist(command):
-    words = shlex.split(command)
-    arguments = words[words.index("pipeline") + 1 :]
-    parsed = build_parser().parse_args(arguments)
-    recipe = getattr(parsed, "recipe", None)
+def test_our_commands_parse_and_name_recipes_that_exist(command):
+    recipe = getattr(build_parser().parse_args(arguments(command)), "recipe", None)
     if recipe is not None:
-        assert recipe.exists(), f"{recipe} is in the README only"
+        assert Path(recipe).exists(), f"{recipe} is in the docs only"
 
 
-def test_every_command_of_ours_is_in_the_readme():
-    parser = build_parser()
-    (commands,) = (action for action in parser._actions if action.choices)
-    named = {shlex.split(command.split("-m pipeline", 1)[1])[0] for command in OURS}
-    assert set(commands.choices or ()) <= named | {"demo"}
+def test_every_command_of_ours_is_in_the_docs():
+    (choices,) = (action for action in build_parser()._actions if action.choices)
+    named = {arguments(command)[0] for command in OURS}
+    assert set(choices.choices or ()) <= named | {"demo"}
 
 
-def test_files_and_folders_that_the_readme_links_exist():
-    links = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert [link for link in links if not Path(link).exists()] == []
+def test_the_tree_names_every_module():
+    words = set(re.findall(r"\w+", TREE))
+    modules = {
+        path.stem if path.stem != "__init__" else path.parent.name
+        for package in ("pipeline", "models", "data_prep", "cluster")
+        for path in Path(package).rglob("*.py")
+    }
+    private = {"__main__"}
+    assert sorted(modules - words - private) == []
+
+
+def test_the_lines_as_a_library_run(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    (tmp_path / "checkpoint").mkdir()
+    write_weights(tmp_path / "checkpoint/ema.safetensors", ModelOptions(guided=True))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, torch.Tensor] = {}
+    exec(block, names)
+    known = names["mask"].expand_as(names["image"]) == 0
+    assert torch.equal(names["filled"][known], names["image"][known])
+    assert not torch.equal(names["filled"], names["image"])

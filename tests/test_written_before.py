@@ -16,7 +16,7 @@ from torch import Tensor
 from data_prep.shards import verify
 from pipeline import config
 from pipeline.checkpoints import BEST, CheckpointStore, list_checkpoints
-from pipeline.cli import DONE
+from pipeline.cli import DONE, MISTAKE
 from pipeline.run import prepare
 from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState
@@ -80,17 +80,21 @@ def test_the_checkpoint_is_listed_and_every_tensor_loads_as_it_was_saved(cfg):
             assert torch.equal(value, expected(part, name, value.shape)), f"{part} {name}"
 
 
-def test_the_run_resumes_from_the_checkpoint(cfg):
-    ran = subprocess.run(
+def resumed(cfg: config.Config, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             *(sys.executable, "-m", "pipeline", "train", str(FIXTURE / "recipe.yaml")),
-            *(f"storage={cfg.storage}", "train.steps=3"),
+            *(f"storage={cfg.storage}", *overrides),
         ],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def test_the_run_resumes_from_the_checkpoint(cfg):
+    ran = resumed(cfg, "train.steps=3")
     assert ran.returncode == DONE, ran.stderr[-4000:]
     assert "resuming run=before step=2" in ran.stderr
     storage = RunStorage.open(cfg)
@@ -100,3 +104,10 @@ def test_the_run_resumes_from_the_checkpoint(cfg):
     assert state.generator.steps == state.discriminator.steps == 3
     log = storage.run.get("tracking/metrics.jsonl").decode().splitlines()
     assert [json.loads(line).get("step") for line in log] == [1, 2, 3, None]
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(cfg):
+    RunStorage.open(cfg).checkpoints.delete("step-00000002/optimizer.safetensors")
+    ran = resumed(cfg)
+    assert ran.returncode == MISTAKE
+    assert "every checkpoint" in ran.stderr.splitlines()[-1]

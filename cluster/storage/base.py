@@ -122,10 +122,10 @@ def one_line(text: str) -> str:
     )
 
 
-def describe_error(error: BaseException) -> str:
-    """Kind and message of ``error`` in one line of at most 300 characters, without passwords."""
+def describe_error(error: BaseException, max_chars: int = 300) -> str:
+    """Kind and message of ``error`` in one line of at most ``max_chars``, without passwords."""
     text = without_password(one_line(" ".join(str(error).split())))
-    return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
+    return f"{type(error).__name__}: {text}"[:max_chars].removesuffix(": ")
 
 
 def without_password(text: str) -> str:

@@ -36,7 +36,7 @@ def _fetch(arguments: argparse.Namespace) -> bool:
         path = fetch(
             arguments.archive,
             arguments.out,
-            accept_licence=arguments.accept_licence,
+            accept_license=arguments.accept_license,
             base_url=arguments.base_url or OFFICIAL,
             progress=advance,
         )

@@ -1,41 +1,53 @@
-"""Sheets to look at: what the gates of a generator let through, and what masks a recipe draws."""
+"""Sheets to look at: the gates of a generator at work, and the masks that a recipe draws."""
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
+from data_prep.image_grid import Cell, image_grid
 from data_prep.images import Pixels
 from data_prep.masks import Mask, MaskSampler, mask_sheet
 from models import Generator
 from models.generator import STRIDE
 from models.inspection import gate_activations, partial_masks
 from models.masking import erase, guide
-from pipeline.commands.inpaint import existing, plane, read_image, read_mask_image, refuse_to_write
+from pipeline.commands.image_files import (
+    as_plane,
+    existing_file,
+    read_image,
+    read_mask_of,
+    refuse_to_write,
+)
 from pipeline.networks import load_generator
 
-LONGEST_PX = 512  # of the picture that the network is shown: a figure needs no more
+LONGEST_PX = 512  # of the image that the network sees: a sheet needs no more
 CHANNELS = 6  # drawn of every layer, beside the mean of all
-TILE_PX, GAP_PX, CAPTION_PX, LABEL_PX = 104, 6, 26, 90  # a tile's shorter side
-# Two columns of about equal height; in each, parts of the network with what they are.
-COLUMNS = (
-    {"coarse": "coarse: stage one", "refine.merge": "merge: both branches, to the picture"},
-    {"refine.hallu": "hallu: branch that invents", "refine.attn": "attn: branch that copies"},
-)
+CELL_PX = 104  # the shorter side of a cell
+GRAY = (160, 160, 160)  # so that white gates stand out
+TITLES = ("partial mask", "mean gate", "gates that vary most")
+# Stage one and the merged end on the left, the two branches of stage two on the right.
+LEFT_PARTS = ("coarse", "refine.merge")
 
 
 @dataclass(frozen=True)
-class Gates:
-    """One layer's gates for one picture."""
+class LayerGates:
+    """One layer's gates for one image."""
 
-    name: str  # of the layer in the state dict
-    mean: Tensor  # (h, w), over all channels, in [0, 1]
-    channels: Tensor  # (CHANNELS, h, w): those that vary most over the picture
-    known: Tensor  # (h, w): what partial convolution takes for known after this layer
+    name: str
+    """Of the layer in the state dict."""
+    mean: Tensor
+    """(h, w), over all channels, in [0, 1]."""
+    channels: Tensor
+    """(CHANNELS, h, w): those that vary most over the image."""
+    known: Tensor
+    """(h, w), 1 where partial convolution counts pixels as known after this layer."""
 
 
 def show_gates(
@@ -43,29 +55,33 @@ def show_gates(
 ) -> Path:
     """Draw σ(gate) of every gated layer (paper, section 3.1), white where it is 1.
 
-    A row is a layer: first the mask of partial convolution after the same layers (equation 2), then
-    the mean of all channels, then the channels that vary most over the picture. ``weights`` is what
-    ``load_generator`` takes; white is the hole in ``mask``. Pictures above 512 pixels are shrunk.
-    Returns ``out``. ValueError for a network without gates.
+    The first row is the input. Then come the layers, in two columns: the mask of partial
+    convolution after the same layers (equation 2), the mean of all channels, and the channels that
+    vary most over the image. ``weights`` is what ``load_generator`` takes; white is the hole in
+    ``mask``. Images above 512 pixels are scaled down. Returns ``out``. Raises ValueError for a
+    network without gates.
     """
     refuse_to_write(out, {path.resolve() for path in (image, mask, sketch) if path})
     generator = load_generator(weights)
-    if generator.options.convolution != "gated":
+    if generator.style.convolution != "gated":
         raise ValueError(
-            f"{weights} has no gates to show: its convolutions are {generator.options.convolution}"
+            f"{weights} has no gates to show: its convolutions are {generator.style.convolution}"
         )
     if sketch is not None and not generator.guided:
         raise ValueError(f"{weights} takes no sketch: leave out --sketch, or use guided weights")
-    picture = read_image(existing(image))
-    hole = read_mask_image(existing(mask), picture.shape, image)
+    pixels = read_image(existing_file(image))
+    hole = read_mask_of(image, pixels.shape, existing_file(mask))
     strokes = np.zeros_like(hole)
     if sketch is not None:
-        strokes = read_mask_image(existing(sketch), picture.shape, image)
-    size = _shown_size(*hole.shape, smallest=generator.min_side_px)
-    picture, hole, strokes = _resized(picture, hole, strokes, size)
-    rows = gates(generator, picture, hole, strokes)
+        strokes = read_mask_of(image, pixels.shape, existing_file(sketch))
+    size = _shown_size(*hole.shape, smallest=generator.smallest)
+    pixels, hole, strokes = _resized(pixels, hole, strokes, size)
+    layers = layer_gates(generator, pixels, hole, strokes)
+    inputs = {"image": pixels, "hole": 255 * hole}
+    if generator.guided:
+        inputs["sketch"] = 255 * (strokes & hole)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _draw(rows, picture, hole, strokes if generator.guided else None).save(out)
+    Image.fromarray(_gate_sheet(layers, inputs)).save(out)
     return out
 
 
@@ -78,7 +94,7 @@ def show_masks(
     columns: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Write a sheet of drawn masks, white in the hole, each with its share of the picture.
+    """Write a sheet of drawn masks, white in the hole, each with its share of the image.
 
     Equal arguments give equal sheets. Returns ``out``.
     """
@@ -92,23 +108,25 @@ def show_masks(
 
 
 @torch.no_grad()
-def gates(generator: Generator, picture: Pixels, hole: Mask, strokes: Mask) -> list[Gates]:
-    """Gates of every gated layer while ``generator`` fills ``picture``, in the layers' order.
+def layer_gates(
+    generator: Generator, pixels: Pixels, hole: Mask, strokes: Mask
+) -> list[LayerGates]:
+    """Gates of every gated layer while ``generator`` fills ``pixels``, in the layers' order.
 
     Sides are multiples of 8; ``strokes`` count where they lie in the hole of a guided generator.
     """
     device = torch.device("cpu")
-    image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    mask = plane(hole, device)
-    sketch = guide(plane(strokes, device), mask) if generator.guided else None
-    # Stage two is given a picture without a hole, so there partial convolution knows all.
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    mask = as_plane(hole, device)
+    sketch = guide(as_plane(strokes, device), mask) if generator.guided else None
+    # Stage two gets an image without a hole, so there partial convolution knows every pixel.
     masks = partial_masks(generator, mask)
     shown = []
     for name, (values,) in gate_activations(generator, erase(image, mask), mask, sketch).items():
         varied = values.flatten(1).var(dim=1).topk(min(CHANNELS, len(values))).indices.sort().values
         mean = values.mean(dim=0)
         known = masks[name][0, 0] if name in masks else torch.ones_like(mean)
-        shown.append(Gates(name, mean, values[varied], known))
+        shown.append(LayerGates(name, mean, values[varied], known))
     return shown
 
 
@@ -120,10 +138,10 @@ def _shown_size(height: int, width: int, *, smallest: int) -> tuple[int, int]:
 
 
 def _resized(
-    picture: Pixels, hole: Mask, strokes: Mask, size: tuple[int, int]
+    pixels: Pixels, hole: Mask, strokes: Mask, size: tuple[int, int]
 ) -> tuple[Pixels, Mask, Mask]:
     shape = size[1], size[0]  # Pillow's order
-    image = np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.LANCZOS))
+    image = np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling.LANCZOS))
     planes = []
     for values in (hole, strokes):  # a pixel belongs to the hole if any of its old ones does
         shrunk = F.adaptive_max_pool2d(torch.from_numpy(values)[None].float(), size)[0]
@@ -131,63 +149,33 @@ def _resized(
     return image, planes[0], planes[1]
 
 
-def _draw(rows: list[Gates], picture: Pixels, hole: Mask, strokes: Mask | None) -> Image.Image:
-    """The whole sheet: what went in on top, below it the layers in two columns."""
-    scale = TILE_PX / min(hole.shape)
-    height_px, width_px = (min(round(side * scale), 3 * TILE_PX) for side in hole.shape)
-    column_px = LABEL_PX + (2 + CHANNELS) * (width_px + GAP_PX) + 4 * GAP_PX
-    top = CAPTION_PX + height_px + 2 * GAP_PX
-    parts = {row.name: row.name.rpartition(".")[0] for row in rows}
-    heights = [
-        CAPTION_PX * 2 * len(column)
-        + (height_px + GAP_PX) * sum(parts[row.name] in column for row in rows)
-        for column in COLUMNS
-    ]
-    size = GAP_PX + len(COLUMNS) * column_px, top + max(heights) + GAP_PX
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=15)
-
-    inputs = {"picture": picture, "hole": 255 * hole}
-    if strokes is not None:
-        inputs["sketch"] = 255 * (strokes & hole)
-    for index, (title, pixels) in enumerate(inputs.items()):
-        left = GAP_PX + LABEL_PX + index * (width_px + GAP_PX)
-        pen.text((left, 4), title, "black", font)
-        sheet.paste(_tile(pixels, width_px, height_px), (left, CAPTION_PX))
-
-    for index, column in enumerate(COLUMNS):
-        left, y = GAP_PX + index * column_px, top
-        for part, title in column.items():
-            pen.text((left, y + 4), title, "black", ImageFont.load_default(size=19))
-            y += CAPTION_PX
-            x = left + LABEL_PX
-            for text in ("partial mask", "mean gate", "gates that vary most"):
-                pen.text((x, y + 4), text, "black", font)
-                x += width_px + GAP_PX
-            y += CAPTION_PX
-            for row in rows:
-                if parts[row.name] == part:
-                    _draw_row(sheet, row, (left, y), (width_px, height_px))
-                    y += height_px + GAP_PX
-    return sheet
+def _gate_sheet(layers: Sequence[LayerGates], inputs: Mapping[str, np.ndarray]) -> Pixels:
+    """The inputs in the first row, below them a layer in each half of a row."""
+    height, width = next(iter(inputs.values())).shape[:2]
+    scale = CELL_PX / min(height, width)
+    size = min(round(width * scale), 3 * CELL_PX), min(round(height * scale), 3 * CELL_PX)
+    rows: list[list[Cell | None]] = [[_resized_cell(pixels, size) for pixels in inputs.values()]]
+    captions = [list(inputs)]
+    left = [layer for layer in layers if layer.name.startswith(LEFT_PARTS)]
+    right = [layer for layer in layers if not layer.name.startswith(LEFT_PARTS)]
+    for pair in itertools.zip_longest(left, right):
+        row: list[Cell | None] = []
+        texts: list[str] = []
+        for layer in pair:
+            if layer is not None:
+                maps = [layer.known, layer.mean, *layer.channels]
+                row += [_resized_cell((255 * values).byte().numpy(), size) for values in maps]
+                rows_and_columns = " × ".join(map(str, layer.mean.shape))
+                texts.append(f"{layer.name}   {rows_and_columns}   mean {layer.mean.mean():.2f}")
+                texts += [""] * (len(maps) - 1)
+        rows.append(row)
+        captions.append(texts)
+    titles = [*TITLES, *[""] * (CHANNELS - 1)]
+    return image_grid(rows, titles=[*titles, *titles], cell_captions=captions, background=GRAY)
 
 
-def _draw_row(
-    sheet: Image.Image, row: Gates, corner: tuple[int, int], tile: tuple[int, int]
-) -> None:
-    pen, (left, top), (width_px, height_px) = ImageDraw.Draw(sheet), corner, tile
-    height, width = row.mean.shape
-    label = f"{row.name.rpartition('.')[2]}\n{height} x {width}\nmean {row.mean.mean():.2f}"
-    pen.multiline_text((left, top + 4), label, "black", ImageFont.load_default(size=15))
-    for index, values in enumerate([row.known, row.mean, *row.channels]):
-        x = left + LABEL_PX + index * (width_px + GAP_PX)
-        sheet.paste(_tile((255 * values).byte().numpy(), width_px, height_px), (x, top))
-        pen.rectangle((x - 1, top - 1, x + width_px, top + height_px), outline="gray")
-
-
-def _tile(pixels: np.ndarray, width_px: int, height_px: int) -> Image.Image:
-    """``pixels`` at the size of a tile; small maps keep their squares."""
-    larger = pixels.shape[0] < height_px
+def _resized_cell(pixels: np.ndarray, size: tuple[int, int]) -> Cell:
+    """``pixels`` at ``size`` (width, height); small maps keep their squares."""
+    larger = pixels.shape[0] < size[1]
     how = Image.Resampling.NEAREST if larger else Image.Resampling.BOX
-    return Image.fromarray(pixels).resize((width_px, height_px), how)
+    return np.asarray(Image.fromarray(pixels).resize(size, how))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import tempfile
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,25 +15,25 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from cluster.storage import MIB, replacing, scratch_folder
 from models import Generator
 from models.generator import STRIDE
 from models.masking import erase, guide
 from models.options import ModelOptions
 from models.weights import (
-    ColorOrder,
-    ForeignWeights,
-    WeightFormat,
+    Colours,
+    Source,
+    Style,
     discriminator_weights,
     generator_weights,
-    is_guided,
-    read_foreign_weights,
+    read_source,
 )
-from pipeline.networks import described_generator, weights_header
+from pipeline.networks import described_generator, refuse_not_finite, weights_header
 
 Format = Literal["onnx", "pt2"]
 Network = Callable[..., Sequence[Tensor]]
 
-LICENCES: dict[WeightFormat, str] = {
+LICENCES: dict[Style, str] = {
     "tensorflow": "CC BY-NC 4.0 (the authors' release: not for commercial use)",
     "networks_tf": "CC BY-NC 4.0 (converted from the authors' release: not for commercial use)",
     "networks": "none stated by the author of the port: all rights reserved",
@@ -49,16 +49,16 @@ def import_weights(
     path: Path,
     out: Path,
     *,
-    colours: ColorOrder | None = None,
+    colours: Colours | None = None,
     licence: str | None = None,
     discriminator: Path | None = None,
 ) -> Iterator[str]:
     """Write the generator in another code's file as ``out``; yields a line for every file.
 
-    ``path`` is anything that ``models.weights.read_foreign_weights`` reads. ``colours`` is the
-    order in which that code fed its images: the authors' is known to be BGR, for the rest it must
-    be given. ``licence`` replaces what is known of the release. ``discriminator`` is a second file
-    to write, for training on. License, origin with SHA-256, and color order go into the files'
+    ``path`` is anything that ``models.weights.read_source`` reads. ``colours`` is the order in
+    which that code fed its pictures: the authors' is known to be BGR, for the rest it must be
+    given. ``licence`` replaces what is known of the release. ``discriminator`` is a second file to
+    write, for training on. Licence, origin with SHA-256, and colour order go into the files'
     metadata.
     """
     for file in (out, discriminator):
@@ -66,28 +66,29 @@ def import_weights(
             raise ValueError(f"{file} should end in .safetensors")
     if discriminator is not None and discriminator.resolve() == out.resolve():
         raise ValueError(f"{out} cannot hold both networks: give the discriminator another file")
-    source = read_foreign_weights(path)
-    if colours is None and source.format != "tensorflow":
+    source = read_source(path)
+    if colours is None and source.style != "tensorflow":
         raise ValueError(
-            f"{path} does not tell the colour order of its pictures: give --colours rgb or "
-            "--colours bgr; the right one fills with the lower error"
+            f"{path} does not tell the colour order of its pictures: give --colors rgb or "
+            "--colors bgr; the right one fills with the lower error"
         )
     colours = colours or "bgr"
-    weights = generator_weights(source, colors=colours)
+    weights = generator_weights(source, colours=colours)
+    guided = weights["coarse.conv01.weight"].shape[1] == 6
     header = {
-        **weights_header(ModelOptions(guided=is_guided(weights), padding=source.padding)),
-        "licence": licence or LICENCES[source.format],
+        **weights_header(ModelOptions(guided=guided, padding=source.padding)),
+        "licence": licence or LICENCES[source.style],
         "origin": _origin(source),
         "colours": "RGB, as the file" if colours == "rgb" else "RGB, turned from BGR",
     }
     written = {out: weights}
     if discriminator is not None:
-        written[discriminator] = discriminator_weights(source, colors=colours)
+        written[discriminator] = discriminator_weights(source, colours=colours)
+    for tensors in written.values():
+        refuse_not_finite(tensors, str(path))
     for file, tensors in written.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            Path(folder, file.name).write_bytes(save(tensors, metadata=header))
-            Path(folder, file.name).replace(file)
+        with replacing(file) as target:
+            target.write(save(tensors, metadata=header))
         values = sum(tensor.numel() for tensor in tensors.values())
         yield f"{file}: {values:,} values, {header['colours']}; licence: {header['licence']}"
 
@@ -109,9 +110,8 @@ def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
     generator, metadata = described_generator(weights)
     # A .pt2 holds its weights in plain order.
     generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad():
-        file = Path(folder, out.name)
+    with scratch_folder() as folder, torch.no_grad():
+        file = folder / out.name
         program = _trace(generator)
         if format == "onnx":
             exported = _save_onnx(program, file, metadata)
@@ -120,7 +120,8 @@ def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
             exported = torch.export.load(file).module()
         for size in CHECKED:
             yield _compare(generator, exported, *size)
-        file.replace(out)
+        with file.open("rb") as source, replacing(out) as target:
+            shutil.copyfileobj(source, target, MIB)
 
 
 class _OnGrid(nn.Module):
@@ -142,7 +143,7 @@ class _OnGrid(nn.Module):
 
 
 def _trace(generator: Generator) -> ExportedProgram:
-    smallest = max(SMALLEST, generator.min_side_px) // STRIDE
+    smallest = max(SMALLEST, generator.smallest) // STRIDE
     rows, columns = Dim("height_8", min=smallest), Dim("width_8", min=smallest)
     free = {0: Dim("batch", min=1), 2: STRIDE * rows, 3: STRIDE * columns}
     inputs = _random_inputs(generator, *TRACED)
@@ -151,7 +152,7 @@ def _trace(generator: Generator) -> ExportedProgram:
     )
 
 
-def _origin(source: ForeignWeights) -> str:
+def _origin(source: Source) -> str:
     digests = []
     for path in source.files:
         with path.open("rb") as file:

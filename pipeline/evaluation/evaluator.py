@@ -23,8 +23,7 @@ Total = Callable[[Mapping[str, float], torch.device], dict[str, float]]
 class Inpainter(Protocol):
     """A generator, as ``models.Generator`` is one."""
 
-    @property
-    def guided(self) -> bool: ...
+    guided: bool
 
     def __call__(
         self, incomplete: Tensor, mask: Tensor, sketch: Tensor | None, /

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from cluster.storage import MissingKeyError, Store
+from pipeline.tracking.protocol import Status, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +138,40 @@ class HistoryWriter:
         for number, piece in sorted(self._unwritten.items()):
             self._store.put(f"{FOLDER}/{self._attempt:04d}-{number:06d}.jsonl", bytes(piece))
             del self._unwritten[number]
+
+
+class HistoryTracker:
+    """Another tracker, whose metrics are also kept with the run on storage."""
+
+    def __init__(self, tracker: Tracker, writer: HistoryWriter) -> None:
+        self._tracker, self._writer = tracker, writer
+
+    @property
+    def run_id(self) -> str | None:
+        return self._tracker.run_id
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._writer.add(step, values)
+        self._tracker.log_metrics(step, values)
+
+    def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
+        self._tracker.log_image(key, step, pixels)
+
+    def finish(self, status: Status) -> None:
+        self._tracker.finish(status)
+
+    def __enter__(self) -> Self:
+        self._tracker.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+        self._tracker.__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 
+from cluster.git import git_commit
+from cluster.session import job_metadata
 from cluster.storage import Store
 from data_prep.shards import Dataset
 from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
+from pipeline.tracking.history import AttemptInfo, HistoryTracker, HistoryWriter
 from pipeline.tracking.jsonl import JsonLinesTracker
 from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
 from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
@@ -21,6 +25,26 @@ from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
 log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+def open_training_tracker(
+    cfg: Config, storage: RunStorage, dataset: Dataset, resume_from_step: int, ranks: Ranks
+) -> Tracker:
+    """The tracker of one attempt at training, whose metrics are also kept with the run."""
+    tracker = open_run_tracker(cfg, storage, dataset, resume_from_step, ranks)
+    if not ranks.first:
+        return tracker
+    cuda = ranks.device.type == "cuda"
+    attempt = AttemptInfo(
+        resume_from_step=resume_from_step,
+        world_size=ranks.world_size,
+        global_batch=cfg.train.global_batch,
+        device=torch.cuda.get_device_name(ranks.device) if cuda else "cpu",
+        git_commit=job_metadata().get("git_commit") or git_commit() or "",
+        dataset_digest=dataset.digest,
+        config=cfg.model_dump(mode="json"),
+    )
+    return HistoryTracker(tracker, HistoryWriter(storage.run, attempt))
 
 
 def open_run_tracker(

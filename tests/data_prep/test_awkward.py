@@ -1,4 +1,4 @@
-"""Whatever pictures, disks and servers do: it is told in one line, and nothing written is wrong."""
+"""Whatever images, disks and servers do: it is told in one line, and nothing written is wrong."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def permissions(gate: Gate) -> Iterator[bool]:
 def parts() -> list[bytes]:
     """Twelve small parts of real photographs."""
     found = []
-    for picture in list_source("bundled", val_fraction=0)[:12]:
-        decoded = decode(read_listed(picture, None))
-        assert picture.crop is not None
-        found.append(encode_jpeg(fit(decoded.cropped(picture.crop), 72), 90))
+    for image in list_source("bundled", val_fraction=0)[:12]:
+        decoded = decode(read_listed(image, None))
+        assert image.crop is not None
+        found.append(encode_jpeg(fit(decoded.cropped(image.crop), 72), 90))
     return found
 
 
@@ -132,7 +132,7 @@ def undisturbed(parts: list[bytes], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def recorded(url: Path) -> dict[str, tuple[str, str | None, str | None]]:
-    """Status, reason and message of every picture, by its path."""
+    """Status, reason and message of every image, by its path."""
     rows = pq.read_table(url / "manifest.parquet").to_pylist()
     return {
         row["source_path"]: (row["status"], row["error_type"], row["error_message"]) for row in rows
@@ -140,7 +140,7 @@ def recorded(url: Path) -> dict[str, tuple[str, str | None, str | None]]:
 
 
 def arguments(storage: str | Path, root: str | Path) -> list[str]:
-    """The same build on the command line; the data set is at ``storage``/datasets/small."""
+    """The same build on the command line; the dataset is at ``storage``/datasets/small."""
     data = SETTINGS | {"root": root}
     return [
         *("prepare", RECIPE, f"storage={storage}", "train.size_px=64"),
@@ -167,7 +167,7 @@ ODD = {
 }
 
 
-def test_every_odd_picture_is_built_or_recorded_with_its_reason(
+def test_every_odd_image_is_built_or_recorded_with_its_reason(
     photographs: Path, tmp_path: Path
 ) -> None:
     root = photographs / "odd"
@@ -229,7 +229,7 @@ def bombs(root: Path) -> list[Path]:
     return [root / "bomb.png", root / "bomb.jpg"]
 
 
-def test_what_is_no_picture_is_recorded_and_holds_nobody_up(album: Path, tmp_path: Path) -> None:
+def test_what_is_no_image_is_recorded_and_holds_nobody_up(album: Path, tmp_path: Path) -> None:
     bombs(album)
     (album / "empty.jpg").write_bytes(b"")
     (album / "empty folder").mkdir()
@@ -286,14 +286,14 @@ def test_a_bomb_is_refused_without_being_unpacked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "RGB", "RGBA"])
-def test_a_large_picture_takes_little_more_than_its_pixels(tmp_path: Path, mode: str) -> None:
+def test_a_large_image_takes_little_more_than_its_pixels(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (5000, 5000)).save(tmp_path / "large.png", compress_level=1)
     # 25 million of them, with up to 4 bytes in the file and 3 afterwards.
     assert memory_to_decode(tmp_path / "large.png") < 270_000
 
 
 @pytest.mark.parametrize("inside", ["nothing", "a folder", "a text"])
-def test_a_folder_without_pictures_is_told_in_one_line(
+def test_a_folder_without_images_is_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: str
 ) -> None:
     root = tmp_path / "album"
@@ -301,10 +301,10 @@ def test_a_folder_without_pictures_is_told_in_one_line(
     if inside == "a folder":
         (root / "empty").mkdir()
     if inside == "a text":
-        (root / "notes.txt").write_text("no picture")
+        (root / "notes.txt").write_text("no image")
     assert main(arguments(tmp_path, root)) == 1
     line = one_line(capsys.readouterr().err)
-    assert line.startswith(f"ValueError: {root} holds no pictures (")
+    assert line.startswith(f"ValueError: {root} holds no images (")
     assert not (tmp_path / "datasets").exists()
 
 
@@ -319,7 +319,7 @@ def test_names_with_newlines_do_not_break_the_line_that_tells_of_them(
 
 
 def between(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
-    """Let something happen after the pictures were listed, and before the first is read."""
+    """Let something happen after the images were listed, and before the first is read."""
 
     def listed_then(data: DataSettings) -> list[SourceImage]:
         images = list_images(data)
@@ -395,7 +395,7 @@ def test_what_may_not_be_read_is_recorded_or_told_and_made_once_it_may(
         told = command(*arguments(tmp_path, album), "--update")
     assert told.returncode == 1
     line = one_line(told.stderr)
-    assert line.startswith(f"StorageError: {closed}: Permission denied: folders of pictures must")
+    assert line.startswith(f"StorageError: {closed}: Permission denied: folders of images must")
     assert {path: path.read_bytes() for path in before} == before
     closed.rmdir()
     (album / "3.jpg").chmod(0o600)
@@ -454,7 +454,7 @@ def test_a_shard_that_the_disk_cuts_short_is_never_taken_for_whole(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_who_may_not_write_is_told_so_and_finds_the_data_set_as_it_was(
+def test_who_may_not_write_is_told_so_and_finds_the_dataset_as_it_was(
     album: Path, s3_url: str, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = build(f"{s3_url}/datasets/small", album)
@@ -507,6 +507,6 @@ def test_a_server_that_only_asks_to_slow_down_is_given_up_in_one_line(
     gate.refuses = lambda number: True
     assert main(arguments(s3_url, album)) == 1
     line = one_line(capsys.readouterr().err)
-    assert line.endswith("is overloaded or unwell, also after retries: try again later")
+    assert line.endswith("is overloaded or failing, also after retries: try again later")
     gate.open()
     assert build(f"{s3_url}/datasets/small", album).digest == undisturbed

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import webdataset
 from PIL import Image
 
 from cluster.ports import LOOPBACK
 from cluster.services import S3Server
 from cluster.storage import StorageError, open_store
+from data_prep.build import SerialScheduler
 from data_prep.hed import PACKAGED_SHA256, packaged_weights
 from data_prep.images import decode, encode_jpeg, fit
 from data_prep.manifest import describe, read_record
@@ -49,11 +51,11 @@ def two_processors(s3_server: S3Server) -> Iterator[None]:
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four small parts of real photographs, and what goes wrong with others."""
     root = tmp_path_factory.mktemp("album")
-    for picture in list_source("bundled", val_fraction=0)[:24]:
-        decoded = decode(read_listed(picture, None))
-        assert picture.crop is not None
-        pixels = fit(decoded.cropped(picture.crop), 72)
-        path = root / f"{picture.key.replace('-', '/')}.jpg"
+    for image in list_source("bundled", val_fraction=0)[:24]:
+        decoded = decode(read_listed(image, None))
+        assert image.crop is not None
+        pixels = fit(decoded.cropped(image.crop), 72)
+        path = root / f"{image.key.replace('-', '/')}.jpg"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode_jpeg(pixels, 90))
     (root / "broken.jpg").write_bytes((root / "camera" / "0.jpg").read_bytes()[:900])
@@ -95,7 +97,7 @@ def scenes(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return url
 
 
-def test_a_data_set_is_complete_and_every_sample_has_every_field(scenes: Path, album: Path) -> None:
+def test_a_dataset_is_complete_and_every_sample_has_every_field(scenes: Path, album: Path) -> None:
     dataset = Dataset.open(str(scenes))
     assert verify(dataset) == []
     assert dataset.counts["pictures"] == {"ok": 24, "skipped": 1, "failed": 3}
@@ -103,10 +105,10 @@ def test_a_data_set_is_complete_and_every_sample_has_every_field(scenes: Path, a
     assert len({sample.key for sample in samples}) == 24
     for sample in samples:
         meta = json.loads(sample.meta)
-        picture = Image.open(io.BytesIO(sample.jpg))
+        image = Image.open(io.BytesIO(sample.jpg))
         sketch = Image.open(io.BytesIO(sample.sketch))
-        assert min(picture.size) == 64
-        assert sketch.size == picture.size == (meta["width"], meta["height"])
+        assert min(image.size) == 64
+        assert sketch.size == image.size == (meta["width"], meta["height"])
         assert sketch.mode == "L"
         assert set(np.unique(np.asarray(sketch))) <= {0, 255}
         assert meta["key"] == sample.key
@@ -117,7 +119,7 @@ def test_a_data_set_is_complete_and_every_sample_has_every_field(scenes: Path, a
     assert not list(scenes.glob(".unfinished*"))
 
 
-def test_a_list_of_held_out_pictures_may_lie_anywhere(album: Path, tmp_path: Path) -> None:
+def test_a_list_of_held_out_images_may_lie_anywhere(album: Path, tmp_path: Path) -> None:
     (tmp_path / "faces").mkdir()
     for number, path in enumerate(sorted(album.glob("*/*.jpg"))[:4]):
         shutil.copy(path, tmp_path / "faces" / f"{number}.jpg")
@@ -131,7 +133,7 @@ def test_a_list_of_held_out_pictures_may_lie_anywhere(album: Path, tmp_path: Pat
     assert made[0].settings["requested"]["split"] == str(tmp_path / "one.txt")
 
 
-def test_the_manifest_has_a_row_for_every_picture_with_the_reason(scenes: Path) -> None:
+def test_the_manifest_has_a_row_for_every_image_with_the_reason(scenes: Path) -> None:
     table = pq.read_table(scenes / "manifest.parquet")
     rows = table.to_pylist()
     assert len(rows) == 28
@@ -168,7 +170,7 @@ def test_index_sizes_and_card_agree_with_the_shards(undisturbed: Path) -> None:
     assert 'path: "small-train-*.tar"' in card
     with Image.open(undisturbed / "contact_sheet.png") as sheet:
         assert sheet.width == 4 * 2 * 128
-    assert describe(Dataset.open(str(undisturbed)))["pictures"] == "24 ok, 1 skipped, 3 failed"
+    assert describe(Dataset.open(str(undisturbed)))["images"] == "24 ok, 1 skipped, 3 failed"
 
 
 def test_the_record_of_a_shard_tells_the_peak_memory_of_its_worker(undisturbed: Path) -> None:
@@ -177,7 +179,7 @@ def test_the_record_of_a_shard_tells_the_peak_memory_of_its_worker(undisturbed: 
         assert 2**26 < read_record(store, shard.name).peak_bytes < 2**33
 
 
-def test_a_finished_data_set_comes_back_at_once(
+def test_a_finished_dataset_comes_back_at_once(
     undisturbed: Path, album: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(undisturbed)
@@ -204,7 +206,7 @@ def test_other_settings_are_refused_unless_replacing_is_allowed(
     assert replaced.digest != Dataset.open(str(undisturbed)).digest
 
 
-def test_the_same_pictures_on_s3_give_the_same_bytes(
+def test_the_same_images_on_s3_give_the_same_bytes(
     undisturbed: Path, album: Path, s3_url: str
 ) -> None:
     store = open_store(f"{s3_url}/raw")
@@ -214,10 +216,17 @@ def test_the_same_pictures_on_s3_give_the_same_bytes(
     dataset = build(f"{s3_url}/set", f"{s3_url}/raw")
     local = Dataset.open(str(undisturbed))
     assert verify(dataset) == []
-    # A dead link is a picture that is missing; a bucket has no dead links.
+    # A dead link is an image that is missing; a bucket has no dead links.
     assert dataset.counts["pictures"]["failed"] == local.counts["pictures"]["failed"] - 1
     same = {shard.name: shard.sha256 for shard in local.index}
     assert {shard.name: shard.sha256 for shard in dataset.index} == same
+
+
+def test_a_build_in_one_process_without_ray_gives_the_same_bytes(
+    album: Path, tmp_path: Path, scenes: Path
+) -> None:
+    build(tmp_path, album, subject="scene", scheduler=SerialScheduler())
+    assert contents(tmp_path) == contents(scenes)
 
 
 @pytest.mark.parametrize(("kind", "subject"), [("shard_task", "face"), ("EdgeActor", "scene")])
@@ -252,7 +261,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     while below(os.getpid(), "ray::shard_task"):
         assert time.monotonic() < deadline, "workers go on after an interruption"
         time.sleep(0.1)
-    with pytest.raises(ShardError, match="no finished data set"):
+    with pytest.raises(ShardError, match="no finished dataset"):
         Dataset.open(str(tmp_path))
     made = sorted(tmp_path.glob("*.tar"))
     assert 1 <= len(made) < len(Dataset.open(str(undisturbed)).index)
@@ -263,9 +272,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
-def test_another_picture_makes_one_shard_anew(
-    undisturbed: Path, album: Path, tmp_path: Path
-) -> None:
+def test_another_image_makes_one_shard_anew(undisturbed: Path, album: Path, tmp_path: Path) -> None:
     root, url = tmp_path / "album", tmp_path / "set"
     shutil.copytree(album, root, symlinks=True)
     shutil.copytree(undisturbed, url)
@@ -282,7 +289,7 @@ def test_another_picture_makes_one_shard_anew(
     assert updated.digest == build(tmp_path / "fresh", root).digest
 
 
-def test_pictures_of_another_root_are_never_taken_for_those_of_the_same_name(
+def test_images_of_another_root_are_never_taken_for_those_of_the_same_name(
     undisturbed: Path, album: Path, tmp_path: Path
 ) -> None:
     root, finished, cut_short = (tmp_path / name for name in ("other", "finished", "cut short"))
@@ -310,7 +317,7 @@ def test_another_threshold_needs_no_source_and_gives_the_bytes_of_a_fresh_build(
     try:
         shutil.copytree(away, album, symlinks=True)
         for path in album.glob("*/*.jpg"):
-            path.write_bytes(b"no picture any more")
+            path.write_bytes(b"no image any more")
         again = build(url, album, subject="scene", threshold=0.3, replace=True)
     finally:
         shutil.rmtree(album)
@@ -320,7 +327,7 @@ def test_another_threshold_needs_no_source_and_gives_the_bytes_of_a_fresh_build(
     assert again.counts == fresh.counts
 
 
-def test_hardware_has_no_part_in_a_data_set_that_has_its_sketches(
+def test_hardware_has_no_part_in_a_dataset_that_has_its_sketches(
     scenes: Path,
     undisturbed: Path,
     album: Path,
@@ -410,7 +417,7 @@ def test_what_is_held_out_is_told_and_dropped_from_train(
     assert dataset.counts["pictures"] == {"ok": 4, "skipped": 2, "failed": 0}
     assert dataset.counts["reasons"] == {"duplicate": 2}
     assert dataset.counts["duplicates"] == 2
-    assert describe(dataset)["also held out"] == "2 pictures dropped from train"
+    assert describe(dataset)["also held out"] == "2 images dropped from train"
     assert verify(dataset) == []
     assert build(tmp_path / "set", root, update=True).digest == dataset.digest
     with caplog.at_level("INFO", "data_prep.build"):
@@ -419,7 +426,7 @@ def test_what_is_held_out_is_told_and_dropped_from_train(
     assert "the+20same: the same file as val/china/1" in caplog.text
     assert kept.counts["pictures"]["ok"] == 6
     assert kept.counts["duplicates"] == 2
-    assert describe(kept)["also held out"] == "2 pictures kept in train"
+    assert describe(kept)["also held out"] == "2 images kept in train"
 
 
 @pytest.mark.parametrize(
@@ -437,7 +444,7 @@ def test_a_dataset_json_with_a_damaged_word_is_told_in_one_line(
         read(Dataset.open(str(url)))
 
 
-def test_a_damaged_data_set_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
     def faults(change: Callable[[Path], object]) -> list[str]:
         url = tmp_path / "copy"
         shutil.copytree(undisturbed, url)
@@ -465,33 +472,33 @@ def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
 ) -> None:
     with pytest.raises(
         ShardError,
-        match=r"of 28 pictures failed, more than data\.max_failed_fraction=0\.01: \S+\.(jpg|png): "
+        match=r"of 28 images failed, more than data\.max_failed_fraction=0\.01: \S+\.(jpg|png): "
         r".* unfinished now; .* --retry-failed, or raise data\.max_failed_fraction$",
     ):
         build(tmp_path, album, max_failed_fraction=0.01)
     assert not (tmp_path / "dataset.json").exists()
 
 
-def test_where_no_picture_can_be_used_it_is_told_why(album: Path, tmp_path: Path) -> None:
+def test_where_no_image_can_be_used_it_is_told_why(album: Path, tmp_path: Path) -> None:
     root = tmp_path / "album"
     shutil.copytree(album / "camera", root)
-    with pytest.raises(ShardError, match=r"^none of 7 pictures could be used \(7 too_small\)$"):
+    with pytest.raises(ShardError, match=r"^none of 7 images could be used \(7 too_small\)$"):
         build(tmp_path / "set", root, stored_px=5000)
     (root / "0.jpg").write_bytes(b"")
     with pytest.raises(ShardError, match=r"\(1 empty, 6 too_small\) 0\.jpg: empty: the file is "):
         build(tmp_path / "set", root, stored_px=5001)
 
 
-def test_an_update_that_stops_is_finished_once_the_pictures_are_mended(
+def test_an_update_that_stops_is_finished_once_the_images_are_mended(
     album: Path, tmp_path: Path
 ) -> None:
     root, url = tmp_path / "album", tmp_path / "set"
     shutil.copytree(album / "camera", root)
     assert build(url, root, max_failed_fraction=0).counts["pictures"]["failed"] == 0
     (root / "more.jpg").write_bytes(b"broken")
-    with pytest.raises(ShardError, match="the data set is unfinished now; mend them"):
+    with pytest.raises(ShardError, match="the dataset is unfinished now; repair them"):
         build(url, root, max_failed_fraction=0, update=True)
-    with pytest.raises(ShardError, match="no finished data set"):
+    with pytest.raises(ShardError, match="no finished dataset"):
         Dataset.open(str(url))
     shutil.copy(album / "china" / "0.jpg", root / "more.jpg")
     mended = build(url, root, max_failed_fraction=0, update=True, retry_failed=True)
@@ -517,7 +524,7 @@ def test_wrong_weights_are_told_in_one_line_before_anything_starts(
 ) -> None:
     wrong, url = tmp_path / "wrong.h5", tmp_path / "set"
     wrong.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"^HED weights \S+wrong\.h5: this is no HED weights .+$"):
+    with pytest.raises(ValueError, match=r"^HED weights \S+wrong\.h5: not an HED weights .+$"):
         build(url, album, subject="scene", hed_weights=str(wrong))
     assert not url.exists()
 
@@ -536,3 +543,27 @@ def test_a_storage_that_cannot_be_written_is_one_clear_error(album: Path, tmp_pa
     (tmp_path / "parts").write_text("a file where a folder has to be")
     with pytest.raises(StorageError, match="parts"):
         build(tmp_path, album)
+
+
+def test_a_webdataset_gives_the_samples_that_its_files_would(album: Path, tmp_path: Path) -> None:
+    """Same bytes as from the unpacked files, but for the key and where the image came from."""
+    root = tmp_path / "web"
+    root.mkdir()
+    images = sorted(album.glob("*/*.jpg"))
+    with webdataset.TarWriter(str(root / "00000.tar")) as writer:
+        for path in images:
+            key = path.relative_to(album).with_suffix("").as_posix()
+            writer.write({"__key__": key, "jpg": path.read_bytes(), "json": {"caption": "a part"}})
+    unpacked = tmp_path / "files" / "00000"
+    for path in images:
+        copy = unpacked / path.relative_to(album)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    web = build(tmp_path / "a", root, source="webdataset", val_fraction=0.0)
+    files = build(tmp_path / "b", tmp_path / "files", val_fraction=0.0)
+    assert web.counts["pictures"] == {"ok": 24, "skipped": 0, "failed": 0}
+    for one, other in zip(web.index, files.index, strict=True):
+        for ours, theirs in zip(web.read(one), files.read(other), strict=True):
+            assert (ours.key, ours.jpg, ours.sketch) == (theirs.key, theirs.jpg, theirs.sketch)
+    again = build(tmp_path / "c", root, source="webdataset", val_fraction=0.0)
+    assert again.digest == web.digest

@@ -52,11 +52,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_keys(tmp_path: Path, form: str, held_out: str) -> None:
     names = [form.format(number + FORMS[form]) for number in range(12)]
-    pictures = listed(touch(tmp_path / "root", *names), held_out)
-    assert [picture.key for picture in pictures] == [f"celebahq-{n:05d}" for n in range(12)]
-    assert [picture.path for picture in pictures] == names  # by number: 10.jpg is not after 1.jpg
-    assert [p.key for p in pictures if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
-    assert {picture.subject for picture in pictures} == {"face"}
+    images = listed(touch(tmp_path / "root", *names), held_out)
+    assert [image.key for image in images] == [f"celebahq-{n:05d}" for n in range(12)]
+    assert [image.path for image in images] == names  # by number: 10.jpg is not after 1.jpg
+    assert [p.key for p in images if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
+    assert {image.subject for image in images} == {"face"}
 
 
 def test_png_tars_as_tfds_wants_them_are_read_one_size_at_a_time(
@@ -67,10 +67,10 @@ def test_png_tars_as_tfds_wants_them_are_read_one_size_at_a_time(
         members = {f"data{size}x{size}/imgHQ{n:05d}.png": b"png %d" % size for n in range(1, 12)}
         tar_of(tmp_path / "manual" / f"data{size}x{size}.tar", members)
     root = str(tmp_path / "manual" / "data256x256.tar")
-    pictures = listed(root, held_out)
-    assert [picture.key for picture in pictures] == [f"celebahq-{n:05d}" for n in range(1, 12)]
-    assert read_listed(pictures[0], root) == b"png 256"
-    with pytest.raises(ValueError, match=r"picture 1 twice, data128x128/.*point data.root at one"):
+    images = listed(root, held_out)
+    assert [image.key for image in images] == [f"celebahq-{n:05d}" for n in range(1, 12)]
+    assert read_listed(images[0], root) == b"png 256"
+    with pytest.raises(ValueError, match=r"image 1 twice, data128x128/.*point data.root at one"):
         listed(tmp_path / "manual", held_out)
 
 
@@ -90,12 +90,12 @@ def test_a_list_of_2000_as_deepfill_lama_or_taming_write_it_leaves_28000(
     path = tmp_path / "val.flist"
     path.write_text("".join(f"{line.format(number)}\n" for number in held_out))
     files: Files = {f"CelebA-HQ-img/{number}.jpg": None for number in range(30_000)}
-    pictures = list(from_files(files, "root", str(path)))
-    assert Counter(picture.split for picture in pictures) == {"train": 28_000, "val": 2_000}
-    assert pictures[7].split == "val"
+    images = list(from_files(files, "root", str(path)))
+    assert Counter(image.split for image in images) == {"train": 28_000, "val": 2_000}
+    assert images[7].split == "val"
 
 
-def test_annotations_of_celebamask_are_no_pictures(tmp_path: Path, held_out: str) -> None:
+def test_annotations_of_celebamask_are_no_images(tmp_path: Path, held_out: str) -> None:
     root = tmp_path / "root"
     touch(root, *(f"CelebA-HQ-img/{number}.jpg" for number in range(12)))
     touch(root, "CelebAMask-HQ-mask-anno/0/00000_skin.png", "CelebAMaskHQ-mask-anno/0/00001.png")
@@ -104,20 +104,20 @@ def test_annotations_of_celebamask_are_no_pictures(tmp_path: Path, held_out: str
 
 def test_two_forms_or_two_numberings_in_one_root_are_refused(tmp_path: Path, held_out: str) -> None:
     root = touch(tmp_path / "a", "x/00007.jpg", "y/7.jpg")
-    with pytest.raises(ValueError, match="picture 7 twice"):
+    with pytest.raises(ValueError, match="image 7 twice"):
         listed(root, held_out)
     root = touch(tmp_path / "b", "x/00000.jpg", "x/30000.jpg")
     with pytest.raises(ValueError, match="two numberings are mixed"):
         listed(root, held_out)
 
 
-def test_a_list_must_fit_the_pictures(tmp_path: Path) -> None:
+def test_a_list_must_fit_the_images(tmp_path: Path) -> None:
     root = touch(tmp_path / "root", "0.jpg", "1.jpg")
     (tmp_path / "far.txt").write_text("29999\n")
-    with pytest.raises(ValueError, match="holds 2 pictures of CelebA-HQ's 30,000"):
+    with pytest.raises(ValueError, match="holds 2 images of CelebA-HQ's 30,000"):
         listed(root, str(tmp_path / "far.txt"), allow_partial=False)
     (tmp_path / "no.txt").write_text("smiling\n")
-    with pytest.raises(ValueError, match="is no list of pictures"):
+    with pytest.raises(ValueError, match="should list images"):
         listed(root, str(tmp_path / "no.txt"))
 
 
@@ -150,8 +150,8 @@ def test_the_official_counts_are_asserted(tmp_path: Path) -> None:
     right += range(first_test, first_test + 2_824)
     root = partitioned(tmp_path, dict(enumerate(right)))
     files = list_files(str(root)) | {f"CelebA-HQ-img/{n}.jpg": None for n in range(30_000)}
-    pictures = from_files(files, str(root))
-    assert Counter(picture.split for picture in pictures) == {"train": 24_183, "val": 2_993}
+    images = from_files(files, str(root))
+    assert Counter(image.split for image in images) == {"train": 24_183, "val": 2_993}
     wrong = [24_184 if original == first_val else original for original in right]
     partitioned(tmp_path, dict(enumerate(wrong)))
     with pytest.raises(ValueError, match="'train': 24184, 'val': 2992, 'test': 2824"):
@@ -172,9 +172,9 @@ def mirror(root: Path, names: dict[str, list[str | None]], group: int = 4) -> di
     held: dict[str, bytes] = {}
     for file, of_rows in names.items():
         path = f"data/{file}.parquet"
-        pictures = [f"{file} {row} ".encode() * 500 for row in range(len(of_rows))]
-        held |= {f"{path}/{row:05d}": data for row, data in enumerate(pictures)}
-        rows = [{"bytes": b, "path": n} for b, n in zip(pictures, of_rows, strict=True)]
+        images = [f"{file} {row} ".encode() * 500 for row in range(len(of_rows))]
+        held |= {f"{path}/{row:05d}": data for row, data in enumerate(images)}
+        rows = [{"bytes": b, "path": n} for b, n in zip(images, of_rows, strict=True)]
         image = pa.array(rows, HF)
         table = pa.table({"image": image, "label": [row % 2 for row in range(len(rows))]})
         (root / "data").mkdir(parents=True, exist_ok=True)
@@ -199,29 +199,29 @@ def test_rows_of_parquet_are_read_on_disk_and_on_s3(
         root = request.getfixturevalue("s3_url")
         for path in tmp_path.rglob("*.parquet"):
             open_store(root).upload(path, path.relative_to(tmp_path).as_posix())
-    pictures = listed(root, "val_fraction")
-    assert {p.path: read_listed(p, root) for p in pictures} == held
-    assert pictures[1].key == "data/train-00000-of-00002=parquet/00001"
+    images = listed(root, "val_fraction")
+    assert {p.path: read_listed(p, root) for p in images} == held
+    assert images[1].key == "data/train-00000-of-00002=parquet/00001"
 
 
 def test_a_split_of_a_mirror_is_never_taken_as_official(tmp_path: Path) -> None:
     held = mirror(tmp_path, UNNAMED)
     with pytest.raises(
-        ValueError, match=r"00000-of-00002\.parquet/00000 and on do not tell their n"
+        ValueError, match=r"00000-of-00002\.parquet/00000 and the other rows hold no n"
     ):
         listed(tmp_path, "official")
     listing = tmp_path / "rows.txt"
     listing.write_text("data/train-00000-of-00002.parquet/00003\n")
     held_out = [p.path for p in listed(tmp_path, str(listing)) if p.split == "val"]
     assert held_out == ["data/train-00000-of-00002.parquet/00003"]
-    pictures = list_source(
+    images = list_source(
         "celebahq", root=str(tmp_path), split="val_fraction", val_fraction=0.5, allow_partial=True
     )
-    assert {p.path for p in pictures if p.split == "val" and "train-" in p.path}
-    assert {p.path for p in pictures if p.split == "train" and "validation-" in p.path}
-    assert len(pictures) == len(held)
+    assert {p.path for p in images if p.split == "val" and "train-" in p.path}
+    assert {p.path for p in images if p.split == "train" and "validation-" in p.path}
+    assert len(images) == len(held)
     listing.write_text("3\n")
-    with pytest.raises(ValueError, match=r"rows\.txt is no list of rows"):
+    with pytest.raises(ValueError, match=r"rows\.txt should list rows"):
         listed(tmp_path, str(listing))
 
 
@@ -231,12 +231,12 @@ def test_rows_that_name_their_numbers_are_celebahq_whatever_their_order(
     order = [7, 0, 10, 3, 2]
     names: list[str | None] = [f"celeba/imgHQ{number:05d}.png" for number in order]
     held = mirror(tmp_path, {"train-00000-of-00002": names[:3], "train-00001-of-00002": names[3:]})
-    pictures = listed(tmp_path, held_out)
-    assert [p.key for p in pictures] == [f"celebahq-{number:05d}" for number in sorted(order)]
-    assert [p.key for p in pictures if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
+    images = listed(tmp_path, held_out)
+    assert [p.key for p in images] == [f"celebahq-{number:05d}" for number in sorted(order)]
+    assert [p.key for p in images if p.split == "val"] == ["celebahq-00002", "celebahq-00010"]
     by_number = dict(zip(order, held.values(), strict=True))
-    for picture in pictures:
-        assert read_listed(picture, str(tmp_path)) == by_number[int(picture.key[-5:])]
+    for image in images:
+        assert read_listed(image, str(tmp_path)) == by_number[int(image.key[-5:])]
     partitioned(tmp_path, {number: 162_770 + number % 2 for number in order})
     assert [p.split for p in listed(tmp_path, "official")] == [
         "val" if number % 2 else "train" for number in sorted(order)
@@ -250,13 +250,13 @@ def test_names_that_repeat_or_are_missing_are_no_numbers(
     tmp_path: Path, names: list[str | None]
 ) -> None:
     mirror(tmp_path, {"train-00000-of-00001": names[:2], "test-00000-of-00001": names[2:]})
-    with pytest.raises(ValueError, match="do not tell their numbers"):
+    with pytest.raises(ValueError, match="hold no numbers"):
         listed(tmp_path, "official")
 
 
 def test_the_counts_of_a_mirror_are_asserted(tmp_path: Path) -> None:
     mirror(tmp_path, UNNAMED)
-    with pytest.raises(ValueError, match="holds 16 pictures of CelebA-HQ's 30,000"):
+    with pytest.raises(ValueError, match="holds 16 images of CelebA-HQ's 30,000"):
         listed(tmp_path, "val_fraction", allow_partial=False)
 
 
@@ -269,19 +269,19 @@ def test_no_more_of_a_file_is_read_than_names_and_a_row_group(tmp_path: Path) ->
     with path.open("r+b") as file:
         file.seek(first)
         file.write(bytes(chunk.total_compressed_size))
-    pictures = listed(tmp_path, "val_fraction")
-    for picture in pictures[4:]:
-        assert read_listed(picture, str(tmp_path)) == held[picture.path]
+    images = listed(tmp_path, "val_fraction")
+    for image in images[4:]:
+        assert read_listed(image, str(tmp_path)) == held[image.path]
     with pytest.raises(OSError, match=r"00001\.parquet: row group 0 cannot be read"):
-        read_listed(pictures[0], str(tmp_path))
+        read_listed(images[0], str(tmp_path))
 
 
 def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -> None:
     mirror(tmp_path, {"train": [None] * 9})
-    pictures = listed(tmp_path, "val_fraction")
+    images = listed(tmp_path, "val_fraction")
     mirror(tmp_path, {"train": [None] * 5})
     with pytest.raises(StorageError, match=r"train\.parquet was replaced since it was listed"):
-        read_listed(pictures[0], str(tmp_path))
+        read_listed(images[0], str(tmp_path))
 
 
 def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
@@ -291,15 +291,15 @@ def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
         listed(tmp_path / "both", "val_fraction")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "train.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"cut/train\.parquet is no whole Parquet file"):
+    with pytest.raises(ValueError, match=r"cut/train\.parquet is not a complete Parquet file"):
         listed(tmp_path / "cut", "val_fraction")
     (tmp_path / "text").mkdir()
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text" / "train.parquet")
-    with pytest.raises(ValueError, match=r"has 0 columns of pictures .* among text"):
+    with pytest.raises(ValueError, match=r"has 0 columns of images .* among text"):
         listed(tmp_path / "text", "val_fraction")
     (tmp_path / "null").mkdir()
     image = pa.array([{"bytes": None, "path": "elsewhere.jpg"}, None])
     pq.write_table(pa.table({"image": image.cast(HF)}), tmp_path / "null" / "train.parquet")
-    for picture in listed(tmp_path / "null", "val_fraction"):
-        with pytest.raises(MissingKeyError, match="has no picture in it"):
-            read_listed(picture, str(tmp_path / "null"))
+    for image in listed(tmp_path / "null", "val_fraction"):
+        with pytest.raises(MissingKeyError, match="has no image"):
+            read_listed(image, str(tmp_path / "null"))

@@ -38,16 +38,16 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleTyp
 
 
 def made(url: Path, subjects: set[str]) -> Dataset:
-    """A data set of some of the bundled photographs; bright parts stand for edges."""
+    """A dataset of some of the bundled photographs; bright parts stand for edges."""
 
     def start_edges(images: ImageBatch) -> Any:
         return lambda: (images[..., 0] > 128).astype(np.uint8)
 
-    pictures = [p for p in list_source("bundled") if p.subject in subjects]
+    images = [p for p in list_source("bundled") if p.subject in subjects]
     url.mkdir()
     store, records = open_store(str(url)), []
     for split in ("train", "val"):
-        of_split = {picture.key: picture for picture in pictures if picture.split == split}
+        of_split = {image.key: image for image in images if image.split == split}
         for number, keys in enumerate(plan(of_split, shard_samples=16, seed=0)):
             chosen: list[SourceImage] = [of_split[key] for key in keys]
             name = shard_name("small", split, number)
@@ -116,6 +116,7 @@ def test_shards_open_as_plain_webdataset_files(
     assert_same(read, scenes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_folder_opens_by_its_card_with_scenes_and_faces_mixed(
     hugging_face: ModuleType, tmp_path: Path, streaming: bool

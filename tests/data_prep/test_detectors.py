@@ -18,19 +18,18 @@ from data_prep.files import SourceImage
 from data_prep.hed import (
     EdgeDetector,
     Hed,
-    Output,
-    Precision,
     load_network,
     packaged_weights,
     read_weights,
 )
 from data_prep.images import decode, fit
 from data_prep.landmarks import FaceDetector, rescaled
+from data_prep.settings import HedOutput, HedPrecision
 from data_prep.sketches import edge_strokes
 from tests.data_prep.settings import read_listed
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-OUTPUTS: tuple[Output, ...] = ("fused", "averaged")
+PRECISIONS: tuple[HedPrecision, ...] = ("fp32", "bf16")
+OUTPUTS: tuple[HedOutput, ...] = ("fused", "averaged")
 
 
 def bundled(path: str) -> np.ndarray:
@@ -43,7 +42,7 @@ def weights() -> bytes:
 
 
 def edge_detector(
-    weights: bytes, precision: Precision = "fp32", output: Output = "fused"
+    weights: bytes, precision: HedPrecision = "fp32", output: HedOutput = "fused"
 ) -> EdgeDetector:
     return EdgeDetector(load_network(weights), precision=precision, output=output)
 
@@ -73,8 +72,9 @@ def test_edges_lie_on_edges(weights: bytes, cup: np.ndarray) -> None:
     assert on.mean() > 5 * off.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_a_step_is_found_where_it_is(weights: bytes, output: Output) -> None:
+def test_a_step_is_found_where_it_is(weights: bytes, output: HedOutput) -> None:
     """To the pixel, at sizes that the pools divide and that they do not."""
     for size, column in ((128, 64), (131, 70)):
         step = np.full((1, size, size, 3), 60, np.uint8)
@@ -84,9 +84,10 @@ def test_a_step_is_found_where_it_is(weights: bytes, output: Output) -> None:
         assert abs(strong.mean() - (column - 0.5)) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_a_picture_has_the_same_edges_in_any_batch(
-    weights: bytes, cup: np.ndarray, output: Output
+def test_an_image_has_the_same_edges_in_any_batch(
+    weights: bytes, cup: np.ndarray, output: HedOutput
 ) -> None:
     detector = edge_detector(weights, output=output)
     alone = detector(cup[None])
@@ -98,8 +99,8 @@ def test_a_picture_has_the_same_edges_in_any_batch(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_picture_has_the_same_edges_in_any_batch_on_a_gpu(
-    weights: bytes, cup: np.ndarray, precision: Precision
+def test_an_image_has_the_same_edges_in_any_batch_on_a_gpu(
+    weights: bytes, cup: np.ndarray, precision: HedPrecision
 ) -> None:
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -112,13 +113,14 @@ def test_a_picture_has_the_same_edges_in_any_batch_on_a_gpu(
             assert np.array_equal(alone[0], together[-1])
 
 
+@pytest.mark.slow
 def test_averaged_edges_of_a_mirror_image_are_mirrored(weights: bytes, cup: np.ndarray) -> None:
     fused, averaged = (edge_detector(weights, output=output) for output in OUTPUTS)
-    picture = cup[None, :130, :131]  # sizes that the scales do not divide
-    mirrored = picture[:, :, ::-1]
-    assert np.allclose(averaged(mirrored), averaged(picture)[:, :, ::-1], atol=1e-5)
-    assert not np.allclose(fused(mirrored), fused(picture)[:, :, ::-1], atol=1e-2)
-    assert np.corrcoef(averaged(picture).ravel(), fused(picture).ravel())[0, 1] > 0.9
+    image = cup[None, :130, :131]  # sizes that the scales do not divide
+    mirrored = image[:, :, ::-1]
+    assert np.allclose(averaged(mirrored), averaged(image)[:, :, ::-1], atol=1e-5)
+    assert not np.allclose(fused(mirrored), fused(image)[:, :, ::-1], atol=1e-2)
+    assert np.corrcoef(averaged(image).ravel(), fused(image).ravel())[0, 1] > 0.9
 
 
 def test_bf16_strokes_are_nearly_those_of_fp32(weights: bytes, cup: np.ndarray) -> None:
@@ -132,10 +134,8 @@ def test_bf16_leaves_999_of_1000_sketch_pixels_of_scenes(weights: bytes, photogr
     full, half = (edge_detector(weights, precision) for precision in PRECISIONS)
     same = []
     for path in paths:
-        picture = fit(decode(path.read_bytes(), enough_px=256), 256)[None]
-        same.append(
-            (edge_strokes(full(picture)[0], 0.6) == edge_strokes(half(picture)[0], 0.6)).mean()
-        )
+        image = fit(decode(path.read_bytes(), enough_px=256), 256)[None]
+        same.append((edge_strokes(full(image)[0], 0.6) == edge_strokes(half(image)[0], 0.6)).mean())
     assert np.mean(same) >= 0.999
 
 
@@ -181,7 +181,7 @@ def faces() -> FaceDetector:
     return FaceDetector()
 
 
-def test_landmarks_scale_with_the_picture(faces: FaceDetector) -> None:
+def test_landmarks_scale_with_the_image(faces: FaceDetector) -> None:
     astronaut = bundled("skimage/data/astronaut.png")
     face = faces(astronaut)
     assert face is not None
@@ -196,7 +196,7 @@ def test_landmarks_scale_with_the_picture(faces: FaceDetector) -> None:
     assert np.abs(larger.points - expected).mean() < 4
 
 
-def test_a_part_of_a_picture_is_searched_as_a_copy_would_be(faces: FaceDetector) -> None:
+def test_a_part_of_an_image_is_searched_as_a_copy_would_be(faces: FaceDetector) -> None:
     part = bundled("skimage/data/astronaut.png")[:256, 64:320]
     assert not part.flags.c_contiguous
     found, copied = faces(part), faces(part.copy())
@@ -205,7 +205,7 @@ def test_a_part_of_a_picture_is_searched_as_a_copy_would_be(faces: FaceDetector)
     assert np.array_equal(found.points, copied.points)
 
 
-def test_a_picture_without_a_face_has_none(faces: FaceDetector) -> None:
+def test_an_image_without_a_face_has_none(faces: FaceDetector) -> None:
     assert faces(np.zeros((64, 64, 3), np.uint8)) is None
 
 
@@ -216,15 +216,15 @@ def face_of_astronaut(px: int) -> np.ndarray:
 
 
 def on_gray(*faces: tuple[np.ndarray, int, int]) -> np.ndarray:
-    """Faces at (left, top) on a gray picture of 512 x 512 pixels that may cut them."""
-    picture = np.full((512, 512, 3), 120, np.uint8)
+    """Faces at (left, top) on a gray image of 512 x 512 pixels that may cut them."""
+    image = np.full((512, 512, 3), 120, np.uint8)
     for face, left, top in faces:
         cut = face[:, max(-left, 0) :]
-        picture[top : top + len(cut), max(left, 0) : max(left, 0) + cut.shape[1]] = cut
-    return picture
+        image[top : top + len(cut), max(left, 0) : max(left, 0) + cut.shape[1]] = cut
+    return image
 
 
-def test_a_face_that_is_small_in_its_picture_is_found(faces: FaceDetector) -> None:
+def test_a_face_that_is_small_in_its_image_is_found(faces: FaceDetector) -> None:
     small = on_gray((face_of_astronaut(90), 300, 60))
     face = faces(small)
     assert face is not None
@@ -248,5 +248,5 @@ def test_faces_of_celebrities_are_found(faces: FaceDetector, photographs: Path) 
     paths = sorted((photographs / "faces").glob("*.*"))[:12]
     assert len(paths) == 12
     for path in paths:
-        picture = decode(path.read_bytes(), enough_px=512)
-        assert faces(fit(picture, 512)) is not None, path.name
+        image = decode(path.read_bytes(), enough_px=512)
+        assert faces(fit(image, 512)) is not None, path.name

@@ -23,8 +23,8 @@ import pytest
 
 from cluster.storage import open_store
 from data_prep import download as fetching
-from data_prep.download import FILES, LICENCE, FetchError, check_archives, fetch
-from data_prep.places2 import ARCHIVES, LISTS, Archive
+from data_prep.download import FILES, LICENSE, FetchError, check_archives, fetch
+from data_prep.places2 import ARCHIVES, LISTS, Published
 from pipeline import cli
 
 NAME, FILE = "places2-val-256", "val_256.tar"
@@ -122,20 +122,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def published(data: bytes) -> Archive:
-    return Archive(hashlib.md5(data).hexdigest(), len(data))
+def published(data: bytes) -> Published:
+    return Published(hashlib.md5(data).hexdigest(), len(data))
 
 
 def fetched(server: Server, out: Path, tries: int = 4, timeout_s: float = 5.0) -> Path:
-    return fetch(
-        NAME,
-        out,
-        accept_licence=True,
-        base_url=server.url,
-        tries=tries,
-        back_off_s=0.01,
-        timeout_s=timeout_s,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "TRIES", tries)
+        patch.setattr(fetching, "TIMEOUT_S", timeout_s)
+        patch.setattr(fetching, "FIRST_WAIT_S", 0.01)
+        return fetch(NAME, out, accept_license=True, base_url=server.url)
 
 
 def assert_whole(path: Path, data: bytes = DATA) -> None:
@@ -148,17 +144,17 @@ def test_every_archive_with_a_published_md5_has_a_name() -> None:
 
 
 def test_nothing_happens_before_the_licence_is_accepted(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--accept-licence") as refused:
-        fetch(NAME, tmp_path / "out", accept_licence=False, base_url=server.url)
-    assert LICENCE in str(refused.value)
+    with pytest.raises(ValueError, match="--accept-license") as refused:
+        fetch(NAME, tmp_path / "out", accept_license=False, base_url=server.url)
+    assert LICENSE in str(refused.value)
     assert "\n" not in str(refused.value)
     assert server.ranges == []
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_archive_is_told_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"places2-val-512 is no archive.*places2-val-256"):
-        fetch("places2-val-512", tmp_path, accept_licence=True)
+    with pytest.raises(ValueError, match=r"places2-val-512 is unknown: .*places2-val-256"):
+        fetch("places2-val-512", tmp_path, accept_license=True)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +162,7 @@ def test_an_unknown_archive_is_told_with_those_there_are(tmp_path: Path) -> None
 )
 def test_an_address_that_is_none_is_told(tmp_path: Path, url: str) -> None:
     with pytest.raises(ValueError, match=r"address|user name") as refused:
-        fetch(NAME, tmp_path, accept_licence=True, base_url=url)
+        fetch(NAME, tmp_path, accept_license=True, base_url=url)
     assert "secret" not in str(refused.value)
 
 
@@ -176,7 +172,7 @@ def test_an_archive_arrives_once(server: Server, tmp_path: Path) -> None:
         path = fetch(
             NAME,
             tmp_path / "new" / "folder",
-            accept_licence=True,
+            accept_license=True,
             base_url=server.url,
             progress=lambda done, total: seen.append((done, total)),
         )
@@ -198,7 +194,7 @@ def test_cuts_are_gone_on_after_without_asking_twice_for_a_byte(
 def test_failures_are_counted_anew_after_progress(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "NEWS", 10_000)
+    monkeypatch.setattr(fetching, "PROGRESS_BYTES", 10_000)
     server.answers.extend([cut(10_000), cut(0)] * 10)
     assert_whole(fetched(server, tmp_path, tries=3))
 
@@ -332,7 +328,7 @@ def test_a_size_that_nobody_published_is_the_servers(
 ) -> None:
     monkeypatch.setitem(ARCHIVES, FILE, published(DATA)._replace(bytes=None))
     server.answers.append(whole(Content_Length=None))
-    with pytest.raises(FetchError, match="does not say how long it is"):
+    with pytest.raises(FetchError, match="sends no length"):
         fetched(server, tmp_path)
     server.answers.append(cut(100_000))
     assert_whole(fetched(server, tmp_path))
@@ -372,21 +368,23 @@ def test_nobody_at_home_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fetching, "TRIES", 2)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.01)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
         with pytest.raises(FetchError, match=r"Connection refused; gave up after 2 tries"):
-            fetch(NAME, tmp_path, accept_licence=True, base_url=url, tries=2, back_off_s=0.01)
+            fetch(NAME, tmp_path, accept_license=True, base_url=url)
 
 
 CHILD = """
 import sys
 from pathlib import Path
 from data_prep.download import fetch
-from data_prep.places2 import ARCHIVES, Archive
+from data_prep.places2 import ARCHIVES, Published
 
-ARCHIVES["val_256.tar"] = Archive(sys.argv[3], int(sys.argv[4]))
-fetch("places2-val-256", Path(sys.argv[1]), accept_licence=True, base_url=sys.argv[2])
+ARCHIVES["val_256.tar"] = Published(sys.argv[3], int(sys.argv[4]))
+fetch("places2-val-256", Path(sys.argv[1]), accept_license=True, base_url=sys.argv[2])
 """
 
 
@@ -410,7 +408,7 @@ def test_a_fetch_killed_midway_goes_on_where_it_was(server: Server, tmp_path: Pa
         ):
             time.sleep(0.01)
         # While the child is at work, nobody else may write there.
-        with pytest.raises(FetchError, match=r"val_256.tar.part is another process's"):
+        with pytest.raises(FetchError, match=r"another process is writing \S+val_256\.tar\.part"):
             fetched(server, tmp_path)
     finally:
         child.kill()
@@ -424,11 +422,11 @@ def test_a_fetch_killed_midway_goes_on_where_it_was(server: Server, tmp_path: Pa
 def test_a_fetch_stopped_before_its_last_step_asks_the_server_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(part: fetching.Part) -> None:
+    def killed(part: fetching.PartialFile) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetching.Part, "finish", killed)
+        patch.setattr(fetching.PartialFile, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
             fetched(server, tmp_path)
     assert_whole(fetched(server, tmp_path))
@@ -526,8 +524,8 @@ def test_archives_that_are_not_there_or_unknown_are_told_in_one_line(
 ) -> None:
     (tmp_path / "my.tar").write_bytes(b"")
     lines = {
-        "nowhere": f"ValueError: there is no folder {tmp_path}/nowhere: give one, a tar, or ",
-        "my.tar": f"ValueError: {tmp_path}/my.tar: the archives of Places2 are known by their ",
+        "nowhere": f"ValueError: folder {tmp_path}/nowhere was not found: give a folder, ",
+        "my.tar": f"ValueError: {tmp_path}/my.tar: archives of Places2 must have their ",
         FILE: f"{tmp_path}/{FILE}: No such file or directory",
     }
     for name, line in lines.items():

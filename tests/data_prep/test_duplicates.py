@@ -52,10 +52,10 @@ def test_the_same_file_is_told_as_such() -> None:
 
 def test_a_perceptual_hash_survives_scaling_and_compression_only() -> None:
     hashes = []
-    for picture in list_source("bundled", val_fraction=0)[5:35:7]:
-        decoded = decode(read_listed(picture, None))
-        assert picture.crop is not None
-        whole = fit(decoded.cropped(picture.crop), 256)
+    for image in list_source("bundled", val_fraction=0)[5:35:7]:
+        decoded = decode(read_listed(image, None))
+        assert image.crop is not None
+        whole = fit(decoded.cropped(image.crop), 256)
         small = fit(Decoded(whole, whole.shape[1], whole.shape[0]), 160)
         poor = decode(encode_jpeg(whole, 60)).pixels
         values = [np.int64(perceptual_hash(p)).view(np.uint64) for p in (whole, small, poor)]

@@ -26,7 +26,7 @@ AS_UNPACKED = {path.removeprefix("./"): data for path, data in MEMBERS.items()}
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_is_read_as_if_it_were_unpacked(tmp_path: Path, kind: int) -> None:
-    path = tar_of(tmp_path / "x" / "pictures.tar", MEMBERS | {"a/._1.jpg": b"junk"}, kind)
+    path = tar_of(tmp_path / "x" / "images.tar", MEMBERS | {"a/._1.jpg": b"junk"}, kind)
     assert contents(str(path), list_files(str(path))) == AS_UNPACKED
     (tmp_path / "y.jpg").write_bytes(b"beside")
     below = {f"x/{name}": data for name, data in AS_UNPACKED.items()}
@@ -34,15 +34,15 @@ def test_a_tar_is_read_as_if_it_were_unpacked(tmp_path: Path, kind: int) -> None
 
 
 def test_a_tar_on_s3_is_read_in_place(tmp_path: Path, s3_url: str) -> None:
-    path = tar_of(tmp_path / "pictures.tar", MEMBERS)
-    open_store(s3_url).upload(path, "sub/pictures.tar")
-    url = f"{s3_url}/sub/pictures.tar"
+    path = tar_of(tmp_path / "images.tar", MEMBERS)
+    open_store(s3_url).upload(path, "sub/images.tar")
+    url = f"{s3_url}/sub/images.tar"
     assert contents(url, list_files(url)) == AS_UNPACKED
     assert contents(s3_url, list_files(s3_url)).keys() == {f"sub/{name}" for name in AS_UNPACKED}
 
 
 def test_keys_do_not_depend_on_unpacking(tmp_path: Path) -> None:
-    tar = tar_of(tmp_path / "tar" / "pictures.tar", MEMBERS)
+    tar = tar_of(tmp_path / "tar" / "images.tar", MEMBERS)
     unpacked = tmp_path / "unpacked"
     with tarfile.open(tar) as archive:
         archive.extractall(unpacked, filter="data")
@@ -88,11 +88,11 @@ def with_links(path: Path) -> Path:
 def test_of_members_of_one_name_the_last_counts_and_hard_links_are_files(
     tmp_path: Path, s3_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = with_links(tmp_path / "x" / "pictures.tar")
-    open_store(s3_url).upload(path, "x/pictures.tar")
+    path = with_links(tmp_path / "x" / "images.tar")
+    open_store(s3_url).upload(path, "x/images.tar")
     of_tar = {"1": b"new", "2": b"two", "3": b"three", "linked": b"old", "shown": b"hidden"}
     for root in (str(tmp_path), s3_url):
-        tar = f"{root}/x/pictures.tar"
+        tar = f"{root}/x/images.tar"
         caplog.clear()
         found = contents(tar, list_files(tar))
         assert found == {f"a/{name}.jpg": data for name, data in of_tar.items()}
@@ -102,7 +102,7 @@ def test_of_members_of_one_name_the_last_counts_and_hard_links_are_files(
 
 
 def test_what_gnu_tar_unpacks_is_what_is_listed(tmp_path: Path) -> None:
-    tar, unpacked = with_links(tmp_path / "pictures.tar"), tmp_path / "unpacked"
+    tar, unpacked = with_links(tmp_path / "images.tar"), tmp_path / "unpacked"
     unpacked.mkdir()
     subprocess.run(["tar", "-xf", tar, "-C", unpacked], check=True)
     for link in ("s.jpg", "gone.jpg"):
@@ -113,7 +113,7 @@ def test_what_gnu_tar_unpacks_is_what_is_listed(tmp_path: Path) -> None:
 
 
 def test_what_lies_beside_its_tar_counts_once(tmp_path: Path) -> None:
-    tar_of(tmp_path / "pictures.tar", {"a/1.jpg": b"old", "a/2.jpg": b"two"})
+    tar_of(tmp_path / "images.tar", {"a/1.jpg": b"old", "a/2.jpg": b"two"})
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"new")
     found = contents(str(tmp_path), list_files(str(tmp_path)))
@@ -121,22 +121,22 @@ def test_what_lies_beside_its_tar_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_tar_cut_short_is_an_error_that_names_it(tmp_path: Path) -> None:
-    path = tar_of(tmp_path / "pictures.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
+    path = tar_of(tmp_path / "images.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
     files = list_files(str(path))
     path.write_bytes(path.read_bytes()[:7000])
-    with pytest.raises(ValueError, match=r"pictures\.tar is no whole tar"):
+    with pytest.raises(ValueError, match=r"images\.tar is not a complete tar"):
         list_files(str(path))
-    with pytest.raises(StorageError, match=r"pictures\.tar was replaced since it was listed"):
+    with pytest.raises(StorageError, match=r"images\.tar was replaced since it was listed"):
         read_file(str(path), "b.jpg", files["b.jpg"])
 
 
 def test_places_in_a_tar_are_good_for_that_tar_only(tmp_path: Path, s3_url: str) -> None:
-    url, store = f"{s3_url}/pictures.tar", open_store(s3_url)
-    path = tar_of(tmp_path / "pictures.tar", {"a.jpg": b"one", "b.jpg": b"two"})
-    store.upload(path, "pictures.tar")
+    url, store = f"{s3_url}/images.tar", open_store(s3_url)
+    path = tar_of(tmp_path / "images.tar", {"a.jpg": b"one", "b.jpg": b"two"})
+    store.upload(path, "images.tar")
     listed = {root: list_files(root) for root in (str(path), url)}
     tar_of(path, {"b.jpg": b"TWO", "a.jpg": b"ONE", "c.jpg": b""})  # a.jpg is now elsewhere
-    store.upload(path, "pictures.tar")
+    store.upload(path, "images.tar")
     for root, files in listed.items():
         with pytest.raises(StorageError, match="replaced since it was listed: run the same"):
             read_file(root, "a.jpg", files["a.jpg"])

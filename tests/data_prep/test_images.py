@@ -30,8 +30,8 @@ ORIENTATION = 0x0112
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    picture = SourceImage("coffee", "train", "scene", "skimage/data/coffee.png", "bundled")
-    return decode(read_listed(picture, None)).pixels
+    image = SourceImage("coffee", "train", "scene", "skimage/data/coffee.png", "bundled")
+    return decode(read_listed(image, None)).pixels
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -42,7 +42,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     error = np.mean((one.astype(np.float64) - other) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))  # of equal pictures: 138
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))  # of equal images: 138
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -102,7 +102,7 @@ def test_16_bit_colours_keep_their_brightness(photo: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
-def test_pictures_are_converted_band_by_band_as_they_would_be_whole(
+def test_images_are_converted_band_by_band_as_they_would_be_whole(
     photo: np.ndarray, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = np.asarray(Image.fromarray(photo).convert("L")).astype(np.uint16) * 257 + 9
@@ -114,7 +114,7 @@ def test_pictures_are_converted_band_by_band_as_they_would_be_whole(
     assert np.array_equal(decode(data).pixels, whole.pixels)
 
 
-def test_an_array_of_celeba_hq_is_a_picture(photo: np.ndarray) -> None:
+def test_an_array_of_celeba_hq_is_an_image(photo: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, photo[None].transpose(0, 3, 1, 2))
     assert np.array_equal(decode(buffer.getvalue()).pixels, photo)
@@ -139,13 +139,13 @@ def test_transparency_lies_on_white(photo: np.ndarray) -> None:
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"not a picture", "unknown_format"),
-        (b"\xff\xd8\xff\xe0 no picture either", "damaged"),
+        (b"not an image", "unknown_format"),
+        (b"\xff\xd8\xff\xe0 no image either", "damaged"),
         (b"\x89PNG\r\n\x1a\n", "unknown_format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "unknown_format"),
     ],
 )
-def test_what_is_no_picture_says_so(data: bytes, reason: str) -> None:
+def test_what_is_no_image_says_so(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
         decode(data)
     assert caught.value.reason == reason
@@ -156,7 +156,7 @@ def test_what_is_no_picture_says_so(data: bytes, reason: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_picture_cut_short_is_damaged(photo: np.ndarray, kind: str) -> None:
+def test_an_image_cut_short_is_damaged(photo: np.ndarray, kind: str) -> None:
     data = saved(Image.fromarray(photo), kind)
     with pytest.raises(ImageError) as caught:
         decode(data[: len(data) // 2])
@@ -185,7 +185,7 @@ def test_what_is_halved_or_more_looks_as_after_full_decoding(photo: np.ndarray) 
         assert np.array_equal(decode(data, enough_px=801).pixels, decode(data).pixels)
 
 
-def test_real_pictures_that_are_halved_or_more_look_as_after_full_decoding(
+def test_real_images_that_are_halved_or_more_look_as_after_full_decoding(
     photographs: Path,
 ) -> None:
     files = [*(photographs / "odd").glob("*.jp*g"), *(photographs / "scenes").glob("*.jpg")]
@@ -211,18 +211,18 @@ def test_exact_halves_are_the_mean_of_four_pixels(photo: np.ndarray) -> None:
 
 
 def test_the_short_side_is_fitted_and_the_aspect_ratio_kept(photo: np.ndarray) -> None:
-    picture = Decoded(photo, width=600, height=400)
-    assert fit(picture, 100).shape == (100, 150, 3)
-    assert fit(picture.cropped((10, 20, 110, 320)), 50).shape == (150, 50, 3)
-    assert np.array_equal(fit(picture, 400), photo)
+    image = Decoded(photo, width=600, height=400)
+    assert fit(image, 100).shape == (100, 150, 3)
+    assert fit(image.cropped((10, 20, 110, 320)), 50).shape == (150, 50, 3)
+    assert np.array_equal(fit(image, 400), photo)
     with pytest.raises(ImageError, match="600 x 400 pixels: the short side is under 401"):
-        fit(picture, 401)
+        fit(image, 401)
     strip = np.zeros((10, 163, 3), np.uint8)
     assert fit(Decoded(strip[:, :160], 160, 10), 8).shape == (8, 128, 3)
     with pytest.raises(ImageError, match="163 x 10 pixels: longer than 16 times the short side"):
         fit(Decoded(strip, 163, 10), 8)
     with pytest.raises(ImageError, match="crop"):
-        picture.cropped((0, 0, 601, 10))
+        image.cropped((0, 0, 601, 10))
 
 
 def test_a_sketch_reads_back_in_mode_l_as_0_and_255() -> None:
@@ -265,17 +265,17 @@ REFUSED = {
 }
 
 
-def test_the_awkward_pictures_decode_or_say_why(photographs: Path) -> None:
+def test_the_awkward_images_decode_or_say_why(photographs: Path) -> None:
     refused = {}
     upright = {}
     for path in sorted((photographs / "odd").iterdir()):
         try:
-            picture = decode(path.read_bytes())
+            image = decode(path.read_bytes())
         except ImageError as error:
             refused[path.name] = error.reason
             continue
-        assert picture.pixels.shape == (picture.height, picture.width, 3)
-        upright[path.name] = fit(picture, min(25, picture.height, picture.width))
+        assert image.pixels.shape == (image.height, image.width, 3)
+        upright[path.name] = fit(image, min(25, image.height, image.width))
     assert refused == REFUSED
     landscapes = [upright[f"exif_landscape_{n}.jpg"].astype(float) for n in range(2, 9)]
     assert all(np.abs(other - landscapes[0]).mean() < 8 for other in landscapes)

@@ -87,7 +87,7 @@ def test_corrected_strokes_are_balanced_and_reach_every_side(
     assert touched.min() > 0.02
 
 
-def test_official_strokes_on_a_wide_picture_end_at_its_height(
+def test_official_strokes_on_a_wide_image_end_at_its_height(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn = strokes_alone(monkeypatch, official_mask, (256, 384), 400)
@@ -185,8 +185,8 @@ def test_a_mixture_draws_its_kinds_in_proportion() -> None:
     assert boxes / DRAWS == pytest.approx(0.75, abs=0.04)
 
 
-def png(picture: np.ndarray) -> bytes:
-    return cv2.imencode(".png", picture)[1].tobytes()
+def png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def test_masks_of_a_folder_are_binarised_at_half_white_with_the_asked_polarity(
@@ -207,9 +207,9 @@ def test_masks_of_a_folder_are_binarised_at_half_white_with_the_asked_polarity(
 
 def test_every_mask_of_a_folder_is_drawn(tmp_path: Path) -> None:
     for i in range(5):
-        picture = np.zeros((16, 16), np.uint8)
-        picture[i] = 255
-        (tmp_path / f"{i}.png").write_bytes(png(picture))
+        image = np.zeros((16, 16), np.uint8)
+        image[i] = 255
+        (tmp_path / f"{i}.png").write_bytes(png(image))
     sampler = MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))
     rng = random.Random(0)
     rows = {int(sampler(16, 16, rng).any(axis=1).argmax()) for _ in range(100)}
@@ -220,10 +220,10 @@ def test_every_mask_of_a_folder_is_drawn(tmp_path: Path) -> None:
     ("content", "complaint"),
     [
         (b"", "mask m.png: the file is empty"),
-        (b"no png", "mask m.png: no picture format"),
+        (b"no png", "mask m.png: not a known image format"),
         (png(np.zeros((8, 8), np.uint8)), "mask m.png has no hole at 8 x 8: white pixels"),
     ],
-    ids=["empty file", "no picture", "all black"],
+    ids=["empty file", "no image", "all black"],
 )
 def test_an_unusable_mask_file_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / "m.png").write_bytes(content)
@@ -248,7 +248,7 @@ def test_a_mixture_that_cannot_be_meant_is_refused(
         MaskSettings(mixture)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("nothing here")
     with pytest.raises(ValueError, match="holds no mask images"):
         MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))

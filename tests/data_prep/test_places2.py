@@ -32,9 +32,9 @@ def tree(root: Path, train: str = "data_256", val: str = "val_256") -> Path:
 
 
 def keys(root: Path | str, allow_partial: bool = True) -> dict[str, str]:
-    pictures = list_source("places2", root=str(root), allow_partial=allow_partial)
-    assert {picture.subject for picture in pictures} == {"scene"}
-    return {picture.key: picture.split for picture in pictures}
+    images = list_source("places2", root=str(root), allow_partial=allow_partial)
+    assert {image.subject for image in images} == {"scene"}
+    return {image.key: image.split for image in images}
 
 
 @pytest.mark.parametrize("train", ["data_256", "data_256_standard", "x/data_256_challenge"])
@@ -42,7 +42,7 @@ def test_folders_as_unpacked_and_as_renamed_have_the_same_keys(tmp_path: Path, t
     assert keys(tree(tmp_path, train)) == KEYS
 
 
-def test_the_large_pictures_have_keys_of_their_own(tmp_path: Path) -> None:
+def test_the_large_images_have_keys_of_their_own(tmp_path: Path) -> None:
     found = keys(tree(tmp_path, "data_large_standard", "val_large"))
     assert next(iter(found)) == "data_large/a/airfield/00000001"
     assert found["val_large/Places365_val_00000001"] == "val"
@@ -54,8 +54,8 @@ def test_archives_that_nobody_unpacked_have_the_same_keys_and_bytes(tmp_path: Pa
     tar_of(tmp_path / "val_256.tar", {f"val_256/{name}": name.encode() for name in VAL})
     tar_of(tmp_path / "test_256.tar", {"test_256/Places365_test_00000001.jpg": b"test"})
     assert keys(tmp_path) == KEYS
-    pictures = list_source("places2", root=str(tmp_path), allow_partial=True)
-    assert read_listed(pictures[2], str(tmp_path)) == TRAIN[2].encode()
+    images = list_source("places2", root=str(tmp_path), allow_partial=True)
+    assert read_listed(images[2], str(tmp_path)) == TRAIN[2].encode()
 
 
 def test_archives_on_s3_are_read_in_place(tmp_path: Path, s3_url: str) -> None:
@@ -65,13 +65,13 @@ def test_archives_on_s3_are_read_in_place(tmp_path: Path, s3_url: str) -> None:
     }.items():
         open_store(s3_url).upload(tar_of(tmp_path / name, members), name)
     assert keys(s3_url) == KEYS
-    pictures = list_source("places2", root=s3_url, allow_partial=True)
-    assert [read_listed(picture, s3_url) for picture in pictures] == [
+    images = list_source("places2", root=s3_url, allow_partial=True)
+    assert [read_listed(image, s3_url) for image in images] == [
         name.encode() for name in TRAIN + VAL
     ]
 
 
-def test_pictures_for_testing_are_left_out(tmp_path: Path) -> None:
+def test_images_for_testing_are_left_out(tmp_path: Path) -> None:
     tree(tmp_path)
     for name in ("test_256/Places365_test_00000001.jpg", "places365_test.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def test_the_layout_of_mmagic_with_its_lists_is_taken(tmp_path: Path) -> None:
 def test_the_flat_folder_of_lama_has_names_that_clashed_and_is_told_by_its_count(
     tmp_path: Path,
 ) -> None:
-    """Three classes have a picture 00000001; unpacked into one folder, the last is left."""
+    """Three classes have an image 00000001; unpacked into one folder, the last is left."""
     for name in TRAIN:
         path = tmp_path / "places_standard_dataset" / "train" / Path(name).name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def test_lists_are_read_from_their_archive_too(tmp_path: Path) -> None:
     assert list(keys(tmp_path)) == [list(KEYS)[number] for number in (1, 2, 3)]
 
 
-def test_of_the_lists_of_both_editions_that_of_the_pictures_counts(tmp_path: Path) -> None:
+def test_of_the_lists_of_both_editions_that_of_the_images_counts(tmp_path: Path) -> None:
     tree(tmp_path / "named", "data_256_challenge")
     tree(tmp_path / "unnamed", "data_256")
     for root in (tmp_path / "named", tmp_path / "unnamed"):
@@ -178,7 +178,7 @@ def test_an_archive_tells_which_count_to_expect(tmp_path: Path) -> None:
     members = {f"data_256/{name}": b"" for name in TRAIN}
     tar = tar_of(tmp_path / "train_256_places365challenge.tar", members)
     for root in (tmp_path, tar):
-        with pytest.raises(ValueError, match="holds 3 train and 0 val pictures; Places2 has 8,026"):
+        with pytest.raises(ValueError, match="holds 3 train and 0 val images; Places2 has 8,026"):
             keys(root, allow_partial=False)
 
 
@@ -204,7 +204,7 @@ def published(train: int) -> Files:
 
 
 def test_counts_other_than_the_published_ones_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds 3 train and 2 val pictures; Places2 has 1,803,460"):
+    with pytest.raises(ValueError, match="holds 3 train and 2 val images; Places2 has 1,803,460"):
         keys(tree(tmp_path), allow_partial=False)
     # As after flattening the archive into one folder, where names of classes clash.
     with pytest.raises(ValueError, match="overwritten"):
@@ -213,5 +213,5 @@ def test_counts_other_than_the_published_ones_are_refused(tmp_path: Path) -> Non
 
 def test_the_published_counts_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places2, "TRAIN_COUNTS", {"standard": 20_000})
-    pictures = list(places2.list_images(published(20_000), "root", allow_partial=False))
-    assert len(pictures) == 56_500
+    images = list(places2.list_images(published(20_000), "root", allow_partial=False))
+    assert len(images) == 56_500

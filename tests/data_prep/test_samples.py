@@ -1,4 +1,4 @@
-"""From pictures to samples: how far a worker reads ahead, and what it takes over."""
+"""From images to samples: how far a worker reads ahead, and what it takes over."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from data_prep.sources import read_image
 from tests.data_prep.settings import SAMPLE_SETTINGS
 
 
-def start_edges(pictures: np.ndarray) -> Callable[[], np.ndarray]:
-    return lambda: np.zeros(pictures.shape[:3], np.uint8)
+def start_edges(images: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: np.zeros(images.shape[:3], np.uint8)
 
 
 def below(root: Path) -> SampleSettings:
@@ -38,21 +38,21 @@ def test_memory_holds_a_few_chunks_of_images_however_large_the_shard() -> None:
     data = encode_jpeg(np.zeros((64, 64, 3), np.uint8))
     keys = []
 
-    def read(picture: SourceImage, root: str | None) -> bytes:
-        keys.append(picture.key)
+    def read(image: SourceImage, root: str | None) -> bytes:
+        keys.append(image.key)
         return data
 
-    pictures = [
+    images = [
         SourceImage(f"k{number:03d}", "train", "scene", f"{number}.jpg", "folder")
         for number in range(20 * CHUNK)
     ]
-    made = make_samples(pictures, SAMPLE_SETTINGS, read=read, start_edges=start_edges)
+    made = make_samples(images, SAMPLE_SETTINGS, read=read, start_edges=start_edges)
     ahead = [len(keys) - number for number, _ in enumerate(made)]
-    assert len(ahead) == len(pictures)
+    assert len(ahead) == len(images)
     assert max(ahead) <= 4 * CHUNK  # two to be decoded, two that wait for their edges
 
 
-def test_a_picture_at_which_our_own_code_fails_is_named(
+def test_an_image_at_which_our_own_code_fails_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(pixels: np.ndarray, quality: int) -> bytes:
@@ -60,8 +60,8 @@ def test_a_picture_at_which_our_own_code_fails_is_named(
 
     (tmp_path / "a b.jpg").write_bytes(encode_jpeg(np.zeros((128, 128, 3), np.uint8)))
     monkeypatch.setattr(samples, "encode_jpeg", fail)
-    picture = SourceImage("a+20b", "train", "scene", "a b.jpg", "folder")
-    made = make_samples([picture], below(tmp_path), read=read_image, start_edges=start_edges)
+    image = SourceImage("a+20b", "train", "scene", "a b.jpg", "folder")
+    made = make_samples([image], below(tmp_path), read=read_image, start_edges=start_edges)
     with pytest.raises(RuntimeError, match=r"^a b\.jpg \(key a\+20b\): ValueError: not so$"):
         list(made)
 

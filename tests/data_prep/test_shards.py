@@ -110,9 +110,9 @@ def test_a_foreign_tar_is_refused(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
-    with pytest.raises(ShardError, match=r"foreign\.tar: b\.txt stands where a is incomplete"):
+    with pytest.raises(ShardError, match=r"foreign\.tar: b\.txt follows an incomplete a"):
         list(read_samples(path))
-    with pytest.raises(ShardError, match="no shard of ours"):
+    with pytest.raises(ShardError, match="not one of our shards"):
         list(read_samples(random.Random(0).randbytes(2048)))
 
 
@@ -154,18 +154,18 @@ def test_large_shards_are_between_half_full_and_full() -> None:
         assert max(sizes) < 1000 * 1.1
 
 
-def test_another_picture_changes_one_shard() -> None:
+def test_another_image_changes_one_shard() -> None:
     before = plan(map(str, range(1000)), shard_samples=100, seed=0)
     after = plan(map(str, range(1001)), shard_samples=100, seed=0)
     assert sum(old != new for old, new in zip(before, after, strict=True)) == 1
 
 
-def test_two_pictures_of_one_key_are_refused() -> None:
-    with pytest.raises(ShardError, match="'b' stands for two pictures"):
+def test_two_images_of_one_key_are_refused() -> None:
+    with pytest.raises(ShardError, match="two images have the key 'b'"):
         plan(["a", "b", "b"], shard_samples=8, seed=0)
 
 
-def test_a_folder_without_dataset_json_is_no_data_set(tmp_path: Path) -> None:
+def test_a_folder_without_dataset_json_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"dataset\.json is missing"):
         Dataset.open(str(tmp_path))
 
@@ -177,12 +177,12 @@ def test_a_dataset_json_that_lacks_something_is_told_in_one_line(
     tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "dataset.json").write_bytes(content)
-    with pytest.raises(ShardError, match=r"/dataset\.json is not a data set of ours$"):
+    with pytest.raises(ShardError, match=r"/dataset\.json is not one of our datasets$"):
         Dataset.open(str(tmp_path))
 
 
 def finished(root: Path) -> Dataset:
-    """Two shards with what makes them a data set."""
+    """Two shards with what makes them a dataset."""
     names = [shard_name("small", "train", number) for number in range(2)]
     shards = [write_shard(root / name, samples(), split="train", name=name) for name in names]
     index = {"shardlist": [index_entry(shard) for shard in shards]}
@@ -263,7 +263,7 @@ def test_an_index_that_cannot_be_read_is_one_fault_beside_the_others(
     if content is not None:
         (tmp_path / "index.json").write_bytes(content)
     (tmp_path / "sizes.json").write_bytes(b"{ }")
-    fault = ": No such file or directory" if content is None else " is no index of ours"
+    fault = ": No such file or directory" if content is None else " is not one of our indexes"
     assert verify(dataset) == [
         f"{tmp_path / 'index.json'}{fault}",
         "sizes.json has 3 bytes instead of 2",

@@ -40,6 +40,6 @@ def test_eyes_are_closed_and_the_jaw_is_open() -> None:
     assert eye[22, 25] or eye[23, 25] or eye[22, 26]  # between the last point and the first
 
 
-def test_points_outside_of_the_picture_do_no_harm() -> None:
+def test_points_outside_of_the_image_do_no_harm() -> None:
     points = np.random.default_rng(1).uniform(-1000, 1000, (68, 2))
     assert face_strokes(points, 30, 40, line_width=1).shape == (30, 40)

@@ -1,4 +1,4 @@
-"""Sources: which pictures there are, their keys and their splits."""
+"""Sources: which images there are, their keys and their splits."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def listed(root: Path | str, val_fraction: float = 0.0) -> list[SourceImage]:
 
 
 def test_bundled_photographs_are_real_and_split_by_photograph() -> None:
-    pictures = list_source("bundled", val_fraction=0.5)
-    splits = Counter(picture.split for picture in pictures)
+    images = list_source("bundled", val_fraction=0.5)
+    splits = Counter(image.split for image in images)
     assert 40 <= splits["train"] <= 60
     assert 8 <= splits["val"] <= 12
     photographs = {
-        split: {p.path for p in pictures if p.split == split} for split in ("train", "val")
+        split: {p.path for p in images if p.split == split} for split in ("train", "val")
     }
     assert not photographs["train"] & photographs["val"]
-    assert len({picture.key for picture in pictures}) == len(pictures)
-    assert {p.path for p in pictures if p.subject == "face"} == {"skimage/data/astronaut.png"}
-    for picture in pictures:
-        decoded = decode(read_listed(picture, None))
-        assert picture.crop is not None
-        assert min(fit(decoded.cropped(picture.crop), 256).shape[:2]) == 256
+    assert len({image.key for image in images}) == len(images)
+    assert {p.path for p in images if p.subject == "face"} == {"skimage/data/astronaut.png"}
+    for image in images:
+        decoded = decode(read_listed(image, None))
+        assert image.crop is not None
+        assert min(fit(decoded.cropped(image.crop), 256).shape[:2]) == 256
 
 
 def test_a_folder_is_listed_recursively_and_read(tmp_path: Path) -> None:
     root = folder(tmp_path, "a.jpg", "b/c.PNG", "b/notes.txt", ".hidden/d.jpg", "b/._e.jpg")
     (root / "empty").mkdir()
-    pictures = listed(root)
-    assert [(p.key, p.path) for p in pictures] == [("a", "a.jpg"), ("b/c=PNG", "b/c.PNG")]
-    assert read_listed(pictures[1], str(root)) == b"b/c.PNG"
+    images = listed(root)
+    assert [(p.key, p.path) for p in images] == [("a", "a.jpg"), ("b/c=PNG", "b/c.PNG")]
+    assert read_listed(images[1], str(root)) == b"b/c.PNG"
     assert [p.key for p in listed(f"file://{root}")] == ["a", "b/c=PNG"]
 
 
@@ -65,7 +65,7 @@ def test_what_is_left_out_of_a_folder_is_told_by_its_suffix(
     names = ["iphone.HEIC", "b/c.heic", "d.heic", "noext", "x/noext", "n.txt", "a.jpg.b\nc"]
     assert [p.path for p in listed(folder(tmp_path, *names))] == ["a.jpg"]
     assert caplog.messages == [
-        "files that are no pictures left out count=7 "
+        "files left out that are not images count=7 "
         rf"(.heic 3, no suffix 2, .b\nc 1, .txt 1) root={tmp_path}"
     ]
 
@@ -87,9 +87,9 @@ def test_a_prefix_on_s3_is_listed_and_read(s3_url: str) -> None:
     store = open_store(s3_url)
     for key in ("train/a b.jpg", "val/c.jpg", "train/notes.txt"):
         store.put(key, key.encode())
-    pictures = listed(s3_url)
-    assert [(p.key, p.split) for p in pictures] == [("train/a+20b", "train"), ("val/c", "val")]
-    assert read_listed(pictures[0], s3_url) == b"train/a b.jpg"
+    images = listed(s3_url)
+    assert [(p.key, p.split) for p in images] == [("train/a+20b", "train"), ("val/c", "val")]
+    assert read_listed(images[0], s3_url) == b"train/a b.jpg"
 
 
 def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_odd_names_get_valid_and_different_keys(tmp_path: Path) -> None:
         "x" * 200 + ".jpg",
     ]
     names += ["same.jpg", "same.jpeg", "same.JPG", "same.png", os.fsdecode(b"latin-\xe4.jpg")]
-    pictures = listed(folder(tmp_path, *names))
-    assert sorted(p.path for p in pictures) == sorted(names)
-    assert len({p.key for p in pictures}) == len(names)
-    assert all(KEY.fullmatch(p.key) for p in pictures)
-    for picture in pictures:
-        data = read_listed(picture, str(tmp_path))
-        assert data == picture.path.encode("utf-8", "surrogateescape")
+    images = listed(folder(tmp_path, *names))
+    assert sorted(p.path for p in images) == sorted(names)
+    assert len({p.key for p in images}) == len(names)
+    assert all(KEY.fullmatch(p.key) for p in images)
+    for image in images:
+        data = read_listed(image, str(tmp_path))
+        assert data == image.path.encode("utf-8", "surrogateescape")
 
 
 @given(st.lists(st.text("aA.=+ /ä\n2E", max_size=12), unique=True))
@@ -122,8 +122,8 @@ def test_folders_train_and_val_are_the_splits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = folder(tmp_path, "train/a.jpg", "train/x/b.jpg", "val/a.jpg", "c.jpg")
-    pictures = listed(root, 0.5)
-    assert {p.key: p.split for p in pictures} == {
+    images = listed(root, 0.5)
+    assert {p.key: p.split for p in images} == {
         "train/a": "train",
         "train/x/b": "train",
         "val/a": "val",
@@ -131,7 +131,7 @@ def test_folders_train_and_val_are_the_splits(
     assert "left out count=1" in caplog.text
 
 
-def test_a_picture_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
+def test_an_image_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
     names = [f"{number}.jpg" for number in range(200)]
     before = {p.key: p.split for p in listed(folder(tmp_path, *names[:100]), 0.2)}
     after = {p.key: p.split for p in listed(folder(tmp_path, *names), 0.2)}
@@ -156,9 +156,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_or_empty_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         listed(tmp_path)
-    with pytest.raises(ValueError, match=r"there is no folder .*missing: give one"):
+    with pytest.raises(ValueError, match=r"folder .*missing was not found: give a folder"):
         listed(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"source 'folder' needs data\.root"):
         list_source("folder", val_fraction=0.1)

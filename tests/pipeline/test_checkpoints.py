@@ -1,15 +1,19 @@
-"""Checkpoints: finished or invisible, checked byte for byte, kept by number and by merit."""
+"""Checkpoints: finished or invisible, intact, finite, kept by number and by merit."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save as save_tensors
 
 from cluster.storage import StorageError, Store, join, open_store
 from pipeline.checkpoints import (
@@ -22,7 +26,7 @@ from pipeline.checkpoints import (
     verify_checkpoints,
 )
 
-FILES = {"generator.safetensors": b"G" * 1000, "state.json": b"{}", "empty.bin": b""}
+FILES = {"weights.bin": b"G" * 1000, "state.json": b"{}", "empty.bin": b""}
 BEST: tuple[str, MetricMode] = ("val/l1", "min")
 
 
@@ -59,8 +63,8 @@ def test_a_checkpoint_comes_back_as_it_was_saved(checkpoints: CheckpointStore, r
     manifest = json.loads(run.get("step-00012000/manifest.json"))
     assert manifest["step"] == 12000
     assert manifest["metrics"] == {"val/l1": 0.5}
-    assert manifest["files"]["generator.safetensors"]["bytes"] == 1000
-    assert len(manifest["files"]["generator.safetensors"]["sha256"]) == 64
+    assert manifest["files"]["weights.bin"]["bytes"] == 1000
+    assert len(manifest["files"]["weights.bin"]["sha256"]) == 64
 
 
 def test_nothing_saved_is_nothing_found(checkpoints: CheckpointStore) -> None:
@@ -68,6 +72,70 @@ def test_nothing_saved_is_nothing_found(checkpoints: CheckpointStore) -> None:
     assert checkpoints.newest() is None
     assert checkpoints.best(*BEST) is None
     assert checkpoints.load_newest() is None
+
+
+def tensors(value: float) -> bytes:
+    """A safetensors file whose second tensor holds ``value`` once."""
+    named = {"first": np.ones(8, np.float32), "second": np.zeros(8, np.float32)}
+    named["second"][5] = value
+    return save_tensors(named)
+
+
+def write_as_version_0_1(run: Store, step: int, files: Mapping[str, bytes], l1: float) -> None:
+    """A checkpoint as code wrote it that did not look at its values."""
+    digests = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+    manifest = {"step": step, "metrics": {"val/l1": l1}, "files": digests}
+    for name, data in {**files, "manifest.json": json.dumps(manifest).encode()}.items():
+        run.put(f"step-{step:08d}/{name}", data)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_tensor_that_is_not_finite_is_never_committed(
+    checkpoints: CheckpointStore, value: float
+) -> None:
+    save(checkpoints, 10, other={"ema.safetensors": tensors(1.0)})
+    with pytest.raises(
+        CheckpointError, match=r"step 20 .* second in ema.safetensors is not finite"
+    ):
+        save(checkpoints, 20, other={"ema.safetensors": tensors(value)})
+    assert checkpoints.steps() == [10]
+    assert checkpoints.load_newest() is not None
+
+
+def test_a_metric_that_is_not_finite_is_never_committed(checkpoints: CheckpointStore) -> None:
+    with pytest.raises(CheckpointError, match=r"step 10 .* its metric val/l1 is nan"):
+        save(checkpoints, 10, math.nan)
+    assert checkpoints.steps() == []
+
+
+def test_a_checkpoint_that_is_not_finite_counts_as_damaged(
+    checkpoints: CheckpointStore, run: Store
+) -> None:
+    healthy = {"ema.safetensors": tensors(1.0)}
+    write_as_version_0_1(run, 10, healthy, 0.5)
+    write_as_version_0_1(run, 20, {"ema.safetensors": tensors(math.nan)}, 0.4)
+    write_as_version_0_1(run, 30, healthy, math.nan)
+    assert checkpoints.load_newest() == (10, healthy)
+    assert [len(checkpoints.verify(step)) for step in (10, 20, 30)] == [0, 1, 1]
+    assert checkpoints.fault(10) is None
+    assert checkpoints.fault(30) == "its metric val/l1 is nan"
+
+
+def test_pruning_keeps_the_newest_healthy_checkpoint(run: Store) -> None:
+    for step in (10, 20):
+        write_as_version_0_1(run, step, {"ema.safetensors": tensors(1.0)}, 0.5)
+    for step in (30, 40, 50):
+        write_as_version_0_1(run, step, {"ema.safetensors": tensors(math.nan)}, math.nan)
+    assert CheckpointStore(run, keep=1).prune() == [10, 30, 40]
+
+
+def test_pruning_keeps_all_where_none_is_healthy(run: Store) -> None:
+    for step in (10, 20, 30):
+        write_as_version_0_1(run, step, {"ema.safetensors": tensors(math.nan)}, 0.5)
+    assert CheckpointStore(run, keep=1).prune() == []
 
 
 class Killed(BaseException):
@@ -99,7 +167,7 @@ def test_a_save_killed_at_any_write_leaves_the_one_before_newest(
     with monkeypatch.context() as patch:
         patch.setattr(run, "put", failing)
         with pytest.raises(Killed):
-            save(before, 20, 0.1, {"generator.safetensors": b"other"})
+            save(before, 20, 0.1, {"weights.bin": b"other"})
     assert len(done) == number
     assert before.steps() == [10]
 
@@ -139,7 +207,7 @@ def test_a_save_again_of_a_step_replaces_it_whole(checkpoints: CheckpointStore, 
     assert not run.exists("step-00000010/gone.bin")
 
 
-def test_saving_goes_on_behind_and_its_error_comes_up_at_the_next_save(
+def test_saving_runs_in_the_background_and_its_error_comes_up_at_the_next_save(
     run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints, go_on, real = CheckpointStore(run), threading.Event(), run.put
@@ -175,11 +243,11 @@ def test_closing_raises_what_the_last_save_raised(
 
 def test_the_newest_and_the_best_stay(run: Store) -> None:
     checkpoints = CheckpointStore(run, keep=2, best=BEST)
-    for step, l1 in [(10, 0.4), (20, 0.1), (30, 0.3), (40, float("nan")), (50, 0.2)]:
+    for step, l1 in [(10, 0.4), (20, 0.1), (30, 0.3), (40, 0.15), (50, 0.35)]:
         save(checkpoints, step, l1)
     assert checkpoints.steps() == [20, 40, 50]
     assert checkpoints.best(*BEST) == 20
-    assert checkpoints.best("val/l1", "max") == 50
+    assert checkpoints.best("val/l1", "max") == 50  # of those that stayed
     assert checkpoints.best("val/unknown", "min") is None
     assert {key.partition("/")[0] for key in run.list_keys()} == {
         "step-00000020",
@@ -196,8 +264,8 @@ def test_of_equals_the_later_one_is_best(checkpoints: CheckpointStore) -> None:
 
 def test_pruning_leaves_what_is_being_written_now(checkpoints: CheckpointStore, run: Store) -> None:
     save(checkpoints, 20)
-    run.put("step-00000010/generator.safetensors", b"left behind")
-    run.put("step-00000030/generator.safetensors", b"on its way")
+    run.put("step-00000010/weights.bin", b"left behind")
+    run.put("step-00000030/weights.bin", b"on its way")
     assert checkpoints.prune() == [10]
     assert run.list_keys("step-00000010/") == []
     assert run.list_keys("step-00000030/") != []
@@ -206,17 +274,17 @@ def test_pruning_leaves_what_is_being_written_now(checkpoints: CheckpointStore, 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (b"X" * 1000, "its sha256 is another"),
+        (b"X" * 1000, "its sha256 differs"),
         (b"G" * 999, "999 of 1000 bytes"),
         (None, "it is missing"),
     ],
 )
-def test_a_damaged_file_is_named_and_passed_over(
+def test_a_damaged_file_is_named_and_skipped(
     checkpoints: CheckpointStore, run: Store, tmp_path: Path, damage: bytes | None, reason: str
 ) -> None:
     save(checkpoints, 10)
     save(checkpoints, 20)
-    key = "step-00000020/generator.safetensors"
+    key = "step-00000020/weights.bin"
     if damage is None:
         run.delete(key)
     else:
@@ -225,11 +293,11 @@ def test_a_damaged_file_is_named_and_passed_over(
     assert fault.startswith(f"{run.url}/{key} is damaged: {reason}")
     assert verify_checkpoints(run.url) == {10: [], 20: [fault]}
     for use in (checkpoints.load, lambda step: checkpoints.pull(step, tmp_path / "out")):
-        with pytest.raises(CheckpointError, match=r"step-00000020/generator.safetensors"):
+        with pytest.raises(CheckpointError, match=r"step-00000020/weights.bin"):
             use(20)
-    assert not (tmp_path / "out" / "generator.safetensors").exists()
+    assert not (tmp_path / "out" / "weights.bin").exists()
     assert checkpoints.load_newest() == (10, FILES)
-    save(checkpoints, 15)  # what went on from 10 is the run now
+    save(checkpoints, 15)  # the run resumed from 10
     assert checkpoints.steps() == [10, 15]
 
 
@@ -244,7 +312,7 @@ def test_a_damaged_manifest_is_named(checkpoints: CheckpointStore, run: Store) -
     assert [found.step for found in list_checkpoints(run.url)] == [10]
 
 
-def test_a_file_that_the_manifest_does_not_know_is_told(
+def test_a_file_that_the_manifest_does_not_know_is_named(
     checkpoints: CheckpointStore, run: Store
 ) -> None:
     save(checkpoints, 10)
@@ -252,7 +320,7 @@ def test_a_file_that_the_manifest_does_not_know_is_told(
     assert checkpoints.verify(10) == [f"{run.url}/step-00000010/stranger is not in the manifest"]
 
 
-def test_all_damaged_is_an_error_and_no_fresh_start(
+def test_damaged_checkpoints_alone_are_an_error_and_never_a_fresh_start(
     checkpoints: CheckpointStore, run: Store
 ) -> None:
     save(checkpoints, 10)
@@ -261,11 +329,11 @@ def test_all_damaged_is_an_error_and_no_fresh_start(
         checkpoints.load_newest()
 
 
-def test_a_step_that_is_not_there_is_told_with_those_that_are(checkpoints: CheckpointStore) -> None:
+def test_a_missing_step_is_named_with_those_that_exist(checkpoints: CheckpointStore) -> None:
     save(checkpoints, 10)
-    with pytest.raises(CheckpointError, match="no finished checkpoint of step 11: there are 10"):
+    with pytest.raises(CheckpointError, match="no finished checkpoint of step 11: it has 10"):
         checkpoints.load(11)
-    with pytest.raises(CheckpointError, match=r"no other\.bin: it has empty\.bin, generator"):
+    with pytest.raises(CheckpointError, match=r"no other\.bin: it has empty\.bin, state"):
         checkpoints.read(10, "other.bin")
 
 
@@ -291,8 +359,10 @@ def test_a_run_its_checkpoints_and_one_of_them_can_be_named(
         assert prune_checkpoints(url, keep=1, best=BEST) == [10]
 
 
-def test_a_place_without_checkpoints_is_told(store: Store) -> None:
-    with pytest.raises(CheckpointError, match="holds no finished checkpoint: give a run's folder"):
+def test_a_place_without_checkpoints_is_an_error_that_says_what_to_give(store: Store) -> None:
+    with pytest.raises(
+        CheckpointError, match="has no finished checkpoint: give the folder of a run"
+    ):
         list_checkpoints(store.url)
 
 
@@ -300,14 +370,14 @@ def test_a_pull_cut_short_is_finished_by_repeating_it(
     checkpoints: CheckpointStore, run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(checkpoints, 10)
-    save(checkpoints, 20, other={"generator.safetensors": b"H" * 1000})
+    save(checkpoints, 20, other={"weights.bin": b"H" * 1000})
     checkpoints.pull(10, tmp_path)
     fetched: list[str] = []
     real = run.download
 
     def counting(key: str, path: Path) -> None:
         fetched.append(key)
-        if "generator" in key and len(fetched) == 1:
+        if "weights" in key and len(fetched) == 1:
             raise Killed
         real(key, path)
 
@@ -316,8 +386,8 @@ def test_a_pull_cut_short_is_finished_by_repeating_it(
         checkpoints.pull(20, tmp_path)
     assert not (tmp_path / "manifest.json").exists()
     checkpoints.pull(20, tmp_path)
-    assert fetched == ["step-00000020/generator.safetensors"] * 2  # the others were there
-    assert (tmp_path / "generator.safetensors").read_bytes() == b"H" * 1000
+    assert fetched == ["step-00000020/weights.bin"] * 2  # the others were there
+    assert (tmp_path / "weights.bin").read_bytes() == b"H" * 1000
     assert json.loads((tmp_path / "manifest.json").read_text())["step"] == 20
 
 
@@ -335,7 +405,7 @@ def test_keeping_none_is_refused(run: Store) -> None:
         CheckpointStore(run, keep=0)
 
 
-def test_a_mode_that_is_none_is_refused(checkpoints: CheckpointStore) -> None:
+def test_an_unknown_mode_is_refused(checkpoints: CheckpointStore) -> None:
     mode: Any = "lowest"
     with pytest.raises(ValueError, match="lowest"):
         checkpoints.best("val/l1", mode)

@@ -114,6 +114,7 @@ def test_two_ranks_of_ddp_learn_what_one_process_learns(undisturbed):
     assert first.files["discriminator.safetensors"] == second.files["discriminator.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_undisturbed_one_exactly(undisturbed):
     half = trained("ddp", steps=2)
     rest = trained("ddp", steps=2, files=half.files)

@@ -40,6 +40,7 @@ def renamed(name: str) -> str:
     return name.replace(f"{ours}.original", "weight").replace(f"{ours}.0._u", "u")
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_the_transcription() -> None:
     generator, discriminator = engines()
     slow, slow_critic = reference.Generator(), reference.Discriminator()

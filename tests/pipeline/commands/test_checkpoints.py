@@ -15,7 +15,7 @@ def run(tmp_path: Path) -> str:
     """A run with three checkpoints, the second the best."""
     checkpoints = CheckpointStore(open_store(str(tmp_path / "run/checkpoints")), keep=3)
     for step, error in ((10, 9.0), (20, 7.5), (30, 8.0)):
-        files = {"ema.safetensors": b"weights %d" % step}
+        files = {"weights.bin": b"weights %d" % step}
         checkpoints.save(step, files, manifest={"metrics": {"val/l1_percent": error}})
     checkpoints.close()
     return str(tmp_path / "run")
@@ -38,12 +38,12 @@ def test_show_and_pull_take_a_step_by_number_or_by_merit(run, tmp_path, capsys, 
     assert json.loads(capsys.readouterr().out)["step"] == step
     out = tmp_path / "pulled"
     assert cli.main(["checkpoints", "pull", run, "--step", which, "--out", str(out)]) == cli.DONE
-    assert (out / "ema.safetensors").read_bytes() == b"weights %d" % step
+    assert (out / "weights.bin").read_bytes() == b"weights %d" % step
 
 
 def test_verify_names_the_damaged_file_and_fails(run, capsys):
     assert cli.main(["checkpoints", "verify", run]) == cli.DONE
-    damaged = Path(run) / "checkpoints/step-00000020/ema.safetensors"
+    damaged = Path(run) / "checkpoints/step-00000020/weights.bin"
     damaged.write_bytes(b"weights 2x")
     assert cli.main(["checkpoints", "verify", run]) == cli.MISTAKE
     assert str(damaged) in capsys.readouterr().out

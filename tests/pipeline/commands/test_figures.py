@@ -11,12 +11,12 @@ from data_prep.masks import MaskSampler, MaskSettings, corrected_mask
 from models import Generator
 from models.masking import erase
 from models.options import ModelOptions
-from pipeline.commands.figures import gates, show_gates, show_masks
+from pipeline.commands.figures import layer_gates, show_gates, show_masks
 from tests.weights import write_weights
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
 
 
@@ -28,10 +28,10 @@ def hole() -> np.ndarray:
 
 
 @pytest.fixture
-def files(tmp_path: Path, picture: np.ndarray, hole: np.ndarray) -> tuple[Path, Path]:
-    """A picture and its mask on disk."""
-    image, mask = tmp_path / "picture.png", tmp_path / "mask.png"
-    Image.fromarray(picture).save(image)
+def files(tmp_path: Path, pixels: np.ndarray, hole: np.ndarray) -> tuple[Path, Path]:
+    """An image and its mask on disk."""
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    Image.fromarray(pixels).save(image)
     Image.fromarray(255 * hole).save(mask)
     return image, mask
 
@@ -42,12 +42,10 @@ def weights(folder: Path, cfg: ModelOptions) -> str:
     return str(path)
 
 
-def test_a_row_shows_every_gated_layer_of_the_network(
-    picture: np.ndarray, hole: np.ndarray
-) -> None:
+def test_every_gated_layer_of_the_network_is_shown(pixels: np.ndarray, hole: np.ndarray) -> None:
     torch.manual_seed(0)
     network = Generator().eval()
-    rows = gates(network, picture, hole, np.zeros_like(hole))
+    rows = layer_gates(network, pixels, hole, np.zeros_like(hole))
     names = [name.removesuffix(".weight") for name in network.state_dict() if "weight" in name]
     assert [row.name for row in rows] == [name for name in names if not name.endswith("conv17")]
     for row in rows:
@@ -57,16 +55,16 @@ def test_a_row_shows_every_gated_layer_of_the_network(
         assert row.mean.max() < 1
 
 
-def test_gates_are_what_the_layers_multiply_with(picture: np.ndarray, hole: np.ndarray) -> None:
+def test_gates_are_what_the_layers_multiply_with(pixels: np.ndarray, hole: np.ndarray) -> None:
     torch.manual_seed(0)
     network = Generator(guided=True).eval()
     strokes = (np.random.default_rng(1).random(hole.shape) < 0.1).astype(np.uint8)
     inputs: list[Tensor] = []
     layer = network.coarse.get_submodule("conv01")
     handle = layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    first = gates(network, picture, hole, strokes)[0]
+    first = layer_gates(network, pixels, hole, strokes)[0]
     handle.remove()
-    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     mask = torch.from_numpy(hole).float()[None, None]
     sketch = torch.from_numpy(strokes * hole).float()[None, None]
     expected = torch.cat([erase(image, mask), sketch, torch.ones_like(mask), mask], dim=1)
@@ -78,9 +76,9 @@ def test_gates_are_what_the_layers_multiply_with(picture: np.ndarray, hole: np.n
 
 
 def test_the_partial_mask_shrinks_in_stage_one_and_is_full_in_stage_two(
-    picture: np.ndarray, hole: np.ndarray
+    pixels: np.ndarray, hole: np.ndarray
 ) -> None:
-    rows = gates(Generator().eval(), picture, hole, np.zeros_like(hole))
+    rows = layer_gates(Generator().eval(), pixels, hole, np.zeros_like(hole))
     known = {row.name: row.known for row in rows}
     # A 5×5 window reaches two pixels into the hole.
     expected = torch.ones(64, 96)
@@ -110,20 +108,20 @@ def test_a_sheet_of_gates_is_written(
 def test_a_small_sheet_of_an_unguided_network(tmp_path: Path, files: tuple[Path, Path]) -> None:
     source = weights(tmp_path, ModelOptions(guided=False))
     with Image.open(show_gates(source, *files, tmp_path / "gates.png")) as sheet:
-        assert sheet.size[0] > sheet.size[1] > 2000
+        assert min(sheet.size) > 2000
 
 
 def test_mistakes_are_told(tmp_path: Path, files: tuple[Path, Path]) -> None:
     image, mask = files
     out = tmp_path / "gates.png"
-    for target, told in ((image, "one of the pictures given"), (tmp_path / "g.gif", "end in .bmp")):
+    for target, told in ((image, "one of the images given"), (tmp_path / "g.gif", "end in .bmp")):
         with pytest.raises(ValueError, match=told):
             show_gates("unread", image, mask, target)
     plain = weights(tmp_path, ModelOptions(guided=False))
     with pytest.raises(ValueError, match="takes no sketch"):
         show_gates(plain, image, mask, out, sketch=mask)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match=r"small\.png is 8×8, but .*picture\.png is 96×64"):
+    with pytest.raises(ValueError, match=r"small\.png is 8×8, but .*image\.png is 96×64"):
         show_gates(plain, image, tmp_path / "small.png", out)
     gateless = weights(tmp_path, ModelOptions(guided=False, convolution="partial"))
     with pytest.raises(ValueError, match="no gates to show: its convolutions are partial"):

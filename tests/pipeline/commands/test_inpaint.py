@@ -1,12 +1,19 @@
-"""Filling holes from files: what is written, and what is told instead."""
+"""Filling holes from files: what is written, and what is reported instead."""
+
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from cluster.storage import open_store
 from models.options import ModelOptions
 from pipeline import cli
-from pipeline.commands.inpaint import inpaint
+from pipeline.checkpoints import CheckpointError, CheckpointStore
+from pipeline.commands.inpaint import NotFilledError, inpaint
 from tests.weights import write_weights
 
 
@@ -18,7 +25,7 @@ def weights(request, tmp_path_factory) -> str:
 
 
 def draw(path, height=37, width=50, hole=(slice(5, 20), slice(8, 30))):
-    """A picture of odd size, a mask and a sketch, written under ``path``."""
+    """A image of odd size, a mask and a sketch, written under ``path``."""
     rng = np.random.default_rng(1)
     image = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
     mask = np.zeros((height, width), np.uint8)
@@ -46,23 +53,23 @@ def test_the_hole_is_filled_and_every_known_pixel_is_as_it_was(weights, tmp_path
     assert (filled[hole] != image[hole]).mean() > 0.9
 
 
-def test_jpeg_loses_little_of_the_known_pixels_and_no_resolution_of_colours(weights, tmp_path):
+def test_jpeg_loses_little_of_the_known_pixels_and_no_resolution_of_colors(weights, tmp_path):
     image, hole = draw(tmp_path)
     out = tmp_path / "filled.jpg"
     list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out))
     lost = np.asarray(Image.open(out)).astype(int) - image
-    assert np.abs(lost[~hole]).mean() < 5  # of noise, the worst case; 40 where pixels share colours
+    assert np.abs(lost[~hole]).mean() < 5  # of noise, the worst case; 40 where pixels share colors
 
 
-def test_a_folder_is_filled_picture_by_picture(weights, tmp_path):
-    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
-    pictures.mkdir()
+def test_a_folder_is_filled_image_by_image(weights, tmp_path):
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
     masks.mkdir()
     draw(tmp_path)
     for stem in ("a", "b"):
-        (pictures / f"{stem}.png").write_bytes((tmp_path / "image.png").read_bytes())
+        (images / f"{stem}.png").write_bytes((tmp_path / "image.png").read_bytes())
         (masks / f"{stem}.png").write_bytes((tmp_path / "mask.png").read_bytes())
-    written = list(inpaint(weights, pictures, masks, tmp_path / "out"))
+    written = list(inpaint(weights, images, masks, tmp_path / "out"))
     assert [path.name for path in written] == ["a.png", "b.png"]
     assert all(path.exists() for path in written)
 
@@ -91,7 +98,7 @@ def test_what_is_transparent_in_masks_and_sketches_counts_as_black(tmp_path):
     assert layers.read_bytes() == opaque.read_bytes()
 
 
-def test_a_sketch_without_a_stroke_in_the_hole_is_told(tmp_path, caplog):
+def test_a_sketch_without_a_stroke_in_the_hole_gives_a_warning(tmp_path, caplog):
     weights = tmp_path / "ema.safetensors"
     write_weights(weights, ModelOptions(guided=True))
     draw(tmp_path, hole=(slice(20, 30), slice(8, 30)))
@@ -107,19 +114,19 @@ def test_a_mask_that_is_nearly_all_white_is_filled_with_a_warning(weights, tmp_p
     assert "mask.png is white to 96 %: invert it" in caplog.text
 
 
-@pytest.mark.parametrize("twice", ["pictures", "masks"])
+@pytest.mark.parametrize("twice", ["images", "masks"])
 def test_two_files_of_one_name_are_refused_before_one_is_lost(weights, tmp_path, twice):
     draw(tmp_path)
-    for folder, name in (("pictures", "image"), ("masks", "mask")):
+    for folder, name in (("images", "image"), ("masks", "mask")):
         (tmp_path / folder).mkdir()
         for suffix in ("png", "bmp") if folder == twice else ("png",):
             Image.open(tmp_path / f"{name}.png").save(tmp_path / folder / f"a.{suffix}")
-    with pytest.raises(ValueError, match=r"a\.bmp and a\.png go by one name, a: rename one"):
-        list(inpaint(weights, tmp_path / "pictures", tmp_path / "masks", tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"a\.bmp and a\.png have one name, a: rename one"):
+        list(inpaint(weights, tmp_path / "images", tmp_path / "masks", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_that_takes_more_memory_than_allowed_is_refused(weights, tmp_path, capsys):
+def test_a_image_that_takes_more_memory_than_allowed_is_refused(weights, tmp_path, capsys):
     draw(tmp_path)
     image, mask, out = (str(tmp_path / f"{name}.png") for name in ("image", "mask", "filled"))
     command = ["inpaint", weights, image, mask, "--out", out]
@@ -137,15 +144,15 @@ def test_memory_is_a_number_above_0(weights, tmp_path, capsys, memory):
     assert "should be a number above 0" in capsys.readouterr().err
 
 
-def test_a_folder_is_never_filled_over_its_own_pictures(weights, tmp_path):
+def test_a_folder_is_never_filled_over_its_own_images(weights, tmp_path):
     draw(tmp_path)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (tmp_path / "image.png").rename(pictures / "a.png")
-    before = (pictures / "a.png").read_bytes()
-    with pytest.raises(ValueError, match=r"a\.png is one of the pictures given: choose another"):
-        list(inpaint(weights, pictures, tmp_path / "mask.png", pictures))
-    assert (pictures / "a.png").read_bytes() == before
+    images = tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "image.png").rename(images / "a.png")
+    before = (images / "a.png").read_bytes()
+    with pytest.raises(ValueError, match=r"a\.png is one of the images given: choose another"):
+        list(inpaint(weights, images, tmp_path / "mask.png", images))
+    assert (images / "a.png").read_bytes() == before
 
 
 def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, caplog):
@@ -157,27 +164,30 @@ def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
-        ({"mask": "nowhere.png"}, "nowhere.png is not there"),
-        ({"mask": "."}, "is a folder: with one picture go files"),
+        ({"mask": "nowhere.png"}, "nowhere.png was not found"),
+        ({"mask": "."}, "is a folder: give a file"),
         ({"out": "filled.txt"}, "filled.txt should end in .bmp, "),
         ({"mask": "small.png"}, "both should be of one size"),
-        ({"mask": "black.png"}, "black.png has no hole: white pixels mark it"),
-        ({"mask": "ones.png"}, "ones.png: its brightest pixel is 1 of 255"),
+        ({"mask": "black.png"}, "black.png has no hole: mark it with white"),
+        (
+            {"mask": "ones.png"},
+            "ones.png cannot be read as a mask: its brightest pixel is 1 of 255",
+        ),
         ({"image": "words.png"}, "words.png"),
         ({"weights": "nowhere.safetensors"}, "nowhere.safetensors was not found"),
         ({"weights": "words.png"}, "words.png should be a .safetensors file or the folder of a"),
-        ({"out": "mask.png"}, "mask.png is one of the pictures given"),
-        ({"out": "folder/../image.png"}, "image.png is one of the pictures given"),
+        ({"out": "mask.png"}, "mask.png is one of the images given"),
+        ({"out": "folder/../image.png"}, "image.png is one of the images given"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(weights, tmp_path, capsys, spoil, told):
+def test_a_mistake_is_reported_in_one_line(weights, tmp_path, capsys, spoil, message):
     draw(tmp_path)
     Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
     Image.new("L", (50, 37), 0).save(tmp_path / "black.png")
     Image.new("L", (50, 37), 1).save(tmp_path / "ones.png")
-    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "words.png").write_text("no image")
     given = {"weights": weights, "image": "image.png", "mask": "mask.png", "out": "filled.png"}
     paths = {name: str(tmp_path / value) for name, value in (given | spoil).items()}
     code = cli.main(
@@ -185,5 +195,102 @@ def test_a_mistake_is_told_in_one_line(weights, tmp_path, capsys, spoil, told):
     )
     error = capsys.readouterr().err
     assert code == cli.MISTAKE
-    assert told in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images a and b and their masks, in folders of their own."""
+    draw(tmp_path)
+    for name, source in (("images", "image.png"), ("masks", "mask.png")):
+        (tmp_path / name).mkdir()
+        for stem in ("a", "b"):
+            shutil.copy(tmp_path / source, tmp_path / name / f"{stem}.png")
+    return tmp_path
+
+
+def test_a_folder_continues_past_what_cannot_be_filled_and_lists_it_at_the_end(
+    weights, folder, capsys
+):
+    images, masks, out = folder / "images", folder / "masks", folder / "out"
+    (images / "a.png").write_bytes((images / "a.png").read_bytes()[:300])
+    shutil.copy(images / "b.png", images / "c.png")
+    Image.new("L", (50, 37), 0).save(masks / "c.png")
+    shutil.copy(images / "b.png", images / "d.png")
+    (images / "photo.jpg").mkdir()
+    (images / "._b.png").write_bytes(b"hidden")
+    (images / "notes.txt").write_text("not an image")
+    assert cli.main(["inpaint", weights, str(images), str(masks), "--out", str(out)]) == cli.MISTAKE
+    assert [path.name for path in out.iterdir()] == ["b.png"]
+    printed = capsys.readouterr()
+    assert printed.out == f"{out / 'b.png'}\n"
+    first, *faults = printed.err.strip().splitlines()
+    assert first.endswith(f"{images}: 1 filled, 4 not:")
+    for line, (name, reason) in zip(
+        faults,
+        [
+            ("photo.jpg", "is a folder"),
+            ("d.*", "has no d.* or d_mask.*"),
+            ("a.png", "cannot be read as an image"),
+            ("c.png", "has no hole"),
+        ],
+        strict=True,
+    ):
+        assert name in line
+        assert reason in line
+
+
+def test_a_mask_named_after_its_image_is_found(weights, folder):
+    masks, out = folder / "masks", folder / "out"
+    (masks / "a.png").rename(masks / "a_mask.png")
+    written = list(inpaint(weights, folder / "images", masks, out))
+    assert [path.name for path in written] == ["a.png", "b.png"]
+
+
+def test_masks_may_lie_beside_their_images(folder):
+    weights = folder / "ema.safetensors"
+    write_weights(weights, ModelOptions(guided=True), gain=4.0)
+    images, out = folder / "images", folder / "out"
+    for stem in ("a", "b"):
+        shutil.copy(folder / "mask.png", images / f"{stem}_mask.png")
+        shutil.copy(folder / "sketch.png", images / f"{stem}_sketch.png")
+    written = list(inpaint(str(weights), images, images, out, sketch=images))
+    assert [path.name for path in written] == ["a.png", "b.png"]
+    plain = list(inpaint(str(weights), images, images, folder / "plain"))
+    assert plain[0].read_bytes() != written[0].read_bytes()
+    (images / "b_mask.png").unlink()
+    with pytest.raises(NotFilledError, match=r"1 filled, 1 not:\n.*has no b_mask\.\*, the mask of"):
+        list(inpaint(str(weights), images, images, out))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(weights, tmp_path, capsys, value):
+    tensors = load_file(weights)
+    tensors["coarse.conv01.bias"][3] = value
+    broken = tmp_path / "broken.safetensors"
+    save_file(tensors, broken)
+    draw(tmp_path)
+    image, mask, out = (str(tmp_path / f"{name}.png") for name in ("image", "mask", "filled"))
+    assert cli.main(["inpaint", str(broken), image, mask, "--out", out]) == cli.MISTAKE
+    error = capsys.readouterr().err
+    assert f"{broken} holds values that are not finite, in coarse.conv01.bias" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "filled.png").exists()
+
+
+def test_a_folder_made_by_checkpoints_pull_is_taken_for_weights(weights, tmp_path, capsys):
+    checkpoints = CheckpointStore(open_store(str(tmp_path / "run/checkpoints")))
+    data = Path(weights).read_bytes()
+    checkpoints.save(7, {"ema.safetensors": data}, manifest={"metrics": {}})
+    checkpoints.close()
+    pulled = tmp_path / "pulled"
+    assert cli.main(["checkpoints", "pull", str(tmp_path / "run"), "--out", str(pulled)]) == 0
+    draw(tmp_path)
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    (from_file,) = inpaint(weights, image, mask, tmp_path / "one.png")
+    (from_folder,) = inpaint(str(pulled), image, mask, tmp_path / "two.png")
+    assert from_folder.read_bytes() == from_file.read_bytes()
+    (pulled / "ema.safetensors").write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"pulled/ema\.safetensors is damaged"):
+        list(inpaint(str(pulled), image, mask, tmp_path / "three.png"))

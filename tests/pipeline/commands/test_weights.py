@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 import zipfile
@@ -83,7 +84,7 @@ def test_an_imported_file_says_where_it_is_from_and_fills_pictures(tmp_path: Pat
 def test_colours_of_nipponjos_files_must_be_told(tmp_path: Path) -> None:
     path, out = tmp_path / "states.pth", tmp_path / "g.safetensors"
     torch.save({"G": nipponjo(0)}, path)
-    with pytest.raises(ValueError, match="give --colours rgb or --colours bgr"):
+    with pytest.raises(ValueError, match="give --colors rgb or --colors bgr"):
         list(import_weights(path, out))
     list(import_weights(path, out, colours="rgb", licence="mine"))
     assert (header(out)["licence"], header(out)["colours"]) == ("mine", "RGB, as the file")
@@ -104,7 +105,29 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
     torch.save({"G": renamed}, tmp_path / "states.pth")
     out = tmp_path / "g.safetensors"
     list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
-    assert load_generator(str(out)).options.padding == "symmetric"
+    assert load_generator(str(out)).style.padding == "symmetric"
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_neither_imported_nor_exported(
+    tmp_path: Path, value: float
+) -> None:
+    tensors, out = nipponjo(0), tmp_path / "g.safetensors"
+    tensors["conv1.conv.bias"][3] = value
+    torch.save({"G": tensors}, tmp_path / "states.pth")
+    with pytest.raises(
+        ValueError, match=r"states\.pth holds values that are not finite, in coarse"
+    ):
+        list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
+    assert not out.exists()
+    state = Generator().state_dict()
+    state["refine.merge.conv17.bias"][0] = value
+    save_file(state, out)
+    with pytest.raises(
+        ValueError, match=r"g\.safetensors holds values that are not finite, in ref"
+    ):
+        list(export_weights(str(out), tmp_path / "g.pt2", format="pt2"))
+    assert not (tmp_path / "g.pt2").exists()
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:

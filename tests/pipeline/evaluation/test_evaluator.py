@@ -107,12 +107,13 @@ def test_the_sheet_shows_the_stages_of_the_kept_images(guided: bool, columns: in
     batch = batch_of(0, 3)
     evaluation = evaluate(Gray(1.0, guided=guided), [batch], device=CPU, keep=2)
     sheet = evaluation.sheet()
-    scale, gap, caption = 5, 6, 22  # 32 px are enlarged to at least 160
+    scale, gap, text = 5, 6, 20  # 32 px are enlarged to at least 160
     side = scale * 32
-    assert sheet.shape == (caption + 2 * (side + caption), columns * (side + gap) + gap, 3)
+    top_px, row_px = gap + text, side + text + gap
+    assert sheet.shape == (top_px + 2 * row_px, columns * (side + gap) + gap, 3)
 
     def cell(line: int, column: int) -> np.ndarray:
-        top, left = caption + line * (side + caption), gap + column * (side + gap)
+        top, left = top_px + line * row_px, gap + column * (side + gap)
         return sheet[top : top + side : scale, left : left + side : scale]
 
     for line in range(2):
@@ -130,7 +131,7 @@ def test_the_sheet_shows_the_stages_of_the_kept_images(guided: bool, columns: in
 
 
 def test_a_sheet_without_samples_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="needs images"):
         Evaluation([], [], CPU).sheet()
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from cluster.storage import StorageError, Store, open_store
 from cluster.storage.files import FileStore
-from pipeline.tracking import history
-from pipeline.tracking.history import AttemptInfo, HistoryWriter, read_history
+from pipeline.tracking import RunInfo, history, open_tracker
+from pipeline.tracking.history import AttemptInfo, HistoryTracker, HistoryWriter, read_history
 
 
 @pytest.fixture
@@ -212,6 +212,19 @@ def test_steps_of_before_this_format_are_read_from_the_json_lines(run: Store) ->
     assert np.isnan(curve.hours).all()
     write(run, {3: {"loss/l1": 9.0}}, resume_from_step=2)
     assert read_history(run).curves["loss/l1"].values.tolist() == [0.1, 0.2, 9]
+
+
+@pytest.mark.parametrize("backend", ["jsonl", "none"])
+def test_whatever_the_tracker_the_metrics_stay_with_the_run(run: Store, backend: Any) -> None:
+    inner = open_tracker(backend, RunInfo("demo", run.url), store=run, resume_from_step=0)
+    with HistoryTracker(inner, HistoryWriter(run, AttemptInfo())) as tracker:
+        tracker.log_metrics(1, {"loss/l1": 0.25})
+        tracker.log_image("samples", 1, np.zeros((4, 4, 3), np.uint8))
+        tracker.finish("KILLED")
+    assert read_history(run).curves["loss/l1"].values.tolist() == [0.25]
+    if backend == "jsonl":
+        assert b"KILLED" in run.get("tracking/metrics.jsonl")
+        assert run.exists("tracking/samples-00000001.png")
 
 
 def test_a_run_without_any_metrics_has_an_empty_history(run: Store) -> None:
