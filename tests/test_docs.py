@@ -1,7 +1,9 @@
 """The documentation agrees with the code: links, commands, and the tables of the model."""
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipeline.cli import build_parser
 
 PAGES = sorted([*Path("docs").rglob("*.md"), *Path().glob("*.md")])
 MODEL = Path("docs/model.md").read_text()
+PACKAGES = ("pipeline", "models", "data_prep", "cluster", "tests")
 
 
 def commands(page: Path) -> list[str]:
@@ -79,3 +82,26 @@ def test_the_layer_tables_of_the_specification_are_those_of_the_generator():
 def test_the_totals_of_the_specification_are_those_of_the_networks(network, guided):
     total = sum(parameter.numel() for parameter in network(guided).parameters())
     assert f"{total:,}" in MODEL
+
+
+def written(package: str) -> Iterator[str]:
+    """Every text in the code of a package; ``…`` stands for what is filled in."""
+    for path in Path(package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+                ]
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[-.\d]*[a-z]|\{\w+\}", "…", node.value).replace("%%", "%")
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    page = Path("docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)`", page, flags=re.M)
+    texts = [text for package in PACKAGES for text in written(package)]
+    texts += [Path("Makefile").read_text().replace("$(PYTHON)", "…")]
+    wanted = [message.removeprefix("…").removesuffix("…") for message in quoted]
+    assert len(wanted) > 40
+    assert [message for message in wanted if not any(message in text for text in texts)] == []
