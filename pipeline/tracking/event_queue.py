@@ -20,6 +20,7 @@ FLUSH_S = 20.0  # at its end a run waits this long for a server that accepts not
 RETRY_S = (1.0, 5.0, 15.0, 60.0)
 BATCH_VALUES = 1000  # MLflow accepts this many values in one call
 EVENTS = "events.jsonl"
+SHORTEN_AFTER = 100  # delivered events; the file is flushed to the disk then, and ``add`` waits
 
 
 class EventQueue:
@@ -70,7 +71,7 @@ class EventQueue:
             delivered, self._events = self._events[:count], self._events[count:]
             self._delivered += count
             self._delivered_path.write_text(str(self._delivered))
-            if not self._events:
+            if not self._events and self._delivered >= SHORTEN_AFTER:
                 self._rewrite()
         for event in delivered:
             if event["kind"] == "image":
