@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 
 Values = Float64[np.ndarray, "runs images metrics"]
 PerImage = Float64[np.ndarray, "images metrics"]
@@ -41,27 +41,41 @@ class Estimate:
     """Whether the interval holds for further seeds; else for these runs' weights alone."""
 
 
-def differences(first: Values, second: Values, *, seed: int = 0) -> list[Estimate]:
-    """One estimate for each metric; both groups hold the same images in the same order.
+def differences(first: Values, others: Sequence[Values], *, seed: int = 0) -> list[list[Estimate]]:
+    """For each of ``others`` minus ``first``: one estimate for each metric.
 
-    Two or more runs on both sides: the runs are a sample of seeds, the images one of images, and
-    the variances of both add up, each times the square of its own t (Cochran 1964). Seeds have the
-    degrees of freedom of the smaller group, which holds for any two variances (Mickey and Brown
-    1966): resampling two or three seeds, or Welch's and Satterthwaite's degrees, claim too much.
-    With a single run on one side the images alone are the sample. The images' variance is widened
-    to the tails of a studentized bootstrap over images (Efron and Tibshirani 1993, chapter 12),
-    drawn by ``seed``.
+    All hold the same images in the same order. Two or more runs on both sides: the runs are a
+    sample of seeds, the images one of images, and the variances of both add up, each times the
+    square of its own t (Cochran 1964). Seeds have the degrees of freedom of the smaller group,
+    which holds for any two variances (Mickey and Brown 1966): resampling two or three seeds, or
+    Welch's and Satterthwaite's degrees, claim too much. With a single run on one side the images
+    alone are the sample. The images' variance is widened to the tails of a studentized bootstrap
+    over images (Efron and Tibshirani 1993, chapter 12), drawn by ``seed``.
     """
     images = first.shape[1]
-    by_image = second.mean(axis=0) - first.mean(axis=0)  # (images, metrics)
-    over_seeds = min(len(first), len(second)) > 1
-    difference = by_image.mean(axis=0)
+    by_image = [other.mean(axis=0) - first.mean(axis=0) for other in others]  # (images, metrics)
     if images < MIN_IMAGES:
-        wide = math.inf
-        return [Estimate(float(d), -wide, wide, 1.0, images, over_seeds) for d in difference]
+        return [
+            [_unknown(d, images, min(len(first), len(other)) > 1) for d in each.mean(axis=0)]
+            for each, other in zip(by_image, others, strict=True)
+        ]
+    widening = np.split(_bootstrap_widening(np.hstack(by_image), seed), len(others))
+    return [
+        _estimates(first, other, each, widened)
+        for other, each, widened in zip(others, by_image, widening, strict=True)
+    ]
 
-    widened = _bootstrap_widening(by_image, seed) ** 2 * by_image.var(axis=0, ddof=1) / images
-    components = [(widened, images - 1)]
+
+def _unknown(difference: float, images: int, over_seeds: bool) -> Estimate:
+    return Estimate(float(difference), -math.inf, math.inf, 1.0, images, over_seeds)
+
+
+def _estimates(
+    first: Values, second: Values, by_image: PerImage, widening: Float64[np.ndarray, " metrics"]
+) -> list[Estimate]:
+    images = len(by_image)
+    over_seeds = min(len(first), len(second)) > 1
+    components = [(widening**2 * by_image.var(axis=0, ddof=1) / images, images - 1)]
     if over_seeds:
         runs = [group.mean(axis=1) for group in (first, second)]  # (runs, metrics) each
         of_seeds = sum(means.var(axis=0, ddof=1) / len(means) for means in runs)
@@ -69,10 +83,13 @@ def differences(first: Values, second: Values, *, seed: int = 0) -> list[Estimat
     # Half the interval's width for each metric and each probability of missing.
     halves = np.sqrt(sum(np.outer(part, t_quantiles(free) ** 2) for part, free in components))
     estimates = []
-    for d, half in zip(difference.tolist(), halves, strict=True):
-        p = float(np.exp(np.interp(abs(d), half, np.log(PROBABILITIES)))) if half[-1] else d == 0
+    for d, half in zip(by_image.mean(axis=0).tolist(), halves, strict=True):
+        if half[-1] == 0:  # every image differs by the same
+            estimates.append(Estimate(d, d, d, float(d == 0), images, over_seeds))
+            continue
+        p = float(np.exp(np.interp(abs(d), half, np.log(PROBABILITIES))))
         width = float(half[PROBABILITIES == 1 - LEVEL][0])
-        estimates.append(Estimate(d, d - width, d + width, float(p), images, over_seeds))
+        estimates.append(Estimate(d, d - width, d + width, p, images, over_seeds))
     return estimates
 
 
@@ -83,14 +100,16 @@ def _bootstrap_widening(by_image: PerImage, seed: int) -> Float64[np.ndarray, " 
     if images * RESAMPLES > _MOST_COUNTS:
         return np.ones(metrics)
     counts = _resampled(images, seed)
-    centered = by_image - by_image.mean(axis=0)
-    means = counts @ centered / images  # (resamples, metrics)
-    variances = (counts @ centered**2 / images - means**2) / freedom
+    spread = by_image.std(axis=0)
+    centered = (by_image - by_image.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    drawn = counts @ np.hstack([centered, centered**2]).astype(np.float32) / images
+    means, squares = np.split(drawn.astype(np.float64), 2, axis=1)  # (resamples, metrics)
+    variances = np.maximum(squares - means**2, 0) / freedom
     with np.errstate(divide="ignore", invalid="ignore"):
-        studentized = np.abs(means) / np.sqrt(np.maximum(variances, 0))
-    studentized = np.nan_to_num(studentized, nan=0.0, posinf=np.inf)
+        studentized = np.nan_to_num(np.abs(means) / np.sqrt(variances), nan=0.0, posinf=np.inf)
+    studentized.sort(axis=0)
     wider = [
-        np.quantile(studentized, level, axis=0, method="higher") / t_quantile(1 - level, freedom)
+        studentized[int(level * (len(studentized) - 1)) + 1] / t_quantile(1 - level, freedom)
         for level in _TAILS
     ]
     widening: np.ndarray = np.maximum(1.0, np.max(wider, axis=0))
@@ -98,13 +117,13 @@ def _bootstrap_widening(by_image: PerImage, seed: int) -> Float64[np.ndarray, " 
 
 
 @functools.lru_cache(maxsize=32)
-def _resampled(images: int, seed: int) -> Float64[np.ndarray, "resamples images"]:
+def _resampled(images: int, seed: int) -> Float32[np.ndarray, "resamples images"]:
     """How often each image is drawn, in each of the resamples."""
     rng = np.random.default_rng([seed, images])
     drawn = rng.integers(images, size=(RESAMPLES, images))
     drawn += images * np.arange(RESAMPLES)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=RESAMPLES * images)
-    return counts.reshape(RESAMPLES, images).astype(np.float64)
+    return counts.reshape(RESAMPLES, images).astype(np.float32)
 
 
 def corrected(p: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -143,8 +162,8 @@ def _beyond(t: Float64[np.ndarray, " values"], freedom: int) -> Float64[np.ndarr
     a, b = freedom / 2, 0.5
     x, rest = freedom / (freedom + t * t), t * t / (freedom + t * t)
     swapped = x > (a + 1) / (a + b + 2)
-    direct = _incomplete_beta(a, b, np.where(swapped, 0.5, x), np.where(swapped, 0.5, rest))
-    other = _incomplete_beta(b, a, np.where(swapped, rest, 0.5), np.where(swapped, x, 0.5))
+    direct = _incomplete_beta(a, b, np.where(swapped, 0.0, x), np.where(swapped, 1.0, rest))
+    other = _incomplete_beta(b, a, np.where(swapped, rest, 0.0), np.where(swapped, x, 1.0))
     beyond: np.ndarray = np.where(swapped, 1 - other, direct)
     return beyond
 
