@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SAMPLE_S = 10.0  # between readings of this machine; MLflow's own variable overrides it
 PARAM_LENGTH = 6000  # MLflow cuts longer values without a warning
 PARAMS_PER_CALL = 100  # MLflow accepts this many
+MOST_RUNS = 200  # in one comparison
 DIGEST_LENGTH = 32  # MLflow refuses digests of more than 36 characters
 
 
@@ -239,6 +240,31 @@ class MlflowRun:
         )
         context = InputTag("mlflow.data.context", "training")
         self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
+
+
+def find_run_urls(uri: str, filter_string: str) -> list[str]:
+    """Folders on storage of the runs that match MLflow's ``filter_string``, oldest first.
+
+    Raises ValueError where MLflow cannot be asked, or does not understand.
+    """
+    shown = without_password(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ValueError(f"{shown}: there is no such database: set MLFLOW_TRACKING_URI")
+    with _importing_mlflow():
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        runs = client.search_runs(
+            experiments, filter_string, max_results=MOST_RUNS, order_by=["attributes.start_time"]
+        )
+    except MlflowException as error:
+        raise ValueError(
+            f"MLflow at {shown} cannot answer {filter_string!r}: {describe_error(error)}; runs can "
+            "also be given by name or folder"
+        ) from error
+    return [run.data.tags["project.run"] for run in runs if "project.run" in run.data.tags]
 
 
 _import_lock = threading.Lock()

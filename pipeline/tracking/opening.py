@@ -94,7 +94,7 @@ def open_tracker(
         return NullTracker()
     if backend == "jsonl":
         return JsonLinesTracker(store, resume_from_step)
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = resolve_uri(uri)
     if uri == DEFAULT_URI and "_ray_pkg_" in os.getcwd():
         log.warning(
             "MLFLOW_TRACKING_URI is not set: MLflow's database is deleted with this job's folder"
@@ -105,6 +105,11 @@ def open_tracker(
             info, uri=uri, experiment=experiment, queue_folder=queue_folder, node=node
         )
     return MlflowTracker(info, uri=uri, experiment=experiment, queue_folder=queue_folder)
+
+
+def resolve_uri(uri: str | None) -> str:
+    """MLflow's server or database: ``uri``, else ``MLFLOW_TRACKING_URI``, else a database here."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def _queue_folder(url: str) -> Path:

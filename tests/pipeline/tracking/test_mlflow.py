@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pipeline.evaluation.run_record import UnknownRunError, find_runs
 from pipeline.tracking import RunInfo, event_queue, mlflow
 from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
 
@@ -252,3 +253,23 @@ def test_an_image_that_does_not_fit_on_the_disk_does_not_stop_training(uri, tmp_
         tracked.log_metrics(1, {"loss": 1.0})
     assert "image samples at step 1 lost" in caplog.text
     assert history(uri, "loss") == [(1, 1.0)]
+
+
+def test_runs_are_found_by_a_filter_and_by_their_id(uri, tmp_path):
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("search")
+    for name, convolution in (("a", "gated"), ("b", "vanilla"), ("c", "gated")):
+        run = client.create_run(experiment, tags={"project.run": f"/runs/{name}"})
+        client.log_param(run.info.run_id, "model.convolution", convolution)
+
+    def find(word: str) -> list[str]:
+        return find_runs([word], storage=None, tracking_uri=uri)
+
+    assert find("params.`model.convolution` = 'gated'") == ["/runs/a", "/runs/c"]
+    assert find(run.info.run_id) == ["/runs/c"]
+    with pytest.raises(UnknownRunError, match="no MLflow run"):
+        find("params.`model.convolution` = 'partial'")
+    with pytest.raises(ValueError, match="cannot answer"):
+        find("nonsense = 1")
+    with pytest.raises(ValueError, match="no such database"):
+        find_runs(["a = 1"], storage=None, tracking_uri=f"sqlite:///{tmp_path}/x.db")
