@@ -266,10 +266,11 @@ def grouped(*runs: RunRecord, **options: Any) -> list[list[str]]:
 def test_runs_of_one_recipe_form_a_group_where_their_seeds_differ() -> None:
     values = quality(TABLE, np.random.default_rng(0))
     first, second = run_of("a", values, seed=0), run_of("b", values, seed=1)
-    other = run_of("c", values, **{"train.l1_weight": 2})
+    other = run_of("c", values, recipe="x")
     assert grouped(first, second, other) == [["a", "b"], ["c"]]
     assert grouped(first, second, other, separate=True) == [["a"], ["b"], ["c"]]
-    moved = run_of("d", values, seed=2, **{"train.loader_threads": 9, "tracking.uri": "x"})
+    elsewhere = {"train.loader_threads": 9, "tracking.uri": "x", "seed": 2}
+    moved = replace(first, label="d", config={**first.config, **elsewhere})
     assert grouped(first, second, moved) == [["a", "b", "d"]]
 
 
