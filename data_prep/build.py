@@ -204,10 +204,13 @@ def _finished_dataset(
 
 
 def _differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    # Settings that are newer than the dataset have their defaults in it.
+    defaults = requested_record(DataSettings("any", "bundled"), SketchSettings(), seed=0)
+    stored = defaults | dict(stored)
     return [
-        f"{setting} {stored.get(setting)} there, {value} requested"
+        f"{setting} {stored[setting]} there, {value} requested"
         for setting, value in requested.items()
-        if stored.get(setting) != value
+        if stored[setting] != value
     ]
 
 

@@ -206,6 +206,19 @@ def test_other_settings_are_refused_unless_replacing_is_allowed(
     assert replaced.digest != Dataset.open(str(undisturbed)).digest
 
 
+def test_a_setting_newer_than_the_dataset_counts_as_its_default(
+    undisturbed: Path, album: Path, tmp_path: Path
+) -> None:
+    url = tmp_path / "copy"
+    shutil.copytree(undisturbed, url)
+    record = json.loads((url / "dataset.json").read_bytes())
+    assert record["settings"]["requested"].pop("duplicates") == "drop"
+    (url / "dataset.json").write_text(json.dumps(record))
+    assert build(url, album).digest == record["digest"]
+    with pytest.raises(ShardError, match=r"\(duplicates drop there, keep requested\)"):
+        build(url, album, duplicates="keep")
+
+
 def test_the_same_images_on_s3_give_the_same_bytes(
     undisturbed: Path, album: Path, s3_url: str
 ) -> None:
