@@ -101,4 +101,4 @@ class _Passage(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the test tells what matters."""
+        """Nothing: the test reports what matters."""

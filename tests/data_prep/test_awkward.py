@@ -1,4 +1,4 @@
-"""Whatever images, disks and servers do: it is told in one line, and nothing written is wrong."""
+"""Whatever images, disks and servers do: the user gets one line, and nothing written is wrong."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_a_large_image_takes_little_more_than_its_pixels(tmp_path: Path, mode: s
 
 
 @pytest.mark.parametrize("inside", ["nothing", "a folder", "a text"])
-def test_a_folder_without_images_is_told_in_one_line(
+def test_a_folder_without_images_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: str
 ) -> None:
     root = tmp_path / "album"
@@ -308,7 +308,7 @@ def test_a_folder_without_images_is_told_in_one_line(
     assert not (tmp_path / "datasets").exists()
 
 
-def test_names_with_newlines_do_not_break_the_line_that_tells_of_them(
+def test_names_with_newlines_do_not_break_the_line_that_names_them(
     album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (album / "two\nlines.jpg").write_bytes(b"")
@@ -378,7 +378,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_what_may_not_be_read_is_recorded_or_told_and_made_once_it_may(
+def test_what_may_not_be_read_is_recorded_or_reported_and_made_once_it_may(
     album: Path, tmp_path: Path, undisturbed: str, permissions: bool
 ) -> None:
     if not permissions:
@@ -392,9 +392,9 @@ def test_what_may_not_be_read_is_recorded_or_told_and_made_once_it_may(
     closed = album / "closed"
     closed.mkdir(mode=0)
     with bound_by_permissions():
-        told = command(*arguments(tmp_path, album), "--update")
-    assert told.returncode == 1
-    line = one_line(told.stderr)
+        ran = command(*arguments(tmp_path, album), "--update")
+    assert ran.returncode == 1
+    line = one_line(ran.stderr)
     assert line.startswith(f"StorageError: {closed}: Permission denied: folders of images must")
     assert {path: path.read_bytes() for path in before} == before
     closed.rmdir()
@@ -454,7 +454,7 @@ def test_a_shard_that_the_disk_cuts_short_is_never_taken_for_whole(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_who_may_not_write_is_told_so_and_finds_the_dataset_as_it_was(
+def test_a_user_who_may_not_write_gets_one_line_and_the_dataset_stays(
     album: Path, s3_url: str, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = build(f"{s3_url}/datasets/small", album)
@@ -467,13 +467,13 @@ def test_who_may_not_write_is_told_so_and_finds_the_dataset_as_it_was(
             with pytest.raises(StorageError, match=r"denied access: these credentials need"):
                 build(url, album, **more)
     assert verify(Dataset.open(f"{s3_url}/datasets/small")) == []
-    told = command(*arguments(s3_url, album), "--update", AWS_SECRET_ACCESS_KEY="wrong")
-    assert told.returncode == 1
-    line = one_line(told.stderr)
+    ran = command(*arguments(s3_url, album), "--update", AWS_SECRET_ACCESS_KEY="wrong")
+    assert ran.returncode == 1
+    line = one_line(ran.stderr)
     assert "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID" in line
 
 
-def test_rights_that_are_lost_in_the_midst_stop_the_build_and_it_goes_on_with_them(
+def test_a_build_that_loses_its_rights_stops_and_resumes_with_them(
     album: Path, s3_url: str, undisturbed: str, gate: Gate
 ) -> None:
     def lose(done: int, total: int, failed: int) -> None:

@@ -173,7 +173,7 @@ def test_index_sizes_and_card_agree_with_the_shards(undisturbed: Path) -> None:
     assert describe(Dataset.open(str(undisturbed)))["images"] == "24 ok, 1 skipped, 3 failed"
 
 
-def test_the_record_of_a_shard_tells_the_peak_memory_of_its_worker(undisturbed: Path) -> None:
+def test_the_record_of_a_shard_has_the_peak_memory_of_its_worker(undisturbed: Path) -> None:
     store = open_store(str(undisturbed))
     for shard in Dataset.open(str(undisturbed)).index:
         assert 2**26 < read_record(store, shard.name).peak_bytes < 2**33
@@ -261,7 +261,7 @@ def test_killed_workers_change_no_byte(
     assert contents(tmp_path) == contents(left_alone)
 
 
-def test_an_interrupted_build_goes_on_where_it_stopped(
+def test_an_interrupted_build_resumes_where_it_stopped(
     undisturbed: Path, album: Path, tmp_path: Path
 ) -> None:
     def interrupt(done: int, total: int, failed: int) -> None:
@@ -285,7 +285,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
-def test_another_image_makes_one_shard_anew(undisturbed: Path, album: Path, tmp_path: Path) -> None:
+def test_another_image_changes_one_shard(undisturbed: Path, album: Path, tmp_path: Path) -> None:
     root, url = tmp_path / "album", tmp_path / "set"
     shutil.copytree(album, root, symlinks=True)
     shutil.copytree(undisturbed, url)
@@ -411,7 +411,7 @@ def test_only_what_failed_is_read_again(undisturbed: Path, album: Path, tmp_path
     assert verify(again) == []
 
 
-def test_what_is_held_out_is_told_and_dropped_from_train(
+def test_what_is_held_out_is_reported_and_dropped_from_train(
     album: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "album"
@@ -446,7 +446,7 @@ def test_what_is_held_out_is_told_and_dropped_from_train(
     ("read", "word"),
     [(verify, "sha256"), (verify, "shaping"), (describe, "requested"), (describe, "samples")],
 )
-def test_a_dataset_json_with_a_damaged_word_is_told_in_one_line(
+def test_a_dataset_json_with_a_damaged_word_is_reported_in_one_line(
     undisturbed: Path, tmp_path: Path, read: Callable[[Dataset], object], word: str
 ) -> None:
     url = tmp_path / "set"
@@ -457,7 +457,7 @@ def test_a_dataset_json_with_a_damaged_word_is_told_in_one_line(
         read(Dataset.open(str(url)))
 
 
-def test_a_damaged_dataset_is_told_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_reported_file_by_file(undisturbed: Path, tmp_path: Path) -> None:
     def faults(change: Callable[[Path], object]) -> list[str]:
         url = tmp_path / "copy"
         shutil.copytree(undisturbed, url)
@@ -492,7 +492,7 @@ def test_a_build_in_which_too_much_fails_stops_with_the_reasons(
     assert not (tmp_path / "dataset.json").exists()
 
 
-def test_where_no_image_can_be_used_it_is_told_why(album: Path, tmp_path: Path) -> None:
+def test_a_build_without_a_usable_image_names_the_reasons(album: Path, tmp_path: Path) -> None:
     root = tmp_path / "album"
     shutil.copytree(album / "camera", root)
     with pytest.raises(ShardError, match=r"^none of 7 images could be used \(7 too_small\)$"):
@@ -502,7 +502,7 @@ def test_where_no_image_can_be_used_it_is_told_why(album: Path, tmp_path: Path) 
         build(tmp_path / "set", root, stored_px=5001)
 
 
-def test_an_update_that_stops_is_finished_once_the_images_are_mended(
+def test_an_update_that_stops_is_finished_once_the_images_are_repaired(
     album: Path, tmp_path: Path
 ) -> None:
     root, url = tmp_path / "album", tmp_path / "set"
@@ -532,7 +532,7 @@ def test_relative_paths_are_those_of_the_driver(
     assert made.settings["requested"]["hed_weights"] == f"{tmp_path}/w.h5#sha256={PACKAGED_SHA256}"
 
 
-def test_wrong_weights_are_told_in_one_line_before_anything_starts(
+def test_wrong_weights_are_reported_in_one_line_before_anything_starts(
     album: Path, tmp_path: Path
 ) -> None:
     wrong, url = tmp_path / "wrong.h5", tmp_path / "set"
@@ -542,7 +542,7 @@ def test_wrong_weights_are_told_in_one_line_before_anything_starts(
     assert not url.exists()
 
 
-def test_other_weights_on_a_node_are_told_in_one_line(
+def test_other_weights_on_a_node_are_reported_in_one_line(
     album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_prep.build._weights", lambda source: b"what the driver found")

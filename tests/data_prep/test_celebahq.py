@@ -284,7 +284,7 @@ def test_rows_of_a_parquet_file_that_was_replaced_are_not_read(tmp_path: Path) -
         read_listed(images[0], str(tmp_path))
 
 
-def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path: Path) -> None:
     mirror(tmp_path / "both", UNNAMED)
     touch(tmp_path / "both", "0.jpg")
     with pytest.raises(ValueError, match=r"as files, 0\.jpg, and in data/train-00000-of"):

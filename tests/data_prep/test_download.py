@@ -143,7 +143,7 @@ def test_every_archive_with_a_published_md5_has_a_name() -> None:
     assert sorted(FILES.values()) == sorted(ARCHIVES)
 
 
-def test_nothing_happens_before_the_licence_is_accepted(server: Server, tmp_path: Path) -> None:
+def test_nothing_happens_before_the_license_is_accepted(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--accept-license") as refused:
         fetch(NAME, tmp_path / "out", accept_license=False, base_url=server.url)
     assert LICENSE in str(refused.value)
@@ -152,7 +152,7 @@ def test_nothing_happens_before_the_licence_is_accepted(server: Server, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_archive_is_told_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_archive_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"places2-val-512 is unknown: .*places2-val-256"):
         fetch("places2-val-512", tmp_path, accept_license=True)
 
@@ -160,7 +160,7 @@ def test_an_unknown_archive_is_told_with_those_there_are(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "url", ["file:///data", "places/", "http://", "http://u:secret@127.0.0.1/", "http://h:port/"]
 )
-def test_an_address_that_is_none_is_told(tmp_path: Path, url: str) -> None:
+def test_an_invalid_address_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(ValueError, match=r"address|user name") as refused:
         fetch(NAME, tmp_path, accept_license=True, base_url=url)
     assert "secret" not in str(refused.value)
@@ -182,7 +182,7 @@ def test_an_archive_arrives_once(server: Server, tmp_path: Path) -> None:
     assert len(server.ranges) == 1
 
 
-def test_cuts_are_gone_on_after_without_asking_twice_for_a_byte(
+def test_an_interrupted_download_resumes_without_asking_twice_for_a_byte(
     server: Server, tmp_path: Path
 ) -> None:
     server.answers.extend([cut(100_000), cut(0), cut(150_000)])
@@ -191,7 +191,7 @@ def test_cuts_are_gone_on_after_without_asking_twice_for_a_byte(
     assert server.sent == len(DATA)
 
 
-def test_failures_are_counted_anew_after_progress(
+def test_progress_resets_the_count_of_failures(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "PROGRESS_BYTES", 10_000)
@@ -211,7 +211,7 @@ def test_after_so_many_failures_the_part_is_kept_for_the_next_command(
     assert server.sent == len(DATA)
 
 
-def test_a_server_that_ignores_ranges_begins_anew(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_ignores_ranges_starts_over(server: Server, tmp_path: Path) -> None:
     server.answers.extend([cut(100_000), whole()])
     assert_whole(fetched(server, tmp_path))
 
@@ -238,7 +238,7 @@ def test_a_lie_about_ranges_never_makes_a_wrong_file(
     assert server.ranges == [None, "bytes=100000-", None]
 
 
-def test_a_range_shorter_than_asked_for_is_gone_on_after(server: Server, tmp_path: Path) -> None:
+def test_a_range_shorter_than_requested_is_continued(server: Server, tmp_path: Path) -> None:
     def some(handler: Handler) -> None:
         given = "bytes 100000-199999/300000"
         handler.begin(206, Content_Length=100_000, Content_Range=given, ETag=server.etag)
@@ -267,7 +267,7 @@ def test_a_file_changed_on_the_server_is_fetched_from_its_start(
     assert_whole(fetched(server, tmp_path), OTHER)
 
 
-def test_a_change_that_no_header_tells_is_found_by_the_md5(
+def test_a_change_that_no_header_shows_is_found_by_the_md5(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "etag", None)
@@ -280,7 +280,7 @@ def test_a_change_that_no_header_tells_is_found_by_the_md5(
     assert server.ranges == [None, "bytes=100000-", None]
 
 
-def test_a_part_of_another_server_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_a_part_of_another_server_is_not_resumed(server: Server, tmp_path: Path) -> None:
     server.answers.append(cut(100_000))
     with pytest.raises(FetchError):
         fetched(server, tmp_path, tries=1)
@@ -290,7 +290,7 @@ def test_a_part_of_another_server_is_not_gone_on_with(server: Server, tmp_path: 
     assert server.ranges == [None, None]
 
 
-def test_a_part_without_its_note_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_a_part_without_its_note_is_not_resumed(server: Server, tmp_path: Path) -> None:
     (tmp_path / f"{FILE}.part").write_bytes(OTHER[:100_000])
     assert_whole(fetched(server, tmp_path))
     assert server.ranges == [None]
@@ -364,7 +364,7 @@ def test_silence_is_a_failure_too(server: Server, tmp_path: Path) -> None:
     assert server.ranges == [None, "bytes=50000-"]
 
 
-def test_nobody_at_home_is_told_in_one_line(
+def test_an_unreachable_server_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -388,7 +388,7 @@ fetch("places2-val-256", Path(sys.argv[1]), accept_license=True, base_url=sys.ar
 """
 
 
-def test_a_fetch_killed_midway_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_a_fetch_killed_midway_resumes_where_it_stopped(server: Server, tmp_path: Path) -> None:
     killed = threading.Event()
 
     def stalled(handler: Handler) -> None:
@@ -433,7 +433,7 @@ def test_a_fetch_stopped_before_its_last_step_asks_the_server_nothing(
     assert len(server.ranges) == 1
 
 
-def test_a_disk_that_fills_up_is_told_and_the_part_kept(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_part_kept(server: Server, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (123_456, hard))
     try:
@@ -445,7 +445,7 @@ def test_a_disk_that_fills_up_is_told_and_the_part_kept(server: Server, tmp_path
     assert server.ranges == [None, "bytes=123456-"]
 
 
-def test_a_disk_that_is_too_small_is_told_before(
+def test_a_disk_that_is_too_small_is_reported_before(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -455,7 +455,7 @@ def test_a_disk_that_is_too_small_is_told_before(
     assert_whole(fetched(server, tmp_path))
 
 
-def test_a_folder_that_is_none_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_reported(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(FetchError, match=r"file(/below)?: (File exists|Not a directory)$"):
@@ -463,7 +463,7 @@ def test_a_folder_that_is_none_is_told(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_reported(server: Server, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(FetchError, match=r"val_256.tar.part: Permission denied$"):
         fetched(server, tmp_path)
@@ -498,11 +498,11 @@ def test_archives_are_checked_where_they_lie(
     for name, data in archives.items():
         store.put(f"raw/{name}", data)
     store.put("raw/other.tar", b"nobody knows this one")
-    told: list[tuple[int, int]] = []
-    checked = list(check_archives(root, progress=lambda *bytes: told.append(bytes)))
+    reported: list[tuple[int, int]] = []
+    checked = list(check_archives(root, progress=lambda *bytes: reported.append(bytes)))
     assert checked == [("raw/val_256.tar", ""), ("raw/val_large.tar", "")]
-    assert told[-1] == (600_000, 600_000)
-    assert told == sorted(told)
+    assert reported[-1] == (600_000, 600_000)
+    assert reported == sorted(reported)
     assert list(check_archives(f"{root}/raw/{FILE}")) == [(FILE, "")]
     store.put(f"raw/{FILE}", DATA[:-1])
     store.put("raw/val_large.tar", DATA)
@@ -519,7 +519,7 @@ def test_official_lists_are_checked_with_the_archives(tmp_path: Path) -> None:
     assert [name for name, fault in check_archives(str(tmp_path)) if fault] == sorted(LISTS)
 
 
-def test_archives_that_are_not_there_or_unknown_are_told_in_one_line(
+def test_archives_that_are_not_there_or_unknown_are_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "my.tar").write_bytes(b"")
@@ -530,8 +530,8 @@ def test_archives_that_are_not_there_or_unknown_are_told_in_one_line(
     }
     for name, line in lines.items():
         assert cli.main(["dataset", "check-archives", str(tmp_path / name)]) == cli.MISTAKE
-        (told,) = capsys.readouterr().err.splitlines()
-        assert line in told
+        (reported,) = capsys.readouterr().err.splitlines()
+        assert line in reported
 
 
 def test_a_wrong_archive_fails_the_command_and_each_has_one_line(

@@ -44,7 +44,7 @@ def test_the_quick_search_finds_what_comparing_every_pair_finds() -> None:
     assert all("near duplicate of val" in reason for reason in found.values())
 
 
-def test_the_same_file_is_told_as_such() -> None:
+def test_the_same_file_is_named_as_such() -> None:
     hashes = np.array([7], np.uint64)
     tables = [rows("train", hashes, ["x"]), rows("val", hashes, ["x"])]
     assert find_duplicates(tables) == {"train0": "the same file as val0"}

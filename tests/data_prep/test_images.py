@@ -72,10 +72,10 @@ def test_a_jpeg_with_iptc_is_not_plain(photo: np.ndarray) -> None:
     city = b"\x1c\x02\x5a\x00\x06Berlin"
     iptc = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + len(city).to_bytes(4) + city
     segment = b"\xff\xed" + (len(iptc) + 2).to_bytes(2) + iptc
-    told = [decode(data) for data in (jpeg, jpeg[:2] + segment + jpeg[2:])]
+    plain = [decode(data) for data in (jpeg, jpeg[:2] + segment + jpeg[2:])]
     odd = decode(jpeg[:2] + b"\xff\xfe\0\3!" + segment + jpeg[2:])  # behind a comment of a byte
-    assert [decoded.plain_jpeg for decoded in (*told, odd)] == [True, False, False]
-    assert np.array_equal(told[0].pixels, told[1].pixels)
+    assert [decoded.plain_jpeg for decoded in (*plain, odd)] == [True, False, False]
+    assert np.array_equal(plain[0].pixels, plain[1].pixels)
 
 
 def test_gray_palette_cmyk_and_16_bits_become_rgb(photo: np.ndarray) -> None:
@@ -95,7 +95,7 @@ def test_gray_palette_cmyk_and_16_bits_become_rgb(photo: np.ndarray) -> None:
         assert np.array_equal(decode(saved(deep, kind)).pixels, repeated)
 
 
-def test_16_bit_colours_keep_their_brightness(photo: np.ndarray) -> None:
+def test_16_bit_colors_keep_their_brightness(photo: np.ndarray) -> None:
     ok, encoded = cv2.imencode(".png", photo[:64, :64, ::-1].astype(np.uint16) * 257)
     assert ok
     assert np.array_equal(decode(encoded.tobytes()).pixels, photo[:64, :64])

@@ -131,7 +131,7 @@ def test_the_layout_of_mmagic_with_its_lists_is_taken(tmp_path: Path) -> None:
         keys(root, allow_partial=False)
 
 
-def test_the_flat_folder_of_lama_has_names_that_clashed_and_is_told_by_its_count(
+def test_the_flat_folder_of_lama_has_names_that_clash_and_is_noticed_by_its_count(
     tmp_path: Path,
 ) -> None:
     """Three classes have an image 00000001; unpacked into one folder, the last is left."""
@@ -174,7 +174,7 @@ def test_archives_of_two_editions_are_not_mixed(tmp_path: Path) -> None:
         keys(tmp_path)
 
 
-def test_an_archive_tells_which_count_to_expect(tmp_path: Path) -> None:
+def test_an_archive_shows_which_count_to_expect(tmp_path: Path) -> None:
     members = {f"data_256/{name}": b"" for name in TRAIN}
     tar = tar_of(tmp_path / "train_256_places365challenge.tar", members)
     for root in (tmp_path, tar):

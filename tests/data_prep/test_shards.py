@@ -173,7 +173,7 @@ def test_a_folder_without_dataset_json_is_no_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"[]", b"{}", b"no JSON \xff", b'{"format":1}', b'{"format":1,"name":"small"}']
 )
-def test_a_dataset_json_that_lacks_something_is_told_in_one_line(
+def test_a_dataset_json_that_lacks_something_is_reported_in_one_line(
     tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "dataset.json").write_bytes(content)

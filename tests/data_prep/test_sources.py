@@ -57,7 +57,7 @@ def test_a_folder_is_listed_recursively_and_read(tmp_path: Path) -> None:
     assert [p.key for p in listed(f"file://{root}")] == ["a", "b/c=PNG"]
 
 
-def test_what_is_left_out_of_a_folder_is_told_by_its_suffix(
+def test_what_is_left_out_of_a_folder_is_counted_by_its_suffix(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     listed(folder(tmp_path, "a.jpg"))
