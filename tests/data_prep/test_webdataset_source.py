@@ -151,5 +151,5 @@ def test_a_source_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> 
         listed(tmp_path / "e")
     whole = shard(tmp_path / "d" / "0.tar", {"__key__": "0", "jpg": bytes(5000)})
     whole.write_bytes(whole.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="is no whole tar"):
+    with pytest.raises(ValueError, match="is not a complete tar"):
         listed(tmp_path / "d")
