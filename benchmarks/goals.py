@@ -54,7 +54,7 @@ GOALS = (
         1.3,
         at_most=True,
     ),
-    Goal("optimizer and moving average", "step_cpu/optimizer_and_average_times_faster", 2.4, 2.0),
+    Goal("optimizer and moving average", "step_cpu/optimiser_and_average_times_faster", 2.4, 2.0),
     Goal("attention, both ways, fp32", "attention_cpu/times_faster_at_batch_4/fp32", 5.0, 3.8),
     Goal(
         "attention, both ways, bf16 against fp32",

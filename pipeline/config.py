@@ -9,7 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be meant; the message lists every mistake."""
+    """A recipe or an override has mistakes; the message lists all of them."""
 
 
 def _name(value: str) -> str:
@@ -110,20 +110,30 @@ class TrainSettings(Section):
     max_failures: NonNegativeInt = 3
     """How often Ray Train restarts the workers after losing one."""
 
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        faults = []
-        if self.size_px % 8:
-            faults.append(f"size_px {self.size_px} should be a multiple of 8")
-        if self.global_batch % self.streams:
-            faults.append(
-                f"global_batch {self.global_batch} should be a multiple of streams {self.streams}"
-            )
-        if self.workers != "auto" and self.streams % self.workers:
-            faults.append(f"workers {self.workers} should divide streams {self.streams}")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+    # Field by field and not after the whole: every mistake then shows at once.
+
+    @field_validator("size_px")
+    @classmethod
+    def _fits_the_networks(cls, size_px: int) -> int:
+        if size_px % 8:
+            raise ValueError("should be a multiple of 8")
+        return size_px
+
+    @field_validator("streams")
+    @classmethod
+    def _share_the_batch(cls, streams: int, before: ValidationInfo) -> int:
+        if (global_batch := before.data.get("global_batch", streams)) % streams:
+            raise ValueError(f"should divide global_batch {global_batch}")
+        return streams
+
+    @field_validator("workers")
+    @classmethod
+    def _share_the_streams(
+        cls, workers: int | Literal["auto"], before: ValidationInfo
+    ) -> int | Literal["auto"]:
+        if workers != "auto" and (streams := before.data.get("streams", workers)) % workers:
+            raise ValueError(f"should divide streams {streams}")
+        return workers
 
 
 class EvaluateSettings(Section):
@@ -196,9 +206,8 @@ class Config(Section):
 
     @field_validator("train")
     @classmethod
-    def _crop_fits(cls, train: TrainSettings, others: ValidationInfo) -> TrainSettings:
-        # Here and not after the whole: mistakes elsewhere are then reported together with this one.
-        data: DataSettings | None = others.data.get("data")
+    def _crop_fits(cls, train: TrainSettings, before: ValidationInfo) -> TrainSettings:
+        data: DataSettings | None = before.data.get("data")
         if data is not None and train.size_px > data.stored_px:
             raise ValueError(
                 f"train.size_px {train.size_px} should be at most data.stored_px {data.stored_px}"
@@ -335,7 +344,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
         old, _, value = override.partition("=")
         name = RENAMED.get(old, old)
         if typed.setdefault(name, old) != old:
-            raise ConfigError(_both_given(*sorted([old, typed[name]], key=lambda n: n == name)))
+            raise ConfigError(_both_given(old if old != name else typed[name], name))
         if name != old:
             _log_renamed(old, name)
         _set_in(tree, name if "=" not in override else f"{name}={value}")

@@ -2,4 +2,4 @@
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: it diverged, or its workers were lost too often."""
+    """Training ended early: it diverged, or its workers were lost too often."""

@@ -43,7 +43,9 @@ def test_every_argument_is_explained(words):
 
 
 def test_the_page_of_commands_is_current():
-    assert Path("docs/commands.md").read_text() == reference(), "run `make docs`"
+    assert Path("docs/commands.md").read_text() == reference(), (
+        "run `make docs`, or python -m pipeline.commands.reference > docs/commands.md"
+    )
 
 
 def test_the_page_of_commands_has_every_command_flag_and_setting():

@@ -1,5 +1,6 @@
 """Recipes: what they may hold, and what is reported about mistakes."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,26 @@ def test_every_recipe_that_we_ship_is_valid(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_opens_with_what_it_needs_and_what_to_expect(recipe):
+def test_every_recipe_opens_with_needs_differences_and_expectations(recipe):
     opening = recipe.read_text().split("\n\n")[0]
-    assert "Needs" in opening
-    assert "Expect" in opening
+    for heading in ("Needs", "Differs", "Expect"):
+        assert f"\n# {heading:8} " in opening
+
+
+@pytest.mark.parametrize("name", ["places2_256", "celebahq_256"])
+def test_the_settings_that_a_recipe_calls_nearest_to_the_release_are_those_of_its_preset(name):
+    recipe = Path(f"pipeline/recipes/{name}.yaml")
+    opening = recipe.read_text().split("\n\n")[0].replace("#", " ")
+    typed = opening.partition("nearest to their training:")[2].partition("What remains:")[0]
+    overrides = shlex.split(typed)
+    cfg = load(recipe, overrides)
+    assert cfg.model_copy(update={"preset": "official"}) == load(
+        recipe, ["preset=official", *overrides]
+    )
+    official = load(DEMO, ["preset=official"])
+    assert cfg.masks.mixture == official.masks.mixture
+    assert cfg.masks.per_sample is official.masks.per_sample is cfg.train.flip is False
+    assert (cfg.train.global_batch, cfg.train.precision, cfg.train.ema_decay) == (16, "fp32", 0)
 
 
 def test_all_mistakes_are_reported_at_once():
@@ -73,6 +90,13 @@ def test_mistakes_of_types_of_values_and_between_sections_come_in_one_round():
         )
     places = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
     assert sorted(places) == ["masks.box", "model.width", "seed", "stor", "train"]
+
+
+def test_all_mistakes_of_one_section_come_in_one_round():
+    with pytest.raises(ConfigError) as error:
+        load(DEMO, ["train.size_px=100", "train.streams=3", "train.flip=perhaps", "train.stps=1"])
+    places = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert sorted(places) == ["train.flip", "train.size_px", "train.stps", "train.streams"]
 
 
 def test_what_a_recipe_must_have_is_reported_as_required(tmp_path):
@@ -230,18 +254,18 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
         ("train.steps", "should be section.key=value"),
         ("=3", "should be section.key=value"),
         ("name.first=x", "name is a value, not a section"),
-        ("train.size_px=100", "should be a multiple of 8"),
+        ("train.size_px=100", r"train\.size_px: should be a multiple of 8 \(got 100\)"),
         ("masks.brush.max_lenght=1", r"did you mean masks\.brush\.max_length\? \(got 1\)"),
         ("nothing=1", r"nothing: this setting does not exist \(got 1\)"),
         ("model=3", r"model: should be a section of settings \(got 3\)"),
-        ("train.streams=3", "should be a multiple of streams 3"),
-        ("train.workers=3", "should divide streams"),
+        ("train.streams=3", r"train\.streams: should divide global_batch 4 \(got 3\)"),
+        ("train.workers=3", r"train\.workers: should divide streams 2 \(got 3\)"),
         ("train.size_px=512", "should be at most data.stored_px"),
         ("data.source=folder", "needs data.root"),
         ("masks.mixture={folder: 1}", "needs masks.folder"),
         ("name=a/b", "letters, digits"),
         ("data.name=a/b", "letters, digits"),
-        ("data.source=flickr", "source 'flickr' should be one of bundled, folder, places2"),
+        ("data.source=flickr", "source 'flickr' should be one of bundled, folder, "),
         ("masks.mixture={boxes: 1}", "mixture has a kind 'boxes': it should be one of official"),
         ("masks.mixture={}", "mixture should name at least one kind"),
         ("model.convolution=dense", "give one of gated, partial, vanilla"),

@@ -1,0 +1,19 @@
+"""A toy kind of mask: one vertical stripe."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from data_prep.masks import MASK_KINDS, Mask, MaskKind
+
+
+def stripe_mask(height: int, width: int, rng: random.Random) -> Mask:
+    left = rng.randrange(width - width // 4 + 1)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, left : left + width // 4] = 1
+    return mask
+
+
+MASK_KINDS["stripes"] = MaskKind("one vertical stripe", lambda settings: stripe_mask)
