@@ -348,7 +348,7 @@ def _file_check(dataset: Dataset, name: str, entry: dict[str, Any]) -> Callable[
         if len(data) != entry["bytes"]:
             return [f"{name} has {len(data)} bytes instead of {entry['bytes']}"]
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            return [f"{name} has changed since it was written (SHA-256 differs)"]
+            return [f"{name} has other content than was written (SHA-256 differs)"]
         return []
 
     return check
@@ -367,7 +367,7 @@ def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
         if hashing.count != shard.bytes:
             return [f"{shard.name} has {hashing.count} bytes instead of {shard.bytes}"]
         if hashing.sha256.hexdigest() != shard.sha256:
-            return [f"{shard.name} has changed since it was written (SHA-256 differs)"]
+            return [f"{shard.name} has other content than was written (SHA-256 differs)"]
         if len(keys) != shard.samples:
             return [f"{shard.name} has {len(keys)} samples instead of {shard.samples}"]
         return []

@@ -476,7 +476,7 @@ def test_a_damaged_dataset_is_reported_file_by_file(undisturbed: Path, tmp_path:
     assert faults(lambda url: os.truncate(url / tar, 5000))[0].startswith(f"{tar} is truncated")
     assert tar in faults(lambda url: (url / tar).unlink())[0]
     assert faults(lambda url: flip(url / "manifest.parquet", 99)) == [
-        "manifest.parquet has changed since it was written (SHA-256 differs)"
+        "manifest.parquet has other content than was written (SHA-256 differs)"
     ]
 
 
