@@ -1,4 +1,4 @@
-"""Kinds of masks and sources of images are added from outside, in one file each."""
+"""Kinds of masks, sources of images and metrics are added from outside, in one file each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.build import SerialScheduler, build_dataset
 from data_prep.manifest import describe
@@ -17,6 +18,10 @@ from data_prep.masks import MASK_KINDS, MaskSampler
 from data_prep.shards import verify
 from data_prep.sources import DATA_SOURCES
 from pipeline.config import Config, ConfigError, load
+from pipeline.data.batch import Batch
+from pipeline.evaluation.evaluator import evaluate
+from pipeline.evaluation.metrics import METRICS
+from tests.pipeline.evaluation.test_evaluator import Gray
 
 RECIPE = """
 name: toys
@@ -36,10 +41,10 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def extensions() -> Iterator[None]:
-    """Both modules, imported as a user's own would be; the tables are restored afterwards."""
-    tables: tuple[dict[str, Any], ...] = (MASK_KINDS, DATA_SOURCES)
+    """The modules, imported as a user's own would be; the tables are restored afterwards."""
+    tables: tuple[dict[str, Any], ...] = (MASK_KINDS, DATA_SOURCES, METRICS)
     before = [dict(table) for table in tables]
-    for name in ("stripes", "noise"):
+    for name in ("stripes", "noise", "largest"):
         importlib.reload(importlib.import_module(f"tests.extensions.{name}"))
     yield
     for table, entries in zip(tables, before, strict=True):
@@ -77,6 +82,19 @@ def test_a_recipe_names_a_source_from_outside_and_a_dataset_is_built_of_it(
     }
     assert describe(dataset)["license"] == "CC0: nobody drew them."
     assert "CC0: nobody drew them." in (tmp_path / "set" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("extensions")
+def test_a_metric_from_outside_is_in_rows_means_captions_and_the_table_of_images() -> None:
+    mask = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    mask[:, 4:8] = 1
+    white = torch.full((2, 16, 16, 3), 255, dtype=torch.uint8)
+    batch = Batch(white, mask, torch.zeros_like(mask), ("a", "b"))
+    evaluation = evaluate(Gray(0.0), [batch], device=torch.device("cpu"), keep=1)
+    assert [row.values["largest"] for row in evaluation.rows] == [0.5, 0.5]
+    assert evaluation.means()["largest"] == 0.5
+    assert evaluation.csv().splitlines()[0].endswith(",largest")
+    assert "   largest 0.5   " in evaluation.captions()[0]
 
 
 def test_without_the_extensions_the_recipe_is_refused_with_the_names_that_would_do(

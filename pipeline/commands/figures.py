@@ -55,11 +55,10 @@ def show_gates(
 ) -> Path:
     """Draw σ(gate) of every gated layer (paper, section 3.1), white where it is 1.
 
-    The first row is the input. Then come the layers, in two columns: the mask of partial
-    convolution after the same layers (equation 2), the mean of all channels, and the channels that
-    vary most over the image. ``weights`` is what ``load_generator`` takes; white is the hole in
-    ``mask``. Images above 512 pixels are scaled down. Returns ``out``. Raises ValueError for a
-    network without gates.
+    Of every layer it shows the mask of partial convolution after the same layers (equation 2), the
+    mean of all channels, and the channels that vary most over the image. The inputs come last.
+    ``weights`` is what ``load_generator`` takes; white is the hole in ``mask``. Images above 512
+    pixels are scaled down. Returns ``out``. Raises ValueError for a network without gates.
     """
     refuse_to_write(out, {path.resolve() for path in (image, mask, sketch) if path})
     generator = load_generator(weights)
@@ -150,12 +149,12 @@ def _resized(
 
 
 def _gate_sheet(layers: Sequence[LayerGates], inputs: Mapping[str, np.ndarray]) -> Pixels:
-    """The inputs in the first row, below them a layer in each half of a row."""
+    """A layer in each half of a row, and the inputs in the last row."""
     height, width = next(iter(inputs.values())).shape[:2]
     scale = CELL_PX / min(height, width)
     size = min(round(width * scale), 3 * CELL_PX), min(round(height * scale), 3 * CELL_PX)
-    rows: list[list[Cell | None]] = [[_resized_cell(pixels, size) for pixels in inputs.values()]]
-    captions = [list(inputs)]
+    rows: list[list[Cell | None]] = []
+    captions: list[list[str]] = []
     left = [layer for layer in layers if layer.name.startswith(LEFT_PARTS)]
     right = [layer for layer in layers if not layer.name.startswith(LEFT_PARTS)]
     for pair in itertools.zip_longest(left, right):
@@ -165,11 +164,13 @@ def _gate_sheet(layers: Sequence[LayerGates], inputs: Mapping[str, np.ndarray]) 
             if layer is not None:
                 maps = [layer.known, layer.mean, *layer.channels]
                 row += [_resized_cell((255 * values).byte().numpy(), size) for values in maps]
-                rows_and_columns = " × ".join(map(str, layer.mean.shape))
+                rows_and_columns = " x ".join(map(str, layer.mean.shape))
                 texts.append(f"{layer.name}   {rows_and_columns}   mean {layer.mean.mean():.2f}")
                 texts += [""] * (len(maps) - 1)
         rows.append(row)
         captions.append(texts)
+    rows.append([_resized_cell(pixels, size) for pixels in inputs.values()])
+    captions.append(list(inputs))
     titles = [*TITLES, *[""] * (CHANNELS - 1)]
     return image_grid(rows, titles=[*titles, *titles], cell_captions=captions, background=GRAY)
 

@@ -76,8 +76,12 @@ class Evaluation:
         return text.getvalue()
 
     def sheet(self) -> Pixels:
-        """The panels one below the other, with the key and the metrics of each."""
-        captions = [
+        """The panels one below the other, each with its caption."""
+        return sample_sheet(self.panels, self.captions())
+
+    def captions(self) -> list[str]:
+        """Key, metrics and share of the hole, for each panel."""
+        return [
             "   ".join(
                 [
                     row.key,
@@ -87,7 +91,6 @@ class Evaluation:
             )
             for row in self.rows[: len(self.panels)]
         ]
-        return sample_sheet(self.panels, captions)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
 from pipeline.config import Config
 from pipeline.data.loaders import validation_batches
 from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.evaluation.metrics import METRICS
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.tracking import open_run_tracker
@@ -43,7 +44,7 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
     }
     if run.exists(f"{folder}/metrics.json"):
         known = json.loads(run.get(f"{folder}/metrics.json"))
-        if known["settings"] == settings:
+        if known["settings"] == settings and known["metrics"].keys() == METRICS.keys():
             log.info("evaluated already step=%d %s", step, _fields(known["metrics"]))
             return dict(known["metrics"])
 

@@ -1,7 +1,7 @@
 """How close a completed image is to the original. The table METRICS is all there is to extend."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,7 +116,7 @@ def _mean_in_hole(difference: UnitImage, mask: Hole) -> float:
     return float(np.mean(inside, dtype=np.float64)) if inside.size else 0.0
 
 
-METRICS: Mapping[str, Metric] = {
+METRICS: dict[str, Metric] = {
     "l1_percent": Metric(
         hole_l1_percent,
         label="L1",
