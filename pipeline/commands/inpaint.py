@@ -31,7 +31,7 @@ SAVING: dict[str, dict[str, Any]] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": {"los
 
 
 class NotFilledError(ValueError):
-    """Some images of a folder could not be filled; a line for each says why."""
+    """Some images of a folder could not be filled; the log has a line for each."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def inpaint(
     With a folder as ``image``, ``out`` is a folder, and ``mask`` and ``sketch`` are one file for
     all images, or folders. Beside ``a.png`` in those belongs ``a`` or ``a_mask`` (``a_sketch``)
     with any suffix; the folder of masks may be the folder of images. An image that cannot be filled
-    does not stop the others: NotFilledError at the end names each one, and each subfolder, since
-    only the files directly in a folder are filled. Hidden files are ignored.
+    does not stop the others: at the end the log names each one, and each subfolder, since only the
+    files directly in a folder are filled, and NotFilledError is raised. Hidden files are ignored.
 
     Raises ValueError or FileNotFoundError before the first image is filled where weights or names
     are wrong, or where an output would replace a file given; for a single image also where it
@@ -96,9 +96,10 @@ def inpaint(
         else:
             filled += 1
             yield job.out
+    for fault in faults:
+        log.warning("not filled: %s", fault)
     if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults)
-        raise NotFilledError(f"{image}: {filled} filled, {len(faults)} not:{listed}")
+        raise NotFilledError(f"{image}: {filled} filled, {len(faults)} not, as listed above")
 
 
 def _folder_jobs(

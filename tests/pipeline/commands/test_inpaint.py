@@ -141,7 +141,7 @@ def test_a_image_that_takes_more_memory_than_allowed_is_refused(weights, tmp_pat
 def test_memory_is_a_number_above_0(weights, tmp_path, capsys, memory):
     command = ["inpaint", weights, *("image.png", "mask.png"), "--out", str(tmp_path / "o.png")]
     assert cli.main([*command, "--memory-gib", memory]) == cli.MISTAKE
-    assert "should be a number above 0" in capsys.readouterr().err
+    assert "should be above 0" in capsys.readouterr().err
 
 
 def test_a_folder_is_never_filled_over_its_own_images(weights, tmp_path):
@@ -211,7 +211,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_continues_past_what_cannot_be_filled_and_lists_it_at_the_end(
-    weights, folder, capsys
+    weights, folder, capsys, caplog
 ):
     images, masks, out = folder / "images", folder / "masks", folder / "out"
     (images / "a.png").write_bytes((images / "a.png").read_bytes()[:300])
@@ -225,8 +225,8 @@ def test_a_folder_continues_past_what_cannot_be_filled_and_lists_it_at_the_end(
     assert [path.name for path in out.iterdir()] == ["b.png"]
     printed = capsys.readouterr()
     assert printed.out == f"{out / 'b.png'}\n"
-    first, *faults = printed.err.strip().splitlines()
-    assert first.endswith(f"{images}: 1 filled, 4 not:")
+    assert printed.err.endswith(f"{images}: 1 filled, 4 not, as listed above\n")
+    faults = [line.message for line in caplog.records if line.message.startswith("not filled: ")]
     for line, (name, reason) in zip(
         faults,
         [
@@ -248,7 +248,7 @@ def test_a_mask_named_after_its_image_is_found(weights, folder):
     assert [path.name for path in written] == ["a.png", "b.png"]
 
 
-def test_masks_may_lie_beside_their_images(folder):
+def test_masks_may_lie_beside_their_images(folder, caplog):
     weights = folder / "ema.safetensors"
     write_weights(weights, ModelOptions(guided=True), gain=4.0)
     images, out = folder / "images", folder / "out"
@@ -260,8 +260,9 @@ def test_masks_may_lie_beside_their_images(folder):
     plain = list(inpaint(str(weights), images, images, folder / "plain"))
     assert plain[0].read_bytes() != written[0].read_bytes()
     (images / "b_mask.png").unlink()
-    with pytest.raises(NotFilledError, match=r"1 filled, 1 not:\n.*has no b_mask\.\*, the mask of"):
+    with pytest.raises(NotFilledError, match="1 filled, 1 not"):
         list(inpaint(str(weights), images, images, out))
+    assert "has no b_mask.*, the mask of" in caplog.text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
