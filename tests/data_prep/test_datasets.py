@@ -107,6 +107,7 @@ def assert_same_sample(row: dict[str, Any], sample: RawSample) -> None:
     assert row["json"] == json.loads(sample.meta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_open_as_plain_webdataset_files(
     hugging_face: ModuleType, scenes: Dataset, streaming: bool

@@ -181,6 +181,7 @@ def faces() -> FaceDetector:
     return FaceDetector()
 
 
+@pytest.mark.slow
 def test_landmarks_scale_with_the_image(faces: FaceDetector) -> None:
     astronaut = bundled("skimage/data/astronaut.png")
     face = faces(astronaut)

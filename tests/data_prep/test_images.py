@@ -163,6 +163,7 @@ def test_an_image_cut_short_is_damaged(photo: np.ndarray, kind: str) -> None:
     assert caught.value.reason == "damaged"
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
     huge = saved(Image.new("1", (20_000, 20_000)), "PNG")
     assert len(huge) < 60_000

@@ -74,6 +74,7 @@ def test_official_strokes_drift_to_the_right(monkeypatch: pytest.MonkeyPatch) ->
     assert drawn.mean() == pytest.approx(0.151, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(256, 256), (256, 384), (384, 256)])
 def test_corrected_strokes_are_balanced_and_reach_every_side(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]

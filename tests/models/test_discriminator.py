@@ -106,6 +106,7 @@ def test_evaluation_leaves_the_vectors_and_training_moves_them_once_a_call() -> 
     torch.testing.assert_close(vectors(discriminator)[1], once, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_normalised_weight_comes_to_have_a_largest_singular_value_of_one() -> None:
     discriminator, picture = Discriminator(), torch.rand(1, 3, 64, 64)
     with torch.no_grad():

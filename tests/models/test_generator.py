@@ -170,6 +170,7 @@ def test_names_of_the_weights_are_the_file_format() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(256, 256), (512, 680), (264, 328)])
 def test_outputs_have_the_size_of_the_picture(narrow: Generator, size: tuple[int, int]) -> None:
     image, mask = torch.rand(1, 3, *size) * 2 - 1, torch.zeros(1, 1, *size)

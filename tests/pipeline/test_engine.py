@@ -171,6 +171,7 @@ def test_no_engine_switches_the_autocast_of_the_step_off(kind):
     assert on_ranks(1, precision_inside, kind) == [torch.bfloat16]
 
 
+@pytest.mark.slow
 def test_the_state_has_the_moments_of_every_parameter(undisturbed):
     state: EngineState = TrainingState.read(undisturbed.files).generator
     parameters = [name for name, _ in Generator(guided=True, width=4).named_parameters()]

@@ -67,6 +67,7 @@ def test_updates_are_those_of_the_transcription() -> None:
             torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
     merged = []
     for l1_weight, gan_weight in ((2.0, 3.0), (0.0, 3.0), (2.0, 0.0)):

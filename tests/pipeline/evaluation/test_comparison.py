@@ -67,6 +67,7 @@ def groups_without_a_difference(
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "luck"), [(1, 0.0), (2, 0.5), (3, 0.2)])
 def test_at_most_5_in_100_verdicts_claim_a_difference_that_is_not_there(
     seeds: int, luck: float
