@@ -31,8 +31,8 @@ RUNTIME_ENV = Path("ray_job.yaml")
 def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
     """Start the services, submit the job, fetch the best checkpoint, fill a hole with it.
 
-    Returns an exit code. Data sets, checkpoints and MLflow's database stay in ``folder``, so a
-    second call finds finished stages finished. Everything started here ends here.
+    Returns an exit code. Datasets, checkpoints and MLflow's database stay in ``folder``, so a second
+    call skips the finished stages. All services end with it.
     """
     cfg = config.load(recipe, overrides)
     bucket = s3_bucket(cfg.storage)
@@ -41,7 +41,7 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
             f"storage={cfg.storage}: the demo starts its own S3 server, so give s3://bucket/prefix"
         )
     if not RUNTIME_ENV.exists():
-        raise FileNotFoundError(f"{RUNTIME_ENV} is not here: start from the top of the checkout")
+        raise FileNotFoundError(f"{RUNTIME_ENV} was not found: start from the top of the checkout")
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -66,11 +66,11 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
         storage = RunStorage.open(cfg)
         checkpoint = folder / "checkpoint"
         _type("checkpoints", "pull", storage.run_url, "--step", "best", "--out", str(checkpoint))
-        picture, hole, strokes = _held_out(cfg, storage, folder / "inpaint")
+        image, mask, sketch = _held_out(cfg, storage, folder / "inpaint")
         filled = folder / "inpaint" / "filled.png"
         _type(
-            *("inpaint", str(checkpoint / "ema.safetensors"), str(picture), str(hole)),
-            *(["--sketch", str(strokes)] if cfg.model.guided else []),
+            *("inpaint", str(checkpoint), str(image), str(mask)),
+            *(["--sketch", str(sketch)] if cfg.model.guided else []),
             *("--out", str(filled)),
         )
         sheet = _evaluation_sheet(storage, folder)
@@ -79,7 +79,7 @@ def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
 
 
 def _type(*arguments: str) -> None:
-    """Run one of our commands as a user would, and show it; it has told its own mistakes."""
+    """Run one of our commands as a user would, and show it; it reports its own mistakes."""
     print(f"$ python -m pipeline {shlex.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "pipeline", *arguments]).returncode
     if code:
@@ -87,18 +87,18 @@ def _type(*arguments: str) -> None:
 
 
 def _held_out(cfg: config.Config, storage: RunStorage, folder: Path) -> tuple[Path, Path, Path]:
-    """A picture that training never saw, a hole, and the picture's sketch, as files."""
+    """An image that training never saw, a mask, and the image's sketch, as files."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset = storage.open_dataset()
     first = dataset.shards("val")[0]
     sample = next(iter(read_samples(dataset.store.get(first.name))))
-    picture, hole, strokes = (folder / f"{name}.png" for name in ("picture", "mask", "sketch"))
-    image = Image.open(BytesIO(sample.jpg))
-    image.save(picture)
-    Image.open(BytesIO(sample.sketch)).save(strokes)
-    mask = MaskSampler(cfg.masks)(image.height, image.width, random.Random(cfg.seed))
-    Image.fromarray(mask * np.uint8(255)).save(hole)
-    return picture, hole, strokes
+    image, mask, sketch = (folder / f"{name}.png" for name in ("image", "mask", "sketch"))
+    pixels = Image.open(BytesIO(sample.jpg))
+    pixels.save(image)
+    Image.open(BytesIO(sample.sketch)).save(sketch)
+    hole = MaskSampler(cfg.masks)(pixels.height, pixels.width, random.Random(cfg.seed))
+    Image.fromarray(hole * np.uint8(255)).save(mask)
+    return image, mask, sketch
 
 
 def _evaluation_sheet(storage: RunStorage, folder: Path) -> Path:
@@ -123,7 +123,7 @@ def _summary(
         f"""
 The whole job ran in {elapsed_s / 60:.1f} minutes.
   sheet of samples   {shown(sheet)}
-  a hole filled      {shown(filled)}   (picture.png, mask.png, sketch.png beside it)
+  a hole filled      {shown(filled)}   (image.png, mask.png, sketch.png beside it)
   best checkpoint    {shown(checkpoint)}
   look at the run    {shown(mlflow)} server --port 5000 --backend-store-uri sqlite:///{relative}
 Everything is kept in {shown(folder)}: `make demo` again finds it finished."""

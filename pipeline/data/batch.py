@@ -1,4 +1,4 @@
-"""A batch: small and whole on the host, ready for the networks on the device."""
+"""A batch: bytes on the host, floats for the networks on the device."""
 
 from dataclasses import dataclass
 
@@ -24,18 +24,18 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples as the loader makes them: bytes, four to six times smaller than floats."""
+    """Samples as the loader makes them, in bytes: four to six times smaller than floats."""
 
     image: UInt8[Tensor, "batch height width 3"]
     """RGB, 0 to 255."""
     mask: UInt8[Tensor, "batch height width"]
     """1 in the hole, 0 where pixels are known."""
     sketch: UInt8[Tensor, "batch height width"]
-    """1 on a stroke, anywhere in the picture."""
+    """1 on a stroke, anywhere in the image."""
     keys: tuple[str, ...]
 
     def to(self, device: torch.device) -> DeviceBatch:
-        """Copy the bytes, then convert there; does not wait where the memory is pinned."""
+        """Copy the bytes and convert them there; does not block if the memory is pinned."""
         image, mask, sketch = (
             tensor.to(device, non_blocking=True) for tensor in (self.image, self.mask, self.sketch)
         )
@@ -49,7 +49,7 @@ class Batch:
         )
 
     def pinned(self) -> "Batch":
-        """A copy in page-locked memory, from where a GPU fetches without waiting."""
+        """A copy in page-locked memory, from which a GPU copies in the background."""
         return Batch(
             self.image.pin_memory(), self.mask.pin_memory(), self.sketch.pin_memory(), self.keys
         )

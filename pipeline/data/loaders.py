@@ -1,4 +1,4 @@
-"""What the networks are fed: masks and batches as the configuration asks for them."""
+"""The batches of training and validation that a configuration asks for."""
 
 from collections.abc import Iterator
 
@@ -11,6 +11,7 @@ from pipeline.ranks import Ranks
 
 
 def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoader:
+    """This rank's loader of training batches."""
     return TrainLoader(
         dataset,
         size_px=cfg.train.size_px,
@@ -30,7 +31,7 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
 def validation_batches(
     cfg: config.Config, dataset: Dataset, ranks: Ranks, limit: int | None
 ) -> Iterator[Batch]:
-    """This rank's share of the first ``limit`` held-out pictures (None: all of them)."""
+    """This rank's share of the first ``limit`` held-out images, or of all."""
     return val_batches(
         dataset,
         size_px=cfg.train.size_px,
