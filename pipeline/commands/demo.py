@@ -31,8 +31,8 @@ RUNTIME_ENV = Path("ray_job.yaml")
 def demo(recipe: Path, overrides: Sequence[str], folder: Path) -> int:
     """Start the services, submit the job, fetch the best checkpoint, fill a hole with it.
 
-    Returns an exit code. Datasets, checkpoints and MLflow's database stay in ``folder``, so a second
-    call skips the finished stages. All services end with it.
+    Returns an exit code. Datasets, checkpoints and MLflow's database stay in ``folder``, so a
+    second call skips the finished stages. All services end with it.
     """
     cfg = config.load(recipe, overrides)
     bucket = s3_bucket(cfg.storage)
