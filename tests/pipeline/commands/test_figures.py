@@ -111,11 +111,11 @@ def test_a_small_sheet_of_an_unguided_network(tmp_path: Path, files: tuple[Path,
         assert min(sheet.size) > 2000
 
 
-def test_mistakes_are_told(tmp_path: Path, files: tuple[Path, Path]) -> None:
+def test_mistakes_are_reported(tmp_path: Path, files: tuple[Path, Path]) -> None:
     image, mask = files
     out = tmp_path / "gates.png"
-    for target, told in ((image, "one of the images given"), (tmp_path / "g.gif", "end in .bmp")):
-        with pytest.raises(ValueError, match=told):
+    for target, message in ((image, "one of the images given"), (tmp_path / "g.gif", "end in .bmp")):
+        with pytest.raises(ValueError, match=message):
             show_gates("unread", image, mask, target)
     plain = weights(tmp_path, ModelOptions(guided=False))
     with pytest.raises(ValueError, match="takes no sketch"):
