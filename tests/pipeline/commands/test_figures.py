@@ -114,7 +114,10 @@ def test_a_small_sheet_of_an_unguided_network(tmp_path: Path, files: tuple[Path,
 def test_mistakes_are_reported(tmp_path: Path, files: tuple[Path, Path]) -> None:
     image, mask = files
     out = tmp_path / "gates.png"
-    for target, message in ((image, "one of the images given"), (tmp_path / "g.gif", "end in .bmp")):
+    for target, message in (
+        (image, "one of the images given"),
+        (tmp_path / "g.gif", "end in .bmp"),
+    ):
         with pytest.raises(ValueError, match=message):
             show_gates("unread", image, mask, target)
     plain = weights(tmp_path, ModelOptions(guided=False))
