@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_figures(commands)
     _add_checkpoints(commands)
     _add_dataset(commands)
+    _add_compare(commands)
     _add_demo(commands)
     return parser
 
@@ -377,6 +378,38 @@ def _add_dataset(commands: Commands) -> None:
     sub.set_defaults(command=_dataset, action="check-archives")
 
 
+def _add_compare(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "compare",
+        "say which of several runs is better, where, and whether the difference is real",
+        "compare baseline new --storage s3://BUCKET/PREFIX --out report.html",
+    )
+    sub.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="name or pattern of names in --storage, folder, URL, MLflow run id or filter; the "
+        "first one is what the others are held against",
+    )
+    sub.add_argument("--storage", help="path or URL that has the folder runs")
+    sub.add_argument("--pack", help="name or digest of the evaluation pack to compare on")
+    sub.add_argument("--out", type=Path, help="HTML file to write, for any browser, offline")
+    sub.add_argument(
+        "--primary",
+        default="l1_percent",
+        metavar="METRIC",
+        help="the metric that decides, chosen before looking; without it, l1_percent",
+    )
+    sub.add_argument(
+        "--separate",
+        action="store_true",
+        help="hold every run by itself, also where only the seeds of one recipe differ",
+    )
+    sub.add_argument("--tracking-uri", help="MLflow for ids and filters; else its own variable")
+    sub.set_defaults(command=_compare)
+
+
 def _add_demo(commands: Commands) -> None:
     sub = _add(
         commands,
@@ -529,6 +562,24 @@ def _dataset(arguments: argparse.Namespace) -> int:
     from pipeline.commands import dataset
 
     return DONE if dataset.ACTIONS[arguments.action](arguments) else MISTAKE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.compare import compare_runs
+    from pipeline.commands.tables import wide_console
+
+    console = wide_console()
+    for part in compare_runs(
+        arguments.runs,
+        storage=arguments.storage,
+        tracking_uri=arguments.tracking_uri,
+        pack=arguments.pack,
+        primary=arguments.primary,
+        separate=arguments.separate,
+        out=arguments.out,
+    ):
+        console.print(part)
+    return DONE
 
 
 def _demo(arguments: argparse.Namespace) -> int:

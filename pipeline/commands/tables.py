@@ -6,6 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_table(table: Table) -> None:
+def wide_console() -> Console:
     # Without a terminal rich takes 80 columns, and cuts names and numbers.
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    return Console(width=None if sys.stdout.isatty() else 240)
+
+
+def print_table(table: Table) -> None:
+    wide_console().print(table)

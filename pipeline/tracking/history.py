@@ -212,8 +212,14 @@ class History:
 
     @property
     def rank_hours(self) -> float:
-        """Hours times ranks over all attempts, with what was superseded; a rank has one GPU."""
+        """Hours times ranks over all attempts, with what was superseded."""
         return sum(attempt.hours * attempt.info.world_size for attempt in self.attempts)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Those of ranks on GPUs, of which each rank has one."""
+        on_gpus = [attempt for attempt in self.attempts if attempt.info.device not in ("", "cpu")]
+        return sum(attempt.hours * attempt.info.world_size for attempt in on_gpus)
 
     def images(self, steps: Int64[np.ndarray, " points"]) -> Float64[np.ndarray, " points"]:
         """Images seen up to each of ``steps``; NaN where an attempt has no batch size on record."""

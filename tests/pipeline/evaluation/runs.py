@@ -59,7 +59,7 @@ def write_run(
     checkpoints = CheckpointStore(open_store(join(run.url, "checkpoints")))
     checkpoints.save(
         steps[-1],
-        {"ema.safetensors": save({name: np.zeros(1)})},
+        {"ema.safetensors": save({"weight": np.zeros(1, np.float32)})},
         manifest={
             "metrics": {"val/l1_percent": 10.0},
             "dataset_digest": DIGEST,

@@ -97,11 +97,19 @@ def test_hours_leave_out_pauses_and_superseded_steps_but_cost_counts_them(
         writer.close()
 
     attempt(100, {10: 101, 20: 102, 30: 103}, world_size=2, global_batch=4)
-    attempt(200, {30: 200.5, 40: 201}, resume_from_step=20, world_size=4, global_batch=8)
+    attempt(
+        200,
+        {30: 200.5, 40: 201},
+        resume_from_step=20,
+        world_size=4,
+        global_batch=8,
+        device="NVIDIA H100",
+    )
     found = read_history(run)
     assert found.curves["loss/l1"].steps.tolist() == [10, 20, 30, 40]
     assert found.curves["loss/l1"].hours.tolist() == [1, 2, 2.5, 3]
     assert found.rank_hours == 3 * 2 + 1 * 4
+    assert found.gpu_hours == 1 * 4
     assert found.images(np.array([10, 20, 30, 40])).tolist() == [40, 80, 160, 240]
 
 

@@ -1,0 +1,153 @@
+"""Which of several runs is better: a table on the terminal, and a page to keep."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cluster.storage import replacing
+from pipeline.evaluation.comparison import ALL, PRIMARY, Comparison, compare
+from pipeline.evaluation.report import cost, html_report
+from pipeline.evaluation.run_record import find_runs, read_runs
+
+SHOWN_SETTINGS = 30  # differing settings on the terminal; the page has all
+STYLES = {"better": "green", "worse": "red", "mixed": "yellow", "none": "", "unknown": "yellow"}
+
+
+def compare_runs(
+    words: Sequence[str],
+    *,
+    storage: str | None = None,
+    tracking_uri: str | None = None,
+    pack: str | None = None,
+    primary: str = PRIMARY,
+    separate: bool = False,
+    out: Path | None = None,
+) -> Iterator[RenderableType]:
+    """Compare the runs that ``words`` name; yields what to print. ``out``: the page to write.
+
+    The first run, with the others of its recipe, is the one that the rest are held against. Raises
+    ValueError where a word names no run, or fewer than two runs are named.
+    """
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give the name of a file, as {out}/report.html")
+    urls = find_runs(words, storage=storage, tracking_uri=tracking_uri)
+    if len(urls) < 2:
+        raise ValueError(f"{', '.join(urls)} is one run: give two or more to compare")
+    comparison = compare(read_runs(urls), pack=pack, primary=primary, separate=separate)
+    yield from _summary(comparison)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as file:
+            file.write(html_report(comparison).encode())
+        yield Text(f"report: {out}")
+
+
+def _summary(comparison: Comparison) -> Iterator[RenderableType]:
+    for verdict in comparison.verdicts:
+        yield Text(verdict.text, style=f"bold {STYLES[verdict.outcome]}".strip())
+        if verdict.scope:
+            yield Text(f"  {verdict.scope}", style="dim")
+    if not comparison.verdicts:
+        yield Text(
+            "Nothing to hold against each other: see what is set apart.", style="bold yellow"
+        )
+    for apart in comparison.apart:
+        yield Text(f"set apart: {apart.label}: {apart.reason}", style="yellow")
+    yield ""
+    yield from _settings(comparison)
+    yield from _findings(comparison)
+    yield _costs(comparison)
+
+
+def _settings(comparison: Comparison) -> Iterator[RenderableType]:
+    if not comparison.settings:
+        yield Text("Configuration, code and dataset do not differ.\n")
+        return
+    table = _table("what differs", *(run.label for run in comparison.runs))
+    rows = list(comparison.settings.items())
+    for name, values in rows[:SHOWN_SETTINGS]:
+        table.add_row(name, *("–" if value is None else str(value) for value in values))
+    yield table
+    if len(rows) > SHOWN_SETTINGS:
+        yield Text(f"and {len(rows) - SHOWN_SETTINGS} more: see --out", style="dim")
+    yield ""
+
+
+def _findings(comparison: Comparison) -> Iterator[RenderableType]:
+    """All metrics over all images, and what is claimed on parts of them."""
+    if not comparison.findings:
+        return
+    baseline = comparison.groups[0]
+    for group in comparison.groups[1:]:
+        table = _table(
+            "metric",
+            "images",
+            baseline.described,
+            group.described,
+            "difference [95 %]",
+            "corrected p",
+            "n",
+            right=(2, 3, 4, 5, 6),
+        )
+        for finding in comparison.findings:
+            if finding.group == group.label and (finding.part == ALL or finding.claimed):
+                estimate = finding.estimate
+                mark = " *" if finding.metric.name == comparison.primary.name else ""
+                better = "green" if finding.improvement > 0 else "red"
+                table.add_row(
+                    f"{finding.metric.label} {finding.metric.unit}".strip() + mark,
+                    finding.part,
+                    f"{finding.baseline_mean:.4g}",
+                    f"{finding.mean:.4g}",
+                    f"{estimate.difference:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}]",
+                    f"{finding.corrected_p:.2g}",
+                    str(estimate.images),
+                    style=better if finding.claimed else None,
+                )
+        yield table
+    yield Text(
+        f"* primary metric; evaluated on {comparison.pack}; parts of the images without a claim "
+        "are on the page\n",
+        style="dim",
+    )
+
+
+def _costs(comparison: Comparison) -> Table:
+    table = _table(
+        "cost",
+        "hours",
+        "GPU hours",
+        "rank hours",
+        "ranks",
+        "images",
+        "images/s",
+        right=(1, 2, 3, 5, 6),
+    )
+    for run in comparison.runs:
+        spent = cost(run.history)
+        table.add_row(
+            run.label,
+            _number(spent["hours"]),
+            _number(spent["gpu_hours"]),
+            _number(spent["rank_hours"]),
+            spent["devices"],
+            _number(spent["images"]),
+            _number(spent["images_per_s"]),
+        )
+    return table
+
+
+def _number(value: Any) -> str:
+    return "–" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _table(*columns: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place in right else "left", overflow="fold")
+    return table
