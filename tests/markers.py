@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 STARTS = {
-    "build_dataset": "ray",
     "local_ray": "ray",
     "ray": "ray",
     "start_s3": "s3",
