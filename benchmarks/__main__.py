@@ -38,7 +38,7 @@ def main() -> None:
     names = parser.parse_args().names
     unknown = sorted({*names} - set(ON_CPU))
     if unknown:
-        parser.error(f"no such benchmark: {unknown[0]}; there are {', '.join(ON_CPU)}")
+        parser.error(f"unknown benchmark {unknown[0]}: choose from {', '.join(ON_CPU)}")
     if not _has_amx():
         print("note: a processor without AMX; the goals for bf16 are for one that has it")
     failed = [command for command in commands(names) if not _succeeds(command)]

@@ -1,6 +1,6 @@
 """Contextual attention, forward and backward, against the transcription's loop over samples.
 
-Feature maps of a 256×256 picture: 64×64 with 96 channels, after a ReLU as in the network. CPU time
+Feature maps of a 256×256 image: 64×64 with 96 channels, after a ReLU as in the network. CPU time
 of one thread, or wall time on a GPU.
 
 Run: ``python -m benchmarks.attention [--device cpu|cuda]``. Written to
@@ -20,7 +20,7 @@ from models.attention import contextual_attention
 
 SIZE, CHANNELS = 64, 96
 BATCHES = (1, 4, 8)
-PICTURES = 8
+IMAGES = 8
 
 Attention = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,7 +43,7 @@ def main() -> None:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds = interleaved(variants, rounds=options.rounds, clock=clock)
     milliseconds = {
-        name: {str(batch): 1000 * seconds[f"{name}, batch {batch}"] / PICTURES for batch in BATCHES}
+        name: {str(batch): 1000 * seconds[f"{name}, batch {batch}"] / IMAGES for batch in BATCHES}
         for name in ("reference fp32", "reference bf16", "fp32", "bf16")
     }
     four = {name: times["4"] for name, times in milliseconds.items()}
@@ -69,7 +69,7 @@ def main() -> None:
 def both_ways(
     attention: Attention, precision: torch.dtype, batch: int, device: torch.device
 ) -> Callable[[], None]:
-    """Forward and backward for as many pictures at any batch, so that what the C library does with
+    """Forward and backward for as many images at any batch, so that what the C library does with
     freed memory settles alike; the reference's bf16 is autocast around the same code.
     """
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def both_ways(
     gradient = torch.randn(batch, CHANNELS, SIZE, SIZE, device=device)
 
     def run() -> None:
-        for _ in range(PICTURES // batch):
+        for _ in range(IMAGES // batch):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 mixed = attention(features, mask)
             torch.autograd.grad(mixed, [features], gradient.to(mixed.dtype))

@@ -1,4 +1,4 @@
-"""What we want to reach, and the table that holds the committed results against it."""
+"""What we want to reach, and the tables that compare the committed results with it."""
 
 import json
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ BEGIN, END = "<!-- table: written by python -m benchmarks -->\n", "<!-- end of t
 
 @dataclass(frozen=True)
 class Goal:
-    """One figure of one result, and how large it should be."""
+    """One value of one result, and how large it should be."""
 
     what: str
-    figure: str
+    key: str
     """File in ``results/``, without its suffix, and the keys that lead there, with slashes."""
     goal: float
     floor: float | None
@@ -181,14 +181,14 @@ def write_table() -> None:
 
 
 def _measured(goal: Goal) -> tuple[float | None, str]:
-    """The figure and the machine that it is of; None and nothing where there is no result."""
-    result, _, keys = goal.figure.partition("/")
+    """The value and its machine; None and an empty name where the result is missing."""
+    result, _, keys = goal.key.partition("/")
     path = RESULTS / f"{result}.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    return _figure(record, keys), record.get("gpu", record.get("device", ""))
+    return _value(record, keys), record.get("gpu", record.get("device", ""))
 
 
-def _figure(record: dict[str, Any], keys: str) -> float | None:
+def _value(record: dict[str, Any], keys: str) -> float | None:
     value: Any = record
     for key in keys.split("/"):
         value = value.get(key, {})

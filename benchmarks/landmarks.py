@@ -1,9 +1,9 @@
-"""How often a face is found in annotated pictures, and how far its 68 points are off.
+"""How often a face is found in annotated images, and how far its 68 points are off.
 
     python -m benchmarks.landmarks [FOLDER]        written to results/landmarks.json
 
 FOLDER, else ``$DEEPFILL_DATA``, holds ``faces68`` with 300-W points (``.pts`` files beside the
-pictures of HELEN and AFW, and with a header beside two portraits; dlib's examples in ``.xml``) and
+images of HELEN and AFW, and with a header beside two portraits; dlib's examples in ``.xml``) and
 ``faces`` with CelebA-HQ. The error is the mean distance of the points over the distance between the
 outer corners of the eyes, as in the 300-W challenge. Where several faces are annotated, the nearest
 counts: which of a group is the largest, annotators do not say.
@@ -23,18 +23,18 @@ import numpy as np
 from benchmarks.timing import needs, skip, write_result
 
 RIGHT_EYE, LEFT_EYE = 36, 45  # the outer corners
-PICTURES = {".jpg", ".jpeg", ".png"}
+SUFFIXES = {".jpg", ".jpeg", ".png"}
 FAR = 0.1  # a third of an eye
 
 
 def annotated(folder: Path) -> Iterator[tuple[Path, list[np.ndarray]]]:
-    """Pictures with the points (68, 2) of their faces, counted from 0."""
-    for picture in sorted(folder.rglob("*")):
-        beside = re.compile(re.escape(picture.stem) + r"(_\d+)?\.pts")
-        files = (path for path in picture.parent.glob("*.pts") if beside.fullmatch(path.name))
-        faces = [_points(path) for path in sorted(files)] if picture.suffix in PICTURES else []
+    """Images with the points (68, 2) of their faces, counted from 0."""
+    for photograph in sorted(folder.rglob("*")):
+        beside = re.compile(re.escape(photograph.stem) + r"(_\d+)?\.pts")
+        files = (path for path in photograph.parent.glob("*.pts") if beside.fullmatch(path.name))
+        faces = [_points(path) for path in sorted(files)] if photograph.suffix in SUFFIXES else []
         if faces:
-            yield picture, faces
+            yield photograph, faces
     for listed in sorted(folder.rglob("*.xml")):
         for image in ElementTree.parse(listed).getroot().iter("image"):
             boxes = (
@@ -70,17 +70,17 @@ def main() -> None:
     from data_prep.images import decode
     from data_prep.landmarks import FaceDetector
 
-    pictures = list(annotated(Path(folder, "faces68")))
+    photographs = list(annotated(Path(folder, "faces68")))
     celebrities = sorted(Path(folder, "faces").glob("*.*"))
-    if not pictures or not celebrities:
+    if not photographs or not celebrities:
         skip(f"{folder} holds no annotated faces (faces68) or no CelebA-HQ (faces)")
     find = FaceDetector()
     errors: dict[str, list[float]] = {}
     missed: dict[str, int] = {}
-    for picture, truths in pictures:
-        source = picture.relative_to(folder).parts[1]
+    for photograph, truths in photographs:
+        source = photograph.relative_to(folder).parts[1]
         missed.setdefault(source, 0)
-        face = find(decode(picture.read_bytes()).pixels)
+        face = find(decode(photograph.read_bytes()).pixels)
         if face is None:
             missed[source] += 1
         else:
@@ -91,8 +91,8 @@ def main() -> None:
     write_result(
         "landmarks",
         {
-            "pictures": len(pictures),
-            "percent_found": round(100 * len(of_all) / len(pictures), 1),
+            "pictures": len(photographs),
+            "percent_found": round(100 * len(of_all) / len(photographs), 1),
             "percent_error": round(100 * float(np.mean(of_all)), 2),
             "percent_error_median": round(100 * float(np.median(of_all)), 2),
             "farther_off_than_a_tenth": sum(one > FAR for one in of_all),

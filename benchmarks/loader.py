@@ -1,10 +1,10 @@
-"""Pictures per second and core of the training loader: picture, sketch and a mask of its own each.
+"""Images per second and core of the training loader: image, sketch and a mask of its own each.
 
 The anchor is the usual way: webdataset with ``decode("rgb")`` (Pillow, floats), a Pillow mask for
-every picture (``benchmarks/reference/masks.py``), a random crop, a DataLoader. Both read the same
+every image (``benchmarks/reference/masks.py``), a random crop, a DataLoader. Both read the same
 shards: photographs at the stored size and their HED sketches, as data preparation writes them.
 
-Run: ``python -m benchmarks.loader [FOLDER OF PICTURES]``; without a folder it takes the bundled
+Run: ``python -m benchmarks.loader [FOLDER OF IMAGES]``; without a folder it takes the bundled
 photographs. Written to ``results/loader.json``.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.timing import interleaved, needs, write_result
 
 SIZE, BATCH, WORKERS = 256, 32, 2
 SHARDS, SHARD_SAMPLES = 4, 512
-DISTINCT = 64  # pictures
+DISTINCT = 64  # images
 BATCHES = 24  # in one measurement
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = write_dataset(Path(folder), sys.argv[1] if sys.argv[1:] else None)
+        dataset = write_dataset(Path(folder), sys.argv[1] if sys.argv[1:] else None)
         loader = TrainLoader(
             Dataset.open(folder),
             size_px=SIZE,
@@ -70,7 +70,7 @@ def main() -> None:
         "loader",
         {
             "size_px": SIZE,
-            "pictures": pictures,
+            "pictures": dataset,
             "cpu_microseconds_per_image": {n: s / images * 1e6 for n, s in cpu_s.items()},
             "cores_per_1000_images_per_s": {n: s / images * 1e3 for n, s in cpu_s.items()},
             "workers": WORKERS,
@@ -111,7 +111,7 @@ def anchor(folder: str, *, workers: int) -> Iterator[Any]:
 
 
 def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
-    """Real photographs at the stored size, each several times, as a finished data set."""
+    """Real photographs at the stored size, each several times, as a finished dataset."""
     from data_prep.hed import EdgeDetector, load_network, read_weights
     from data_prep.images import encode_jpeg, encode_sketch
     from data_prep.shards import FORMAT, RawSample, index_entry, write_shard
@@ -141,16 +141,16 @@ def write_dataset(folder: Path, source: str | None) -> dict[str, Any]:
 
 
 def photographs(root: str | None) -> Iterator[np.ndarray]:
-    """Squares of the stored size from the middle of the pictures that are large enough."""
+    """Squares of the stored size from the middle of the images that are large enough."""
     from data_prep.images import ImageError, decode, fit
     from data_prep.settings import DataSettings
     from data_prep.sources import DATA_SOURCES, list_images
 
     data = DataSettings("photographs", "folder" if root else "bundled", root, val_fraction=0.0)
-    for picture in list_images(data):
+    for image in list_images(data):
         try:
-            decoded = decode(DATA_SOURCES[data.source].read(picture, root))
-            pixels = fit(decoded.cropped(picture.crop) if picture.crop else decoded, SIZE)
+            decoded = decode(DATA_SOURCES[data.source].read(image, root))
+            pixels = fit(decoded.cropped(image.crop) if image.crop else decoded, SIZE)
         except ImageError:
             continue
         top, left = (pixels.shape[0] - SIZE) // 2, (pixels.shape[1] - SIZE) // 2

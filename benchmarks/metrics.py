@@ -1,4 +1,4 @@
-"""SSIM of one picture: ours against scikit-image and torchmetrics, and how far the values differ.
+"""SSIM of one image: ours against scikit-image and torchmetrics, and how far the values differ.
 
 Run: ``python -m benchmarks.metrics``. Written to ``results/metrics.json``.
 """

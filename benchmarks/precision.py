@@ -1,4 +1,4 @@
-"""Does bfloat16 learn as float32 does? Short trainings on real pictures, several seeds of each.
+"""Does bfloat16 learn as float32 does? Short trainings on real images, several seeds of each.
 
 Both precisions train what ``pipeline.step`` trains, from the same weights on the same crops and
 masks; a seed decides about all three. bf16 *tracks* fp32 if, over the last quarter of the steps,
@@ -10,8 +10,8 @@ hundred steps on. How far that goes without bf16 is shown by fp32 itself, nudged
 again, the generator's first weights larger by a millionth.
 
 Run: ``python -m benchmarks.precision [FOLDER] [--device cpu|cuda] [--size 128] [--batch 4]``; the
-folder of pictures is ``$DEEPFILL_DATA/scenes`` unless given. Written to
-``results/precision_<device>.json`` and, as a picture, to ``docs/bf16.png``. On a processor it takes
+folder of images is ``$DEEPFILL_DATA/scenes`` unless given. Written to
+``results/precision_<device>.json`` and, as an image, to ``docs/bf16.png``. On a processor it takes
 most of an hour.
 """
 
@@ -52,7 +52,7 @@ Curves = np.ndarray  # (seeds, steps, losses)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="pictures; $DEEPFILL_DATA/scenes")
+    parser.add_argument("folder", nargs="?", type=Path, help="images; $DEEPFILL_DATA/scenes")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
@@ -60,19 +60,19 @@ def main() -> None:
     options = parse_on_device(parser)
     if options.folder is None:
         if "DEEPFILL_DATA" not in os.environ:
-            skip("no pictures: give a folder, or set DEEPFILL_DATA")
+            skip("needs images: give a folder, or set DEEPFILL_DATA")
         options.folder = Path(os.environ["DEEPFILL_DATA"], "scenes")
     if options.seeds < 2 or options.steps < 4 * POINT_STEPS:
         parser.error(f"at least 2 seeds and {4 * POINT_STEPS} steps are needed for a comparison")
 
-    pictures = read_pictures(options.folder, options.size)
+    photographs = read_photographs(options.folder, options.size)
     curves: dict[str, Curves] = {}
     for name, (precision, nudge) in VARIANTS.items():
         runs = []
         for seed in range(options.seeds):
             started = time.perf_counter()
             batches = training_batches(
-                pictures, options.size, options.batch, options.steps, np.random.default_rng(seed)
+                photographs, options.size, options.batch, options.steps, np.random.default_rng(seed)
             )
             runs.append(train(batches, seed, precision, nudge, torch.device(options.device)))
             print(f"{name} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -84,14 +84,14 @@ def main() -> None:
     write_result(
         f"precision_{options.device}",
         {
-            "pictures": len(pictures),
+            "pictures": len(photographs),
             "size_px": options.size,
             "batch": options.batch,
             "steps": options.steps,
             "seeds": options.seeds,
             "criterion": f"mean absolute difference over the last {last} steps: bf16 from fp32 of "
             "the same seed, at most that of fp32 between seeds",
-            "tracks": all(figures["ratio"] <= 1 for figures in comparison.values()),
+            "tracks": all(values["ratio"] <= 1 for values in comparison.values()),
             "losses": comparison,
             "steps_per_point": POINT_STEPS,
             "curves": {
@@ -106,33 +106,35 @@ def main() -> None:
     plot(points, last // POINT_STEPS).save(PLOT, optimize=True)
 
 
-def read_pictures(folder: Path, size: int) -> list[np.ndarray]:
-    """Every picture of ``folder``, (H, W, 3) bytes; small ones enlarged so that a crop fits."""
+def read_photographs(folder: Path, size: int) -> list[np.ndarray]:
+    """Every image of ``folder``, (H, W, 3) bytes; small ones enlarged so that a crop fits."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
-        skip(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    pictures = []
+        skip(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+    photographs = []
     for path in paths:
-        picture = Image.open(path).convert("RGB")
-        scale = max(1.0, size / min(picture.size))
-        width, height = (max(size, round(scale * side)) for side in picture.size)
-        pictures.append(np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)))
-    return pictures
+        photograph = Image.open(path).convert("RGB")
+        scale = max(1.0, size / min(photograph.size))
+        width, height = (max(size, round(scale * side)) for side in photograph.size)
+        photographs.append(
+            np.asarray(photograph.resize((width, height), Image.Resampling.BILINEAR))
+        )
+    return photographs
 
 
 def training_batches(
-    pictures: Sequence[np.ndarray], size: int, batch: int, steps: int, rng: np.random.Generator
+    photographs: Sequence[np.ndarray], size: int, batch: int, steps: int, rng: np.random.Generator
 ) -> Iterator[Batch]:
-    """Random crops of pictures in random order, each with a mask of its own."""
+    """Random crops of images in random order, each with a mask of its own."""
     order: list[int] = []
     for _ in range(steps):
         images, masks, keys = [], [], []
         for _ in range(batch):
-            order = order or rng.permutation(len(pictures)).tolist()
+            order = order or rng.permutation(len(photographs)).tolist()
             number = order.pop()
-            height, width = pictures[number].shape[:2]
+            height, width = photographs[number].shape[:2]
             top, left = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
-            images.append(pictures[number][top : top + size, left : left + size])
+            images.append(photographs[number][top : top + size, left : left + size])
             masks.append(random_mask(size, size, rng)[0, 0])
             keys.append(str(number))
         yield Batch(
@@ -201,13 +203,13 @@ PANEL, MARGIN, FINER = (
     3,
 )  # pixels; drawn finer, then shrunk, so that lines are smooth
 WHITE, BAND, INK = "#ffffff", "#c9d9ee", "#444444"
-COLOURS = {"fp32": "#4577b4", "nudged": "#7aa874", "bf16": "#d9661f"}
+COLORS = {"fp32": "#4577b4", "nudged": "#7aa874", "bf16": "#d9661f"}
 
 
 def plot(points: dict[str, Curves], last: int) -> Image.Image:
     """One panel for each loss: fp32's range over the seeds, and a line for every run.
 
-    The grey ground marks the ``last`` points, which are compared.
+    The gray ground marks the ``last`` points, which are compared.
     """
     width, height = len(LOSSES) * (PANEL[0] + MARGIN) + MARGIN, PANEL[1] + 2 * MARGIN
     image = Image.new("RGB", (FINER * width, FINER * height), WHITE)
@@ -244,12 +246,12 @@ def panel(
     draw.polygon(upper + lower[::-1], BAND)
     for name, curves in runs.items():
         for curve in curves:
-            line(curve, COLOURS[name], FINER)
+            line(curve, COLORS[name], FINER)
     draw.rectangle([place(0, high), place(count - 1, low)], outline=INK, width=FINER // 2)
     left, top = place(0, high)
     bottom = place(0, low)[1] + FINER * 3
     draw.text((left, top - FINER * 18), title, INK, font)
-    for index, (name, color) in enumerate(COLOURS.items()):
+    for index, (name, color) in enumerate(COLORS.items()):
         draw.text((left + FINER * (100 + 50 * index), top - FINER * 18), name, color, font)
     draw.text((left - FINER * 4, top), f"{high:.2f}", INK, font, anchor="ra")
     draw.text((left - FINER * 4, bottom), f"{low:.2f}", INK, font, anchor="rd")

@@ -1,14 +1,14 @@
-"""Data preparation per core: pictures to stored JPEGs in a shard, and shards alone.
+"""Data preparation per core: images to stored JPEGs in a shard, and shards alone.
 
 Anchors: Pillow (decode, Lanczos, encode at the same quality) with ``webdataset.ShardWriter``; for
 shards alone ``webdataset.ShardWriter`` and ``webdataset.tariterators``. Both sides read the same
-JPEGs of 512 x 512 pixels from memory and write to /dev/shm where there is one. Ours takes the
+JPEGs of 512 x 512 pixels from memory and write to /dev/shm if it exists. Ours takes the
 SHA-256 of the shard along the way; ``with_hashes`` also that of each source and the perceptual
 hash, as the build does.
 
 Quality is PSNR against full decoding and area scaling: of the scaled image, and of
 the stored one, beside what the encoder alone does to the fully decoded one. The benchmark's own
-pictures are parts of bundled photographs; where DEEPFILL_DATA names a folder of real ones, each of
+images are parts of bundled photographs; where DEEPFILL_DATA names a folder of real ones, each of
 its JPEGs that is large enough is compared, too.
 
 Run: ``python -m benchmarks.prep``. Written to ``results/prep.json``.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from data_prep.shards import RawSample
 
 SOURCE_PX, STORED_PX, QUALITY = 512, 256, 95
-PICTURES, SAMPLES = 48, 2000
+IMAGES, SAMPLES = 48, 2000
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     )
 
 
-def sources(pictures: int = PICTURES) -> list[bytes]:
+def sources(images: int = IMAGES) -> list[bytes]:
     """Square JPEGs of 512 pixels a side, from parts of the bundled photographs, as cameras save."""
     import cv2
 
@@ -108,10 +108,10 @@ def sources(pictures: int = PICTURES) -> list[bytes]:
     from data_prep.sources import DATA_SOURCES, list_images
 
     found = []
-    for picture in list_images(DataSettings("photographs", "bundled"))[:pictures]:
-        decoded = decode(DATA_SOURCES["bundled"].read(picture, None))
-        assert picture.crop is not None
-        pixels = decoded.cropped(picture.crop).pixels
+    for image in list_images(DataSettings("photographs", "bundled"))[:images]:
+        decoded = decode(DATA_SOURCES["bundled"].read(image, None))
+        assert image.crop is not None
+        pixels = decoded.cropped(image.crop).pixels
         side = min(pixels.shape[:2])
         square = pixels[:side, :side]
         large = cv2.resize(square, (SOURCE_PX, SOURCE_PX), interpolation=cv2.INTER_CUBIC)
@@ -220,8 +220,8 @@ def _quality(files: Sequence[bytes]) -> dict[str, Any]:
             "stored_after_full_decoding": decode(encode_jpeg(expected, QUALITY)).pixels,
         }.items():
             found[name].append(_psnr_db(pixels, expected))
-    told: dict[str, Any] = {"pictures": len(found["scaled"])}
-    return told | {
+    count: dict[str, Any] = {"pictures": len(found["scaled"])}
+    return count | {
         name: {"median": round(float(np.median(of)), 1), "least": round(min(of), 1)}
         for name, of in found.items()
     }

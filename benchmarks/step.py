@@ -1,6 +1,6 @@
 """Time and memory of one training step, both networks, against the transcription.
 
-Both sides do the same mathematics on the same pictures. The anchor is ``benchmarks/reference``:
+Both sides do the same mathematics on the same images. The anchor is ``benchmarks/reference``:
 eager, contiguous, one sample at a time in the attention, nothing frozen in the generator's half,
 plain Adam. Ours is what training runs: ``pipeline.step`` with fused Adam, and a moving average on
 top. On a processor the clock counts the CPU time of one thread; on a GPU it counts wall time with
@@ -50,7 +50,7 @@ def main() -> None:
     options = parse_on_device(parser)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = torch.device(options.device)
-    batch = pictures(options.batch, options.size).to(device)
+    batch = random_batch(options.batch, options.size).to(device)
     if options.memory_of:
         print(peak_bytes(options.memory_of, batch, device))
         return
@@ -67,7 +67,7 @@ def main() -> None:
         name: int(subprocess.run([*command, name], check=True, capture_output=True).stdout)
         for name in VARIANTS
     }
-    updates = interleaved(optimisers(device), rounds=options.rounds)
+    updates = interleaved(optimizers(device), rounds=options.rounds)
     result = {
         "size_px": options.size,
         "batch": options.batch,
@@ -90,8 +90,8 @@ def main() -> None:
     write_result(f"step_{options.device}", result, packages=["torch", "numpy", "pillow"])
 
 
-def pictures(batch: int, size: int) -> Batch:
-    """Smooth noise, and a mask of its own for every picture."""
+def random_batch(batch: int, size: int) -> Batch:
+    """Smooth noise, and a mask of its own for every image."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (batch, 3, size // 8, size // 8)))
     image = nn.functional.interpolate(coarse.float(), size=(size, size), mode="bilinear")
@@ -134,7 +134,9 @@ def _reference(
 def _ours(
     batch: DeviceBatch, device: torch.device, precision: torch.dtype, *, recompute: bool
 ) -> Callable[[], object]:
-    generator = Generator(recompute=recompute).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = Generator(activation_checkpointing=recompute).to(
+        device, memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
     discriminator = Discriminator().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = ExponentialMovingAverage(generator, 0.999)
     if device.type == "cpu":
@@ -171,7 +173,7 @@ def peak_bytes(variant: str, batch: DeviceBatch, device: torch.device) -> int:
         for _ in range(3):
             run()
         return torch.cuda.max_memory_allocated() - before
-    small = pictures(1, 64).to(device)
+    small = random_batch(1, 64).to(device)
     step(variant, small, device)()  # compiles, and loads what is loaded once
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -186,7 +188,7 @@ def resident(which: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
 
 
-def optimisers(device: torch.device) -> dict[str, Callable[[], None]]:
+def optimizers(device: torch.device) -> dict[str, Callable[[], None]]:
     """Adam and moving average of the generator's weights, plainly and as training makes them."""
     plain, fused = Generator().to(device), Generator().to(device)
     for network in (plain, fused):

@@ -34,7 +34,7 @@ def needs(*modules: str) -> None:
 def parse_on_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options with ``--device``, and torch as it is measured: one thread, denormals flushed.
 
-    Leaves with one line where there is no such device.
+    Leaves with one line where the device is missing.
     """
     import torch
 
@@ -56,7 +56,7 @@ def interleaved(
     """Median seconds of one call of each variant.
 
     Called in turn, A B C … C B A, so that a machine that others use slows all of them alike. The
-    clock counts the process's CPU time unless told otherwise; every variant runs once before.
+    clock counts the process's CPU time by default; every variant runs once before.
     """
     for run in variants.values():
         run()
@@ -88,7 +88,7 @@ def write_result(name: str, result: Mapping[str, Any], *, packages: Sequence[str
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """The processor's name, as Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

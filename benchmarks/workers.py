@@ -2,10 +2,10 @@
 
 Whole builds by ``data_prep.build`` on a local Ray: scenes with HED on the processor, faces with
 dlib's landmarks, from JPEGs of 512 x 512 pixels on disk. Wall time. Starting workers and networks
-takes the same few seconds however many pictures there are, so each build is made of few and of many
-pictures: told is the ratio of what each further picture takes, and beside it that of the larger
-builds as a whole. Memory is the largest resident set of any process that made shards or ran a
-detector, as the build itself records it: for few pictures, for many, and for many in one shard.
+takes the same few seconds for any number of images, so each build runs with few and with many: the
+result is the ratio of the time for each further image, and beside it that of the larger builds as a
+whole. Memory is the largest resident set of any process that made shards or ran a
+detector, as the build itself records it: for few images, for many, and for many in one shard.
 
 Run: ``python -m benchmarks.workers`` on a machine that does nothing else, some five minutes.
 Written to ``results/workers.json``.
@@ -44,10 +44,10 @@ def _measure(subject: Subject, folder: Path) -> dict[str, Any]:
     few, many = FEW[subject], MANY[subject]
     seconds: dict[tuple[int, int], float] = {}
     peaks: dict[int, int] = {}
-    for pictures in (few, many):
-        _pictures(folder / str(pictures), pictures)
+    for images in (few, many):
+        _write_images(folder / str(images), images)
         for workers in (1, 2):
-            seconds[workers, pictures], peaks[pictures] = _build(subject, folder, pictures, workers)
+            seconds[workers, images], peaks[images] = _build(subject, folder, images, workers)
     _, one_shard = _build(subject, folder, many, 1, shard_samples=many)
     further = {n: (seconds[n, many] - seconds[n, few]) / (many - few) for n in (1, 2)}
     return {
@@ -69,7 +69,7 @@ def _measure(subject: Subject, folder: Path) -> dict[str, Any]:
 def _build(
     subject: Subject,
     folder: Path,
-    pictures: int,
+    images: int,
     workers: int,
     *,
     shard_samples: int | None = None,
@@ -98,7 +98,7 @@ def _build(
             data = DataSettings(
                 name="workers",
                 source="folder",
-                root=str(folder / str(pictures)),
+                root=str(folder / str(images)),
                 subject=subject,
                 stored_px=STORED_PX,
                 shard_samples=shard_samples or SHARD[subject],
@@ -107,7 +107,7 @@ def _build(
             )
             dataset = build_dataset(url, data, SketchSettings())
             seconds = time.monotonic() - started
-            assert dataset.counts["pictures"]["ok"] == pictures
+            assert dataset.counts["pictures"]["ok"] == images
             store = open_store(url)
             records = [read_record(store, shard.name) for shard in dataset.index]
             return seconds, max(record.peak_bytes for record in records)
@@ -115,7 +115,7 @@ def _build(
         ray.shutdown()
 
 
-def _pictures(folder: Path, count: int) -> None:
+def _write_images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     files = sources()
     for number in range(count):

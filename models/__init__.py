@@ -10,9 +10,10 @@
 - section 3.4, Algorithm 1, free-form masks: ``data_prep/masks.py``
 - section 3.5, the sketch: ``masking.guide`` and ``guided`` of both networks
 
-To be read in this order: types, masking, sampling, gated_conv, attention, generator, discriminator,
-losses; then what uses them: inference, inspection, weights. ``upsampling`` is gated_conv made fast.
-The same without anything made fast is in ``benchmarks/reference``; the tests compare the two.
+Read in this order: options, types, masking, sampling, gated_conv, attention, generator,
+discriminator, losses; then what uses them: inference, inspection, weights. ``upsampling`` makes
+gated_conv fast. ``benchmarks/reference`` has the same networks without any optimization; the tests
+compare the two. docs/model.md specifies the model.
 """
 
 import importlib

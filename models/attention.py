@@ -1,17 +1,17 @@
 """Contextual attention: fill the hole with patches of its surroundings.
 
 The paper takes it from DeepFill v1 (arXiv 1801.07892, section 4.1): "match and attend" is
-``_similarity`` and the softmax, "attention propagation" is what ``_scores`` calls to fuse, and
-``_Paint`` puts the patches that were attended to in their places.
+``_similarity`` and the softmax, "attention propagation" is the fusing in ``_scores``, and
+``_Paint`` puts the attended patches in their places. Details: docs/model.md, section 2.
 
-A query is a pixel of the feature map at half size; a key is one too, but only where no hole is
-near. Each query takes a mixture of the full-size 4×4 patches of the keys, by the similarity of the
-3×3 surroundings at half size. Every sample of a batch has its own mask.
+A query is a pixel of the feature map at half size. A key is one with no hole near it. Each query
+takes a mixture of the full-size 4×4 patches of the keys, weighted by the similarity of the 3×3
+surroundings at half size. Every sample of a batch has its own mask.
 
-All pairs of query and key form a matrix, both counted row by row. What the authors write as
-convolutions over unfolded patches are sums along diagonals of that matrix: query and key take the
-same step. This gives the same numbers with a ninth of the multiplications. For a large picture the
-matrix is made in bands of query rows, so its memory can be bounded.
+All pairs of query and key form a matrix, both counted row by row. The authors convolve unfolded
+patches; here the same numbers are sums along diagonals of that matrix, where query and key take the
+same step, for a ninth of the multiplications. For a large image the matrix is computed in bands of
+query rows, which bounds its memory.
 """
 
 from bisect import bisect_right
@@ -46,15 +46,15 @@ def contextual_attention(
 ) -> Features:
     """``features`` rebuilt from patches of their known part; zeros where a mask leaves no key.
 
-    ``mask`` is at the size of ``features``, whose sides are even. ``fuse`` prefers coherent
-    patches. "official" is the authors' code: a masked score becomes 0 before the softmax, what it
+    ``mask`` has the size of ``features``, whose sides are even. ``fuse`` prefers coherent patches.
+    "official" is the authors' code: a masked score becomes 0 before the softmax, the weight that it
     attracts is lost, and overlapping patches are divided by 4 even at the border where fewer meet.
-    "renormalized" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory
-    that the matrix of pairs takes; ``ValueError`` if a single row of queries needs more.
+    "renormalized" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory of
+    the matrix of pairs; ``ValueError`` if a single row of queries needs more.
     """
     height, width = features.shape[2] // 2, features.shape[3] // 2
-    # On a processor one sample's matrix at a time, and where no gradients are asked for a few rows
-    # of a large one, stay in the cache.
+    # On a processor one sample's matrix at a time stays in the cache; without gradients, a few rows
+    # of a large one.
     in_cache = features.device.type == "cpu" and not torch.compiler.is_compiling()
     together = 1 if in_cache else features.shape[0]  # stays symbolic in an export
     rows = height if max_bytes is None else band_rows(height, width, max_bytes // together)
@@ -79,14 +79,15 @@ def band_rows(height: int, width: int, max_bytes: int) -> int:
         raise ValueError(
             f"attention over {8 * height}×{8 * width} pixels needs "
             f"{attention_bytes(height, width, 1) / 2**20:,.0f} MiB for a single row, but "
-            f"{max_bytes / 2**20:,.0f} MiB are allowed: allow more or use a smaller picture"
+            f"{max_bytes / 2**20:,.0f} MiB are allowed: allow more or use a smaller image"
         )
     return rows
 
 
 def attention_bytes(height: int, width: int, rows: int) -> int:
-    """What bands of ``rows`` query rows take for each sample: at most two float32 matrices of the
-    band with what surrounds it, and two of the band alone.
+    """Bytes that bands of ``rows`` query rows take for each sample.
+
+    At most two float32 matrices of the band and its surroundings, and two of the band alone.
     """
     rows = min(rows, height)
     around = min(rows + 2 * HALO, height)
@@ -103,7 +104,7 @@ def _attend(
     """The mixture of patches, overlaps added up."""
     small = shrink(features, 2).float()
     batch, channels, height, width = small.shape
-    # A column of zeros keeps the rows apart, so that a step may leave the picture sideways.
+    # A column of zeros keeps the rows apart, so that a step may leave the image sideways.
     pixels = F.pad(small, [0, 1])
     inverse_norms = _inverse_norms(small)
     # (N, 2, 2, C, L): pixels of even and odd rows, even and odd columns
@@ -114,7 +115,9 @@ def _attend(
     for first, last in _bands(height, rows):
         scores = _scores(pixels, inverse_norms, first, last, fuse)
         scores = _masked(scores, valid, preset)
-        scores = scores.softmax(dim=2)  # one name, so that each matrix goes when the next is there
+        scores = scores.softmax(
+            dim=2
+        )  # one name, so that each matrix is freed once the next exists
         above, below = min(first, 1), min(height - last, 1)  # patches reach into these rows
         grid = Grid(last - first, height, width, above, below)
         mixed: Tensor = _Paint.apply(scores, keep, phases, grid)  # type: ignore[no-untyped-call]
@@ -141,7 +144,7 @@ def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
 def _inverse_norms(small: Features) -> Float[Tensor, "batch 1 keys"]:
     """1 / max(‖P‖, 1e-4) of the 3×3 patches P around every pixel."""
     squares = small.square().sum(dim=1, keepdim=True)
-    # Not divisor_override=1, which the export to ONNX loses without a word.
+    # Not divisor_override=1, which the export to ONNX drops silently.
     squares = 9 * F.avg_pool2d(squares, 3, stride=1, padding=1)
     return squares.clamp_min(SMALLEST_NORM**2).rsqrt().flatten(2)
 
@@ -203,10 +206,10 @@ class _Paint(torch.autograd.Function):
     """Patches added up where they overlap, (N, 2, 2, C, queries).
 
     Pixels of even rows lie in the patches of their own query and of the one above, of odd rows in
-    their own and the one below; columns alike. So one product for each of the four kinds of pixel
-    does, instead of one for each of the sixteen pixels of a patch: that with the attention and
-    itself moved. The backward pass moves it once more, which takes less time than to fetch four
-    matrices for each sample from memory.
+    their own and the one below; columns alike. So four products suffice, one for each kind of
+    pixel, instead of sixteen, one for each pixel of a patch. Each takes the attention plus itself,
+    moved. The backward pass moves it again, which is faster than reading four stored matrices for
+    each sample.
     """
 
     @staticmethod

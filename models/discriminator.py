@@ -1,4 +1,7 @@
-"""SN-PatchGAN (paper, section 3.2): spectrally normalised convolutions that score patches."""
+"""SN-PatchGAN (paper, section 3.2): spectrally normalized convolutions that score patches."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,53 +9,74 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from models.gated_conv import Conv
-from models.options import DiscriminatorHead
+from models.options import ModelOptions
 from models.types import Image, Mask, Scores, Sketch
 
 CHANNELS = (64, 128, 256, 256, 256, 256)
 
 
 class Discriminator(nn.Module):
-    """Is a picture real, given its mask? 5,946,816 parameters, guided 5,948,416.
+    """Is an image real, given its mask? 5,946,816 parameters, guided 5,948,416.
 
-    ``image_channels`` is 1 for grey pictures (5,943,616 parameters). ``head``: the authors' code
-    follows the last convolution with leaky ReLU like all others; the hinge loss is usually put on a
-    "linear" one.
+    ``options`` are the other fields of ``ModelOptions``; ``discriminator_head`` alone matters here.
+    "leaky" applies leaky ReLU after the last convolution too, as the authors' code does; the hinge
+    loss usually takes a "linear" one.
     """
 
-    def __init__(
-        self,
-        guided: bool = False,
-        *,
-        image_channels: int = 3,
-        head: DiscriminatorHead = "leaky",
-    ) -> None:
+    def __init__(self, guided: bool = False, **options: Any) -> None:
         super().__init__()
-        self.guided, self.head = guided, head
-        inputs = image_channels + (2 if guided else 1)
+        self.options = ModelOptions(guided=guided, **options)
+        inputs = 5 if guided else 4  # RGB, mask, sketch
         for number, outputs in enumerate(CHANNELS, start=1):
             conv = Conv(inputs, outputs, kernel=5, stride=2)
             register_parametrization(conv, "weight", SpectralNorm(conv.weight))
             self.add_module(f"conv{number}", conv)
             inputs = outputs
 
+    @classmethod
+    def from_options(cls, options: ModelOptions) -> "Discriminator":
+        """The discriminator that ``options`` describe, freshly initialized."""
+        return cls(**vars(options))
+
+    @classmethod
+    def guided_from(cls, unguided: "Discriminator") -> "Discriminator":
+        """A guided discriminator with the weights of ``unguided``, and zeros for the sketch.
+
+        Until it is trained further it scores as ``unguided`` does, whatever the sketch.
+        """
+        if unguided.guided:
+            raise ValueError("this discriminator is guided: start from its weights as they are")
+        guided = cls.from_options(replace(unguided.options, guided=True))
+        weights = unguided.state_dict()
+        kernel, v = (f"conv1.parametrizations.weight.{name}" for name in ("original", "0._v"))
+        # The sketch comes last, so zeros at the end of the flat matrix leave σ as it is.
+        weights[v] = F.pad(weights[v], (0, weights[kernel][0, 0].numel()))
+        weights[kernel] = F.pad(weights[kernel], (0, 0, 0, 0, 0, 1))
+        guided.load_state_dict(weights)
+        return guided.to(weights[kernel].device)
+
+    @property
+    def guided(self) -> bool:
+        """Whether it takes a sketch."""
+        return self.options.guided
+
     def forward(self, image: Image, mask: Mask, sketch: Sketch | None = None) -> Scores:
         """256 scores for every 64×64 pixels, rounded up; row by row, channels together.
 
         In training mode every call moves the vectors of the spectral norm by one power iteration:
-        give real and completed pictures in one batch.
+        give real and completed images in one batch.
         """
         if self.guided != (sketch is not None):
             raise ValueError(
                 "a guided discriminator needs a sketch"
                 if self.guided
-                else "this one takes no sketch"
+                else "an unguided discriminator takes no sketch"
             )
         guides = [] if sketch is None else [sketch]
         features: Tensor = torch.cat([image, mask, *guides], dim=1)
         for name, conv in self.named_children():
             features = conv(features)
-            if name != "conv6" or self.head == "leaky":
+            if name != "conv6" or self.options.discriminator_head == "leaky":
                 features = F.leaky_relu(features, 0.2, inplace=True)
         return features.permute(0, 2, 3, 1).flatten(1)
 
@@ -60,9 +84,10 @@ class Discriminator(nn.Module):
 class SpectralNorm(nn.Module):
     """A weight over its largest singular value, estimated by one power iteration per training call.
 
-    As the authors': first v = l2(Wᵀu), then u = l2(Wv), σ = uᵀWv. torch's ``spectral_norm`` takes
-    the two half steps the other way round, and so gives another σ for the same u; names and shapes
-    in the state dict are its. Gradients pass σ but neither u nor v. Float32 under autocast.
+    The authors' order: first v = l2(Wᵀu), then u = l2(Wv), σ = uᵀWv. torch's ``spectral_norm``
+    takes the two half steps in the opposite order, and so gives another σ for the same u. Names and
+    shapes in the state dict are those of torch. Gradients pass through σ, but not through u and v.
+    Float32 under autocast.
     """
 
     _u: Tensor

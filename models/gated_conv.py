@@ -1,4 +1,7 @@
-"""Gated convolution (paper, eq. 3), and the two kinds of convolution it is argued against."""
+"""Gated convolution (paper, eq. 3), and the two kinds that the paper compares it with.
+
+A new kind is a subclass of ``Convolution`` and a line in ``CONVOLUTIONS``.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -24,9 +27,9 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"elu": F.elu, "relu
 def same_padding(size: int, kernel: int, stride: int = 1, dilation: int = 1) -> tuple[int, int]:
     """Zeros before and after one axis of ``size`` pixels, by TensorFlow's rule "SAME".
 
-    ``ceil(size / stride)`` pixels come out. An odd total leaves the larger half behind: a strided
+    ``ceil(size / stride)`` pixels come out. Of an odd total the larger half comes after: a strided
     convolution of an even size is padded (0, 1) for kernel 3 and (1, 2) for kernel 5. Padding both
-    sides alike would sample a grid one pixel off, and so not run the authors' weights.
+    sides alike would sample a grid one pixel off, to which the authors' weights do not fit.
     """
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
@@ -66,10 +69,10 @@ class Convolution(nn.Module):
     def convolve(
         self, features: Features, weight: Tensor, bias: Tensor | None, halves: int = 1
     ) -> Tensor:
-        """The bare convolution with this layer's geometry; ``placed`` makes a picture of it.
+        """The bare convolution with this layer's geometry; ``placed`` puts its pixels in place.
 
-        What is done to every pixel alike may be done in between, to each of ``halves`` equal groups
-        of channels in its own way.
+        In between, every pixel may be changed alike, each of ``halves`` equal groups of channels in
+        its own way.
         """
         if self.in_phases:
             return upsampled_conv3(features, weight, bias, halves)
@@ -79,8 +82,12 @@ class Convolution(nn.Module):
         return F.conv2d(features, weight, bias, self.stride, padding, self.dilation)
 
     def placed(self, outputs: Tensor) -> NewFeatures:
-        """What was convolved with its pixels in place."""
+        """The result of ``convolve`` with its pixels in place."""
         return Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call]
+
+    def propagate(self, features: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New features, and where they are known (1); None: everywhere, or nobody needs it."""
+        return self(features), known
 
     def count_known(self, known: Mask) -> NewMask:
         """How many pixels of each window are known; ``known`` is 1 there, unlike other masks."""
@@ -88,7 +95,7 @@ class Convolution(nn.Module):
         return self.placed(self.convolve(known, ones, None))
 
     def _pad(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """``features``, padded where the convolution itself cannot; what is left for it to pad."""
+        """``features``, padded where the convolution itself cannot, and the padding left to it."""
         symmetric = self.dilation * (self.kernel - 1) // 2
         if self.padding == "reflect":
             return F.pad(features, [symmetric] * 4, mode="reflect"), (0, 0)
@@ -109,7 +116,7 @@ class Convolution(nn.Module):
 
 
 class Conv(Convolution):
-    """A convolution with bias (paper, eq. 1), and an activation if asked."""
+    """A convolution with bias (paper, eq. 1), then an optional activation."""
 
     def forward(self, features: Features) -> NewFeatures:
         raw = self.placed(self.convolve(features, self.weight, self.bias))
@@ -139,10 +146,15 @@ class GatedConv(Convolution):
 class PartialConv(Convolution):
     """A convolution over known pixels alone (Liu et al. 2018; paper, eq. 2).
 
-    Wᵀ(X ⊙ M) · (pixels of the window / known pixels in it) + b, and 0 where none is known; then a
-    pixel counts as known if any in its window was. One mask serves all channels; pixels beyond the
-    border are not known.
+    Wᵀ(X ⊙ M) · (pixels of the window / known pixels in it) + b, and 0 where none is known. An
+    output pixel is known if any pixel of its window was. One mask serves all channels; pixels
+    beyond the border are unknown.
     """
+
+    def propagate(self, features: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if known is None:
+            known = torch.ones_like(features[:, :1])
+        return self(features, known)  # type: ignore[no-any-return]
 
     def forward(self, features: Features, known: Mask) -> tuple[NewFeatures, NewMask]:
         """New features, and where they are known."""
@@ -175,11 +187,11 @@ def gated(raw: Tensor, activation: Activation | None) -> Tensor:
 def fuse_gates(module: nn.Module) -> None:
     """Let every gated convolution in ``module`` compute its gate in one kernel.
 
-    Worth it for training: half the memory traffic, and the backward pass keeps nothing but the
-    convolution's output. The kernels are compiled when first used, which takes some seconds and, on
-    a processor, a C++ compiler. Not needed where the whole network is compiled.
+    Worth it for training: half the memory traffic, and the backward pass keeps the convolution's
+    output alone. The first use compiles the kernels, which takes some seconds and, on a processor,
+    a C++ compiler. A network that is compiled as a whole does not need it.
     """
-    # A kernel for every number of channels, activation and precision: dynamo allows 8 unasked.
+    # A kernel for every number of channels, activation and precision: dynamo allows 8 by default.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for layer in module.modules():
@@ -188,14 +200,14 @@ def fuse_gates(module: nn.Module) -> None:
 
 
 def _fused(raw: Tensor, bias: Tensor, activation: Activation | None) -> Tensor:
-    """``gated(raw + bias)`` in one kernel for each number of channels, at any size of picture.
+    """``gated(raw + bias)`` in one kernel for each number of channels, at any size of image.
 
-    Pixels become rows. With the channels known when it is compiled, the last, incomplete vector of
-    a row costs no more than the others; else it takes most of the time. The bias is added here
-    since its gradient, too, is faster than the convolution's own.
+    Pixels become rows. With the number of channels fixed at compile time, the last, incomplete
+    vector of a row costs no more than the others; otherwise it takes most of the time. Adding the
+    bias here also makes its gradient faster than the convolution's own.
     """
     batch, channels, height, width = raw.shape
-    rows = raw.permute(0, 2, 3, 1).flatten(0, 2)  # no copy of what lies channels-last
+    rows = raw.permute(0, 2, 3, 1).flatten(0, 2)  # no copy if channels-last
     torch._dynamo.mark_dynamic(rows, 0)
     torch._dynamo.mark_static(rows, 1)
     outputs: Tensor = _compiled_gate()(rows, bias, activation)

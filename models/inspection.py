@@ -1,4 +1,4 @@
-"""What the gates of a trained generator let through, beside what partial convolution would."""
+"""Gates of a trained generator, and the masks that partial convolution would have instead."""
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ def gate_activations(
 
 @torch.no_grad()
 def partial_masks(generator: Generator, mask: Mask) -> dict[str, Tensor]:
-    """Where partial convolution would know pixels after each layer of stage one: 1 is known.
+    """The pixels that partial convolution would know after each layer of stage one: 1 is known.
 
-    A rule instead of a gate: all of a small hole is known after a few layers, whatever it holds.
+    A rule instead of a gate: it knows all of a small hole after a few layers, whatever it holds.
     """
     masks: dict[str, Tensor] = {}
     current = known(mask)

@@ -1,4 +1,4 @@
-"""Everything that is computed with a mask; 1 in the hole, 0 where pixels are known."""
+"""All computations with a mask, which is 1 in the hole and 0 where pixels are known."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from models.types import Image, Mask, Sketch
 
 
 def erase(image: Image, mask: Mask) -> Image:
-    """``image`` with its hole filled by 0, mid-grey: what the generator is given."""
+    """``image`` with its hole filled by 0, mid-gray: the generator's input."""
     return image.masked_fill(mask > 0, 0.0)
 
 
@@ -23,7 +23,7 @@ def paste(refined: Image, *, into: Image, mask: Mask) -> Image:
 
 
 def guide(sketch: Sketch, mask: Mask) -> Sketch:
-    """The strokes inside the hole; the authors give no others, in training and in use."""
+    """The strokes inside the hole: the authors use those alone, in training and afterwards."""
     return sketch * mask
 
 
@@ -33,5 +33,5 @@ def known(mask: Mask) -> Mask:
 
 
 def valid_keys(mask: Mask) -> Bool[Tensor, "batch height*width"]:
-    """Where attention may copy from: no hole in the 3×3 around; beyond the border all is known."""
+    """Where attention may copy from: no hole in the 3×3 around; known beyond the border."""
     return F.max_pool2d(mask, 3, stride=1, padding=1).flatten(1) == 0

@@ -1,4 +1,4 @@
-"""Nearest-neighbour sampling on the authors' grid, whose corners are aligned."""
+"""Nearest-neighbor sampling on the authors' grid, whose corners are aligned."""
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ def nearest_indices(size: int, new_size: int) -> Int[Tensor, " new_size"]:
     64 → 32 takes 0 2 … 28 30, then 33 35 … 63: not every second one. In float32, as the authors'
     TensorFlow counts.
     """
-    # A tensor, not a number: an exported network can compute it from the size of its picture.
+    # A tensor, not a number: an exported network can compute it from the size of its image.
     scale = torch.full((), size - 1, dtype=torch.float32) / max(new_size - 1, 1)
     positions = torch.arange(new_size, dtype=torch.float32) * scale
     return (positions + 0.5).floor().long()
@@ -24,8 +24,8 @@ def shrink(features: Features, factor: int) -> Float[Tensor, "batch channels new
     height, width = features.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"{height}×{width} pixels cannot shrink by {factor}: it must divide both")
-    # Counted on the processor, so that rounding is the same everywhere, and sent without
-    # waiting for what the GPU has to do before.
+    # Computed on the processor, so that rounding is the same everywhere, and sent without
+    # waiting for the GPU's earlier work.
     rows, columns = (
         nearest_indices(side, side // factor).to(features.device, non_blocking=True)
         for side in (height, width)

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-Image = Float[Tensor, "batch colours height width"]  # RGB, or grey if asked for, in [-1, 1]
+Image = Float[Tensor, "batch 3 height width"]  # RGB in [-1, 1]
 Mask = Float[Tensor, "batch 1 height width"]  # 1 in the hole, 0 where pixels are known
 Sketch = Float[Tensor, "batch 1 height width"]  # 1 on a stroke; zero outside the hole
 Features = Float[Tensor, "batch channels height width"]

@@ -14,8 +14,8 @@ def upsampled_conv3(
     """A zero-padded 3×3 convolution of ``features`` after nearest ×2, in phases.
 
     An output pixel sees only 2×2 different inputs, so with the weights added up for each of its
-    four positions 4 products do instead of 9. The four are channels here, each half of the
-    channels for itself; ``Interleave`` makes them neighbours.
+    four positions 4 products suffice instead of 9. The four positions come out as channels, in each
+    of the ``halves`` separately; ``Interleave`` makes them neighbors.
     """
     spread = F.pad(weight, [1, 1, 1, 1])
     spread = spread[:, :, 1:] + spread[:, :, :-1]
@@ -33,16 +33,16 @@ def for_phases(bias: Tensor, halves: int) -> Tensor:
 
 
 class Interleave(torch.autograd.Function):
-    """Four phases, as channels of windows that overlap, to a picture of twice the size."""
+    """Four phases, as channels of windows that overlap, to an image of twice the size."""
 
     @staticmethod
     def forward(ctx: Any, phases: Tensor) -> Tensor:
         batch, channels, height, width = phases.shape
-        picture = phases.new_empty(batch, 2 * (height - 1), 2 * (width - 1), channels // 4)
-        picture = picture.permute(0, 3, 1, 2)  # channels-last
-        for part, pixels in zip(_parts(phases), _every_second(picture), strict=True):
+        image = phases.new_empty(batch, 2 * (height - 1), 2 * (width - 1), channels // 4)
+        image = image.permute(0, 3, 1, 2)  # channels-last
+        for part, pixels in zip(_parts(phases), _every_second(image), strict=True):
             pixels.copy_(part)
-        return picture
+        return image
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -61,5 +61,5 @@ def _parts(phases: Tensor) -> list[Tensor]:
     return [parts[2 * y + x][:, :, y:, x:][:, :, :height, :width] for y in (0, 1) for x in (0, 1)]
 
 
-def _every_second(picture: Tensor) -> list[Tensor]:
-    return [picture[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]
+def _every_second(image: Tensor) -> list[Tensor]:
+    return [image[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]

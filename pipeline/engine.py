@@ -1,4 +1,4 @@
-"""A network with its optimiser, under plain PyTorch, DDP or DeepSpeed."""
+"""A network with its optimizer, under plain PyTorch, DDP or DeepSpeed."""
 
 import os
 import warnings
@@ -18,12 +18,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Adam:
-    """Settings of the optimiser, with the release's values.
+    """Settings of the optimizer, with the release's values.
 
-    The release runs TensorFlow's Adam, which adds ``eps`` before the second moment's bias is
-    corrected, and one count of steps for both networks, which advances twice an iteration. torch's
-    Adam adds it afterwards, and each network counts its own: another correction in the first
-    hundreds of steps, the same after them (spec section 4).
+    The release runs TensorFlow's Adam. It adds ``eps`` before it corrects the bias of the second
+    moment, and both networks share one count of steps, which advances twice an iteration. torch's
+    Adam adds ``eps`` afterwards, and each network has its own count. The correction differs in the
+    first hundreds of steps, and is the same after them (docs/model.md, section 4).
     """
 
     learning_rate: float = 1e-4
@@ -38,7 +38,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What an engine needs to go on, the same for every engine, stage and world size.
+    """What an engine needs to resume, the same for every engine, stage and world size.
 
     ``weights`` is the module's state dict, buffers included; ``moments`` holds Adam's two running
     means as ``exp_avg.<parameter>`` and ``exp_avg_sq.<parameter>``; ``steps`` counts its updates.
@@ -51,7 +51,7 @@ class EngineState:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A network with its optimiser, whoever spreads it over ranks."""
+    """A network with its optimizer, however it is spread over ranks."""
 
     @property
     def module(self) -> nn.Module:
@@ -60,10 +60,10 @@ class Engine(Protocol):
     def __call__(self, *inputs: Tensor | None) -> Any: ...
 
     def update(self, loss: Tensor) -> None:
-        """Back-propagate ``loss``, average over ranks, let Adam step."""
+        """Back-propagate ``loss``, average the gradients over ranks, take a step of Adam."""
 
     def state(self) -> EngineState:
-        """Everything, on every rank, in float32. Collective: all ranks call it."""
+        """The whole state, on every rank, in float32. Collective: all ranks call it."""
 
 
 def build_engine(
@@ -76,9 +76,9 @@ def build_engine(
     zero_stage: Literal[0, 1, 2] = 1,
     batch_per_rank: int = 1,
 ) -> Engine:
-    """Wrap ``module``, which has to be on its device; with ``state`` it goes on from there.
+    """Wrap ``module``, which is on its device already, and resume from ``state`` if given.
 
-    ``zero_stage`` and ``batch_per_rank`` are for DeepSpeed alone, which asks for both.
+    ``zero_stage`` and ``batch_per_rank`` are for DeepSpeed, which needs both.
     """
     if state is not None:
         module.load_state_dict(state.weights)
@@ -126,8 +126,8 @@ def _distributed(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
         return DistributedDataParallel(
             module,
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            # Buffers are equal on all ranks without help: the power iteration of spectral
-            # normalisation depends on weights alone.
+            # Buffers are equal on all ranks anyway: the power iteration of spectral normalization
+            # depends on weights alone.
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
@@ -136,8 +136,8 @@ def _distributed(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
 class DeepSpeedEngine:
     """A DeepSpeed engine at ZeRO stage 0 to 2, with parameters in float32.
 
-    DeepSpeed's own bf16 mode is left alone: it breaks the power iteration of spectral
-    normalisation; the step puts the networks under autocast instead.
+    DeepSpeed's own bf16 mode stays off: it breaks the power iteration of spectral normalization.
+    The step runs the networks under autocast instead.
     """
 
     def __init__(
@@ -152,18 +152,18 @@ class DeepSpeedEngine:
         on_gpu = next(module.parameters()).is_cuda
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it asks nobody else
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # its only source
         import deepspeed  # here: machines without DeepSpeed use the other engine
 
         if not on_gpu:
-            # Else the first collective probes for a compiler to build its shared-memory operator.
+            # Otherwise the first collective tries to compile its shared-memory operator.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
-        # Else its forward pass switches our autocast off on a GPU: it knows its own alone.
+        # Otherwise its forward pass turns our autocast off on a GPU.
         deepspeed.runtime.engine.autocast_if_enabled = lambda engine: nullcontext()
-        # It flattens parameters in plain order, and refuses to broadcast them in another.
+        # It flattens parameters in plain order, and refuses to broadcast them in other layouts.
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -208,14 +208,14 @@ class DeepSpeedEngine:
 
     def _restore(self, state: EngineState) -> None:
         optimizer = self._torch_optimizer()
-        # At stages 1 and 2 these are this rank's flat partitions, else the parameters themselves.
+        # At stages 1 and 2 these are the flat partitions of this rank, at 0 the parameters.
         for group in optimizer.param_groups:
             for flat in group["params"]:
                 optimizer.state[flat] = _adam_state(
                     state.steps, torch.zeros_like(flat), torch.zeros_like(flat)
                 )
         if self._zero_stage:
-            # Without its first step DeepSpeed does not know yet which part is whose.
+            # Before its first step DeepSpeed has not yet mapped its partitions to parameters.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         from deepspeed.utils import safe_set_full_optimizer_state
 

@@ -65,7 +65,7 @@ def train_on_rank(
     position = state.position if state else Position()
 
     generator_module = networks.generator(
-        cfg.model, recompute=cfg.train.activation_checkpointing
+        cfg.model, activation_checkpointing=cfg.train.activation_checkpointing
     ).to(device)
     discriminator_module = networks.discriminator(cfg.model).to(device)
     if not state:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
 from models.options import ModelOptions
+from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided
 from pipeline.checkpoints import BEST, choose_checkpoint, read_pulled
 from pipeline.config import Config, ConfigError, stored_model_options
 
@@ -22,24 +22,17 @@ M = TypeVar("M", bound=nn.Module)
 
 HEADER = "model"
 EMA, DISCRIMINATOR = "ema.safetensors", "discriminator.safetensors"
-FIRST = "conv1.parametrizations.weight"  # of the discriminator
 
 
-def generator(options: ModelOptions, *, recompute: bool = False) -> Generator:
-    network = Generator(
-        guided=options.guided,
-        convolution=options.convolution,
-        padding=options.padding,
-        attention=options.attention,
-        refine_mask=options.refine_mask,
-        width=options.width,
-        recompute=recompute,
-    )
+def generator(options: ModelOptions, *, activation_checkpointing: bool = False) -> Generator:
+    """A fresh generator, channels-last."""
+    network = Generator.from_options(options, activation_checkpointing=activation_checkpointing)
     return _channels_last(network)
 
 
 def discriminator(options: ModelOptions) -> Discriminator:
-    return _channels_last(Discriminator(guided=options.guided, head=options.discriminator_head))
+    """A fresh discriminator, channels-last."""
+    return _channels_last(Discriminator.from_options(options))
 
 
 def _channels_last(network: M) -> M:
@@ -77,10 +70,9 @@ def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
 def read_generator(data: bytes, name: str) -> Generator:
     """The generator in the bytes of a safetensors file; ``name`` is for messages."""
     weights = _tensors(data, name)
-    first = weights.get("coarse.conv01.weight")
-    if first is None:
-        raise ValueError(f"{name} is not a generator: the tensor coarse.conv01.weight is missing")
-    network = generator(_described(data, name) or ModelOptions(guided=first.shape[1:2] == (6,)))
+    if GENERATOR_KERNEL not in weights:
+        raise ValueError(f"{name} is not a generator: the tensor {GENERATOR_KERNEL} is missing")
+    network = generator(_described(data, name) or ModelOptions(guided=is_guided(weights)))
     _fill(network, weights, name)
     return network.eval()
 
@@ -104,14 +96,8 @@ def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     found = load_generator(source)
     if wanted.guided and not found.guided:
         found = Generator.guided_from(found)
-    options = {
-        "guided": found.guided,
-        "convolution": found.style.convolution,
-        "padding": found.style.padding,
-        "attention": found.style.attention,
-        "refine_mask": found.refine_mask,
-        "width": found.width,
-    }
+    options = asdict(found.options)
+    del options["discriminator_head"]  # which the other network's weights decide
     _refuse_other_options(wanted, options, f"train.init_from: {source}")
     return found.state_dict()
 
@@ -119,18 +105,18 @@ def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
 def _starting_discriminator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     data, name = _read(source, DISCRIMINATOR)
     weights = _tensors(data, name)
-    kernel = weights.get(f"{FIRST}.original")
-    if kernel is None:
-        raise ValueError(f"{name} is not a discriminator: the tensor {FIRST}.original is missing")
-    guided = kernel.shape[1:2] == (5,)
-    _fill(Discriminator(guided), weights, name)
-    if wanted.guided and not guided:  # zeros for the sketch, which comes last, leave σ unchanged
-        weights[f"{FIRST}.original"] = F.pad(kernel, (0, 0, 0, 0, 0, 1))
-        weights[f"{FIRST}.0._v"] = F.pad(weights[f"{FIRST}.0._v"], (0, kernel[0, 0].numel()))
+    if DISCRIMINATOR_KERNEL not in weights:
+        raise ValueError(
+            f"{name} is not a discriminator: the tensor {DISCRIMINATOR_KERNEL} is missing"
+        )
     head = (_described(data, name) or ModelOptions()).discriminator_head
-    options = {"guided": wanted.guided or guided, "discriminator_head": head}
+    found = Discriminator(is_guided(weights), discriminator_head=head)
+    _fill(found, weights, name)
+    if wanted.guided and not found.guided:
+        found = Discriminator.guided_from(found)
+    options = {"guided": found.guided, "discriminator_head": head}
     _refuse_other_options(wanted, options, f"train.init_discriminator_from: {source}")
-    return weights
+    return found.state_dict()
 
 
 def _refuse_other_options(wanted: ModelOptions, found: Mapping[str, Any], where: str) -> None:

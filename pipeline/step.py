@@ -23,11 +23,11 @@ def train_step(
     guided: bool = False,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Update the discriminator, then the generator, on one batch (spec of the release: 1:1).
+    """Update the discriminator, then the generator, on one batch (docs/model.md, section 4).
 
-    The generator runs once: the discriminator learns from its detached result. ``precision``
-    bfloat16 puts the networks under autocast; parameters and losses stay float32.
-    Returns detached scalars, still on the device: the caller decides when to read them.
+    The generator runs once: the discriminator learns from its detached result. With ``precision``
+    bfloat16 the networks run under autocast; parameters and losses stay float32. Returns detached
+    scalars, still on the device: the caller decides when to read them.
     """
     image, mask = batch.image, batch.mask  # (N, 3, H, W) in [-1, 1], (N, 1, H, W)
     sketch = batch.sketch if guided else None
@@ -45,9 +45,9 @@ def train_step(
     discriminator_loss = hinge_discriminator(real_score, fake_score)
     discriminator.update(discriminator_loss)
 
-    # `.module`, not the engine: DeepSpeed and DDP would expect a backward pass of their own.
-    with frozen(discriminator.module) as critic, autocast:
-        completed_score = critic(completed, mask, sketch)
+    # `.module`, not the engine: DeepSpeed and DDP expect a backward pass of their own.
+    with frozen(discriminator.module) as module, autocast:
+        completed_score = module(completed, mask, sketch)
     adversarial = hinge_generator(completed_score.float())
     l1_coarse, l1_refined = F.l1_loss(coarse, image), F.l1_loss(refined, image)
     generator.update(l1_weight * (l1_coarse + l1_refined) + gan_weight * adversarial)
@@ -64,7 +64,7 @@ def train_step(
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """``module`` with parameters that take no gradient, for as long as the block runs."""
+    """``module`` whose parameters need no gradient while the block runs."""
     module.requires_grad_(False)
     try:
         yield module

@@ -22,13 +22,13 @@ def test_the_front_page_quotes_the_step_as_it_is() -> None:
     assert f"{ratio:.2f} times" in Path("README.md").read_text()
 
 
-def test_every_committed_result_tells_device_and_versions_and_is_held_against_a_goal() -> None:
+def test_every_committed_result_names_device_and_versions_and_is_held_against_a_goal() -> None:
     for path in RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
         assert record["benchmark"] == path.stem
         assert record["device"]
         assert all(record["versions"].values())
-        held = [goal for goal in GOALS if goal.figure.split("/")[0] == path.stem]
+        held = [goal for goal in GOALS if goal.key.split("/")[0] == path.stem]
         assert held, f"{path.name} has no goal"
 
 
@@ -42,7 +42,7 @@ def test_every_committed_result_tells_device_and_versions_and_is_held_against_a_
         (None, False, "not measured"),
     ],
 )
-def test_a_figure_is_judged_by_goal_and_floor(
+def test_a_result_is_judged_by_goal_and_floor(
     value: float | None, at_most: bool, said: str
 ) -> None:
     low, high = (3.0, 3.0) if at_most else (3.0, 2.0)

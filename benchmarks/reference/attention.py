@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def contextual_attention(
-    features: Tensor, mask: Tensor, fuse: bool = True, renormalised: bool = False
+    features: Tensor, mask: Tensor, fuse: bool = True, renormalized: bool = False
 ) -> Tensor:
     """``features`` (N, C, h, w) rebuilt from its known patches; ``mask`` (N, 1, h, w)."""
     samples = [
-        _one(features[n, None], mask[n, None], fuse, renormalised) for n in range(len(features))
+        _one(features[n, None], mask[n, None], fuse, renormalized) for n in range(len(features))
     ]
     return torch.cat(samples)
 
 
-def _one(features: Tensor, mask: Tensor, fuse: bool, renormalised: bool) -> Tensor:
+def _one(features: Tensor, mask: Tensor, fuse: bool, renormalized: bool) -> Tensor:
     _, channels, height, width = features.shape
     raw = F.unfold(features, 4, padding=1, stride=2)  # (1, 16 C, L)
     raw = raw.view(channels, 4, 4, -1).permute(3, 0, 1, 2)  # (L, C, 4, 4)
@@ -42,7 +42,7 @@ def _one(features: Tensor, mask: Tensor, fuse: bool, renormalised: bool) -> Tens
 
     holes = F.unfold(small_mask, 3, padding=1).mean(dim=1)  # (1, L)
     valid = (holes == 0).to(scores).view(1, keys, 1, 1)
-    if renormalised:
+    if renormalized:
         scores = scores.masked_fill(valid == 0, -torch.inf)
         attention = torch.softmax(scores * 10, dim=1).nan_to_num(0)
         ones = torch.ones(1, 1, 4, 4).to(scores)
@@ -52,11 +52,11 @@ def _one(features: Tensor, mask: Tensor, fuse: bool, renormalised: bool) -> Tens
     return F.conv_transpose2d(attention, raw, stride=2, padding=1) / 4
 
 
-def nearest(picture: Tensor, height: int, width: int) -> Tensor:
-    """Nearest neighbours with aligned corners, half rounding up."""
+def nearest(features: Tensor, height: int, width: int) -> Tensor:
+    """Nearest neighbors with aligned corners, half rounding up."""
 
     def indices(size: int, new_size: int) -> list[int]:
         return [math.floor(i * (size - 1) / max(new_size - 1, 1) + 0.5) for i in range(new_size)]
 
-    rows, columns = indices(picture.shape[2], height), indices(picture.shape[3], width)
-    return picture[:, :, rows][:, :, :, columns]
+    rows, columns = indices(features.shape[2], height), indices(features.shape[3], width)
+    return features[:, :, rows][:, :, :, columns]

@@ -14,7 +14,7 @@ def random_mask(height: int, width: int, rng: np.random.Generator) -> np.ndarray
 
 
 def rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Half the picture each way, shrunk by up to a sixteenth at every end."""
+    """Half the image each way, shrunk by up to a sixteenth at every end."""
     tall, wide = height // 2, width // 2
     top, left = rng.integers(0, height - tall), rng.integers(0, width - wide)
     inset_y, inset_x = rng.integers(0, tall // 8 + 1), rng.integers(0, wide // 8 + 1)
@@ -24,9 +24,9 @@ def rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """One to three strokes of four to eleven segments; lengths follow the picture's diagonal."""
+    """One to three strokes of four to eleven segments; lengths follow the image's diagonal."""
     radius = math.hypot(height, width) / 8
-    picture = Image.new("L", (width, height), 0)
+    canvas = Image.new("L", (width, height), 0)
     for _ in range(rng.integers(1, 4)):
         low = 2 * math.pi / 5 - rng.uniform(0, 2 * math.pi / 15)
         high = 2 * math.pi / 5 + rng.uniform(0, 2 * math.pi / 15)
@@ -41,9 +41,9 @@ def strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
             y = np.clip(points[-1][1] + length * math.sin(angle), 0, height)
             points.append((int(x), int(y)))
         brush = int(rng.uniform(12, 40))
-        draw = ImageDraw.Draw(picture)
+        draw = ImageDraw.Draw(canvas)
         draw.line(points, fill=1, width=brush)
         for x, y in points:
             half = brush // 2
             draw.ellipse((x - half, y - half, x + half, y + half), fill=1)
-    return np.asarray(picture, np.float32)
+    return np.asarray(canvas, np.float32)

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from benchmarks.reference.attention import contextual_attention, nearest
 
 
-def same(picture: Tensor, kernel: int, stride: int, dilation: int) -> Tensor:
-    """Zeros around ``picture`` by TensorFlow's rule "SAME"."""
+def same(features: Tensor, kernel: int, stride: int, dilation: int) -> Tensor:
+    """Zeros around ``image`` by TensorFlow's rule "SAME"."""
     sides = []
-    for size in (picture.shape[3], picture.shape[2]):
+    for size in (features.shape[3], features.shape[2]):
         total = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size
         sides += [max(total, 0) // 2, max(total, 0) - max(total, 0) // 2]
-    return F.pad(picture, sides)
+    return F.pad(features, sides)
 
 
 class Conv(nn.Conv2d):
-    def forward(self, picture: Tensor) -> Tensor:
-        padded = same(picture, self.kernel_size[0], self.stride[0], self.dilation[0])
+    def forward(self, features: Tensor) -> Tensor:
+        padded = same(features, self.kernel_size[0], self.stride[0], self.dilation[0])
         return super().forward(padded)
 
 
@@ -39,14 +39,14 @@ class Gated(Conv):
         nn.init.xavier_uniform_(self.weight)
         self.activation = activation
 
-    def forward(self, picture: Tensor) -> Tensor:
-        feature, gate = super().forward(picture).chunk(2, dim=1)
+    def forward(self, features: Tensor) -> Tensor:
+        feature, gate = super().forward(features).chunk(2, dim=1)
         return self.activation(feature) * torch.sigmoid(gate)
 
 
 class Up(Gated):
-    def forward(self, picture: Tensor) -> Tensor:
-        return super().forward(F.interpolate(picture, scale_factor=2, mode="nearest"))
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
 
 
 class Coarse(nn.Module):
@@ -70,10 +70,10 @@ class Coarse(nn.Module):
         self.conv16 = Gated(24, 24)
         self.conv17 = Conv(12, 3, 3)
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         for layer in self.children():
-            picture = layer(picture)
-        return torch.tanh(picture)
+            features = layer(features)
+        return torch.tanh(features)
 
 
 class Hallucination(nn.Module):
@@ -90,10 +90,10 @@ class Hallucination(nn.Module):
         self.conv09 = Gated(96, 192, dilation=8)
         self.conv10 = Gated(96, 192, dilation=16)
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         for layer in self.children():
-            picture = layer(picture)
-        return picture
+            features = layer(features)
+        return features
 
 
 class Attention(nn.Module):
@@ -108,14 +108,14 @@ class Attention(nn.Module):
         self.conv09 = Gated(96, 192)
         self.conv10 = Gated(96, 192)
 
-    def forward(self, picture: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         for layer in (self.conv01, self.conv02, self.conv03, self.conv04, self.conv05, self.conv06):
-            picture = layer(picture)
+            features = layer(features)
         mask = nearest(mask, mask.shape[2] // 4, mask.shape[3] // 4)
-        picture = contextual_attention(picture, mask)
-        picture = self.conv09(picture)
-        picture = self.conv10(picture)
-        return picture  # noqa: RET504
+        features = contextual_attention(features, mask)
+        features = self.conv09(features)
+        features = self.conv10(features)
+        return features  # noqa: RET504
 
 
 class Merge(nn.Module):
@@ -129,10 +129,10 @@ class Merge(nn.Module):
         self.conv16 = Gated(24, 24)
         self.conv17 = Conv(12, 3, 3)
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         for layer in self.children():
-            picture = layer(picture)
-        return torch.tanh(picture)
+            features = layer(features)
+        return torch.tanh(features)
 
 
 class Refine(nn.Module):
@@ -140,8 +140,8 @@ class Refine(nn.Module):
         super().__init__()
         self.hallu, self.attn, self.merge = Hallucination(), Attention(), Merge()
 
-    def forward(self, picture: Tensor, mask: Tensor) -> Tensor:
-        both = torch.cat([self.hallu(picture), self.attn(picture, mask)], dim=1)
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        both = torch.cat([self.hallu(features), self.attn(features, mask)], dim=1)
         merged: Tensor = self.merge(both)
         return merged
 
@@ -172,7 +172,7 @@ class SpectralConv(Conv):
         nn.init.xavier_uniform_(self.weight)
         self.register_buffer("u", F.normalize(torch.randn(outputs), dim=0))
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         matrix = self.weight.view(self.weight.shape[0], -1)
         with torch.no_grad():
             v = F.normalize(matrix.T @ self.u, dim=0, eps=1e-12)
@@ -180,7 +180,7 @@ class SpectralConv(Conv):
             if self.training:
                 self.u = u
         weight = self.weight / torch.dot(u, matrix @ v)
-        return F.conv2d(same(picture, 5, 2, 1), weight, self.bias, stride=2)
+        return F.conv2d(same(features, 5, 2, 1), weight, self.bias, stride=2)
 
 
 class Discriminator(nn.Module):
@@ -193,9 +193,9 @@ class Discriminator(nn.Module):
         self.conv5 = SpectralConv(256, 256)
         self.conv6 = SpectralConv(256, 256)
 
-    def forward(self, picture: Tensor, mask: Tensor, sketch: Tensor | None = None) -> Tensor:
-        inputs = [picture, mask] if sketch is None else [picture, mask, sketch]
-        picture = torch.cat(inputs, dim=1)
+    def forward(self, features: Tensor, mask: Tensor, sketch: Tensor | None = None) -> Tensor:
+        inputs = [features, mask] if sketch is None else [features, mask, sketch]
+        features = torch.cat(inputs, dim=1)
         for layer in self.children():
-            picture = F.leaky_relu(layer(picture), 0.2)
-        return picture.permute(0, 2, 3, 1).flatten(1)
+            features = F.leaky_relu(layer(features), 0.2)
+        return features.permute(0, 2, 3, 1).flatten(1)

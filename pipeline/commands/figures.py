@@ -62,9 +62,9 @@ def show_gates(
     """
     refuse_to_write(out, {path.resolve() for path in (image, mask, sketch) if path})
     generator = load_generator(weights)
-    if generator.style.convolution != "gated":
+    if generator.options.convolution != "gated":
         raise ValueError(
-            f"{weights} has no gates to show: its convolutions are {generator.style.convolution}"
+            f"{weights} has no gates to show: its convolutions are {generator.options.convolution}"
         )
     if sketch is not None and not generator.guided:
         raise ValueError(f"{weights} takes no sketch: leave out --sketch, or use guided weights")
@@ -73,7 +73,7 @@ def show_gates(
     strokes = np.zeros_like(hole)
     if sketch is not None:
         strokes = read_mask_of(image, pixels.shape, existing_file(sketch))
-    size = _shown_size(*hole.shape, smallest=generator.smallest)
+    size = _shown_size(*hole.shape, smallest=generator.min_side_px)
     pixels, hole, strokes = _resized(pixels, hole, strokes, size)
     layers = layer_gates(generator, pixels, hole, strokes)
     inputs = {"image": pixels, "hole": 255 * hole}

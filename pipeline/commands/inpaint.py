@@ -21,6 +21,7 @@ from pipeline.commands.image_files import (
     read_mask_of,
     refuse_to_write,
 )
+from pipeline.memory import available_bytes
 from pipeline.networks import load_generator
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ def inpaint(
 
     ``sketch`` is white strokes on black, of which those inside the hole count. In mask and sketch
     what is transparent counts as black. Outputs are upright 8-bit RGB, PNG unless ``out`` has
-    another suffix. Known pixels are kept to the last bit, except in JPEG. ``max_memory_bytes`` as
-    in ``models.inference.fill``.
+    another suffix. Known pixels are kept to the last bit, except in JPEG. ``max_memory_bytes``
+    bounds the activations, by default to most of the device's free memory.
 
     With a folder as ``image``, ``out`` is a folder, and ``mask`` and ``sketch`` are one file for
     all images, or folders. Beside ``a.png`` in those belongs ``a`` or ``a_mask`` (``a_sketch``)
@@ -175,7 +176,7 @@ def _fill_file(
         if not (drawn & mask).any():
             log.warning("no stroke of %s is in the hole: draw white on black", job.sketch)
     height, width = mask.shape
-    needed = memory_bytes(1, height, width) / 2**30
+    needed = memory_bytes(generator.options, 1, height, width) / 2**30
     log.info("filling image=%s size=%dx%d needs_gib=%.2f", job.image, width, height, needed)
     result = _filled(generator, device, original, mask, drawn, max_memory_bytes)
     Image.fromarray(result).save(job.out, **SAVING.get(job.out.suffix.lower(), {}))
@@ -192,7 +193,8 @@ def _filled(
     image = torch.tensor(original, device=device).permute(2, 0, 1)[None] / 127.5 - 1
     hole = as_plane(mask, device)
     sketch = guide(as_plane(drawn, device), hole) if generator.guided else None
-    completed = fill(generator, image, hole, sketch, max_memory_bytes=max_memory_bytes)
+    allowed = max_memory_bytes or available_bytes(device)
+    completed = fill(generator, image, hole, sketch, max_memory_bytes=allowed)
     if not torch.isfinite(completed).all():
         raise ValueError("the network's output is not finite: use other weights")
     filled = ((completed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)

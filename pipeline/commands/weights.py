@@ -21,19 +21,20 @@ from models.generator import STRIDE
 from models.masking import erase, guide
 from models.options import ModelOptions
 from models.weights import (
-    Colours,
-    Source,
-    Style,
+    ColorOrder,
+    ForeignWeights,
+    WeightFormat,
     discriminator_weights,
     generator_weights,
-    read_source,
+    is_guided,
+    read_foreign_weights,
 )
 from pipeline.networks import described_generator, refuse_not_finite, weights_header
 
 Format = Literal["onnx", "pt2"]
 Network = Callable[..., Sequence[Tensor]]
 
-LICENCES: dict[Style, str] = {
+LICENCES: dict[WeightFormat, str] = {
     "tensorflow": "CC BY-NC 4.0 (the authors' release: not for commercial use)",
     "networks_tf": "CC BY-NC 4.0 (converted from the authors' release: not for commercial use)",
     "networks": "none stated by the author of the port: all rights reserved",
@@ -49,16 +50,16 @@ def import_weights(
     path: Path,
     out: Path,
     *,
-    colours: Colours | None = None,
+    colours: ColorOrder | None = None,
     licence: str | None = None,
     discriminator: Path | None = None,
 ) -> Iterator[str]:
     """Write the generator in another code's file as ``out``; yields a line for every file.
 
-    ``path`` is anything that ``models.weights.read_source`` reads. ``colours`` is the order in
-    which that code fed its pictures: the authors' is known to be BGR, for the rest it must be
-    given. ``licence`` replaces what is known of the release. ``discriminator`` is a second file to
-    write, for training on. Licence, origin with SHA-256, and colour order go into the files'
+    ``path`` is anything that ``models.weights.read_foreign_weights`` reads. ``colours`` is the
+    order in which that code fed its images: the authors' is known to be BGR, for the rest it must
+    be given. ``licence`` replaces what is known of the release. ``discriminator`` is a second file
+    to write, for training on. License, origin with SHA-256, and color order go into the files'
     metadata.
     """
     for file in (out, discriminator):
@@ -66,24 +67,23 @@ def import_weights(
             raise ValueError(f"{file} should end in .safetensors")
     if discriminator is not None and discriminator.resolve() == out.resolve():
         raise ValueError(f"{out} cannot hold both networks: give the discriminator another file")
-    source = read_source(path)
-    if colours is None and source.style != "tensorflow":
+    source = read_foreign_weights(path)
+    if colours is None and source.format != "tensorflow":
         raise ValueError(
             f"{path} does not tell the colour order of its pictures: give --colors rgb or "
             "--colors bgr; the right one fills with the lower error"
         )
     colours = colours or "bgr"
-    weights = generator_weights(source, colours=colours)
-    guided = weights["coarse.conv01.weight"].shape[1] == 6
+    weights = generator_weights(source, colors=colours)
     header = {
-        **weights_header(ModelOptions(guided=guided, padding=source.padding)),
-        "licence": licence or LICENCES[source.style],
+        **weights_header(ModelOptions(guided=is_guided(weights), padding=source.padding)),
+        "licence": licence or LICENCES[source.format],
         "origin": _origin(source),
         "colours": "RGB, as the file" if colours == "rgb" else "RGB, turned from BGR",
     }
     written = {out: weights}
     if discriminator is not None:
-        written[discriminator] = discriminator_weights(source, colours=colours)
+        written[discriminator] = discriminator_weights(source, colors=colours)
     for tensors in written.values():
         refuse_not_finite(tensors, str(path))
     for file, tensors in written.items():
@@ -143,7 +143,7 @@ class _OnGrid(nn.Module):
 
 
 def _trace(generator: Generator) -> ExportedProgram:
-    smallest = max(SMALLEST, generator.smallest) // STRIDE
+    smallest = max(SMALLEST, generator.min_side_px) // STRIDE
     rows, columns = Dim("height_8", min=smallest), Dim("width_8", min=smallest)
     free = {0: Dim("batch", min=1), 2: STRIDE * rows, 3: STRIDE * columns}
     inputs = _random_inputs(generator, *TRACED)
@@ -152,7 +152,7 @@ def _trace(generator: Generator) -> ExportedProgram:
     )
 
 
-def _origin(source: Source) -> str:
+def _origin(source: ForeignWeights) -> str:
     digests = []
     for path in source.files:
         with path.open("rb") as file:

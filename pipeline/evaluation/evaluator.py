@@ -23,7 +23,8 @@ Total = Callable[[Mapping[str, float], torch.device], dict[str, float]]
 class Inpainter(Protocol):
     """A generator, as ``models.Generator`` is one."""
 
-    guided: bool
+    @property
+    def guided(self) -> bool: ...
 
     def __call__(
         self, incomplete: Tensor, mask: Tensor, sketch: Tensor | None, /

@@ -1,6 +1,6 @@
 """Deterministic weights and inputs for which the authors' own code gave the numbers in these tests.
 
-The numbers come from the release (TensorFlow 1.15, float32), run on these weights and pictures.
+The numbers come from the release (TensorFlow 1.15, float32), run on these weights and images.
 """
 
 import math
@@ -56,8 +56,8 @@ def fill_discriminator(discriminator: Discriminator) -> None:
     discriminator.load_state_dict(state)
 
 
-def pictures() -> tuple[Tensor, Tensor]:
-    """Two pictures of 64×96 and a mask for each, the same one twice."""
+def images() -> tuple[Tensor, Tensor]:
+    """Two images of 64×96 and a mask for each, the same one twice."""
     b, c, h, w = np.ix_(range(2), range(3), range(64), range(96))
     image = 0.9 * np.sin(0.11 * h + 0.07 * w + 2.1 * c + 0.4 * b)
     mask = torch.zeros(2, 1, 64, 96)

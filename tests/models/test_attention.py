@@ -73,7 +73,7 @@ def test_masks_per_sample_equal_separate_calls() -> None:
         torch.testing.assert_close(together[sample, None], alone)
 
 
-def test_a_picture_that_is_all_hole_gives_zeros() -> None:
+def test_an_image_that_is_all_hole_gives_zeros() -> None:
     features = torch.randn(1, 4, 8, 8, requires_grad=True)
     mixed = contextual_attention(features, torch.ones(1, 1, 8, 8))
     assert not mixed.any()
@@ -178,15 +178,15 @@ def test_bands_hold_as_many_rows_as_the_memory_allows() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 24])
-def test_bands_take_no_more_memory_than_was_told(rows: int) -> None:
+def test_bands_take_no_more_memory_than_estimated(rows: int) -> None:
     height, width, channels = 24, 40, 2
     features = torch.rand(1, channels, 2 * height, 2 * width)
     mask = rectangle(1, 2 * height, 2 * width, slice(9, 30), slice(12, 60))
-    told = attention_bytes(height, width, rows)
+    estimate = attention_bytes(height, width, rows)
     with torch.no_grad(), LiveBytes() as live:
-        contextual_attention(features, mask, max_bytes=told)
+        contextual_attention(features, mask, max_bytes=estimate)
     # Beside the matrices, a few as large as the features, for which the caller accounts.
-    assert told * 0.75 < live.peak < told + 8 * features.nbytes
+    assert estimate * 0.75 < live.peak < estimate + 8 * features.nbytes
 
 
 def test_too_little_memory_is_refused_before_anything_is_computed() -> None:
@@ -195,11 +195,11 @@ def test_too_little_memory_is_refused_before_anything_is_computed() -> None:
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.02, 1.0])
-def test_renormalised_attention_loses_nothing_to_masked_keys_and_borders(holes: float) -> None:
+def test_renormalized_attention_loses_nothing_to_masked_keys_and_borders(holes: float) -> None:
     torch.manual_seed(0)
     features = torch.randn(2, 3, 16, 12)
     mask = (torch.rand(2, 1, 16, 12) < holes).float()
-    expected = reference.contextual_attention(features, mask, renormalised=True)
+    expected = reference.contextual_attention(features, mask, renormalized=True)
     mixed = contextual_attention(features, mask, preset="renormalized")
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(mixed, contextual_attention(features, mask)) or holes == 1

@@ -45,8 +45,8 @@ for activation, upsample in (("elu", False), ("elu", True), ("relu", False)):
     torch.nn.init.normal_(plain.bias)
     fused.load_state_dict(plain.state_dict())
     fuse_gates(fused)
-    picture = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    outputs = [layer(picture) for layer in layers]
+    image = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    outputs = [layer(image) for layer in layers]
     torch.testing.assert_close(*outputs)
     gradients = [
         torch.autograd.grad((output**2).sum(), [layer.weight, layer.bias])

@@ -42,10 +42,10 @@ def test_a_strided_convolution_takes_the_pixels_that_tensorflow_takes(
     conv = Conv(1, 1, kernel=kernel, stride=2)
     torch.nn.init.uniform_(conv.bias)
     weight, bias = conv.weight.detach(), conv.bias.detach()
-    picture = torch.rand(1, 1, *size)
+    image = torch.rand(1, 1, *size)
     top, bottom = same_padding(size[0], kernel, 2)
     left, right = same_padding(size[1], kernel, 2)
-    padded = torch.nn.functional.pad(picture[0, 0], [left, right, top, bottom])
+    padded = torch.nn.functional.pad(image[0, 0], [left, right, top, bottom])
     expected = [
         [
             (padded[y : y + kernel, x : x + kernel] * weight[0, 0]).sum() + bias[0]
@@ -53,7 +53,7 @@ def test_a_strided_convolution_takes_the_pixels_that_tensorflow_takes(
         ]
         for y in range(0, 2 * math.ceil(size[0] / 2), 2)
     ]
-    torch.testing.assert_close(conv(picture)[0, 0], torch.tensor(expected), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(conv(image)[0, 0], torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["same", "symmetric", "reflect"])
@@ -69,13 +69,13 @@ def test_every_padding_gives_half_the_pixels_rounded_up(padding: Padding, size: 
 def test_other_paddings_put_as_many_pixels_before_a_strided_layer_as_behind(
     padding: Padding, mode: str, kernel: int, size: tuple[int, int]
 ) -> None:
-    conv, picture = Conv(2, 3, kernel=kernel, stride=2, padding=padding), torch.randn(2, 2, *size)
-    padded = torch.nn.functional.pad(picture, [kernel // 2] * 4, mode=mode)
+    conv, image = Conv(2, 3, kernel=kernel, stride=2, padding=padding), torch.randn(2, 2, *size)
+    padded = torch.nn.functional.pad(image, [kernel // 2] * 4, mode=mode)
     expected = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, stride=2)
-    torch.testing.assert_close(conv(picture), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(conv(image), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_reflected_padding_keeps_a_flat_picture_flat() -> None:
+def test_reflected_padding_keeps_a_flat_image_flat() -> None:
     flat = torch.ones(1, 1, 8, 8)
     mirrored = Conv(1, 1, padding="reflect")(flat)
     assert mirrored.std() < 1e-6
@@ -87,17 +87,17 @@ RELU = ("relu", lambda value: max(value, 0.0))
 PLAIN = (None, lambda value: value)
 
 
-def looped(layer: Convolution, picture: torch.Tensor) -> torch.Tensor:
+def looped(layer: Convolution, image: torch.Tensor) -> torch.Tensor:
     """W · window + b for every pixel, (raw channels, H', W'); nothing beyond the border."""
     if layer.upsample:
-        picture = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    inputs, height, width = picture.shape
+        image = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    inputs, height, width = image.shape
     befores = [
         same_padding(side, layer.kernel, layer.stride, layer.dilation)[0]
-        for side in picture.shape[1:]
+        for side in image.shape[1:]
     ]
     weight, bias = layer.weight.tolist(), layer.bias.tolist()
-    pixels = picture.tolist()
+    pixels = image.tolist()
     raw = torch.zeros(len(bias), math.ceil(height / layer.stride), math.ceil(width / layer.stride))
     for channel, y, x in product(*map(range, raw.shape)):
         total = bias[channel]
@@ -120,11 +120,11 @@ def test_gated_convolution_is_a_loop_over_features_and_gates(
 ) -> None:
     layer = GatedConv(2, 3, activation=activation, **geometry)  # type: ignore[arg-type]
     torch.nn.init.normal_(layer.bias)
-    picture = torch.randn(2, 5, 6)
-    features, gates = looped(layer, picture).split(3)
+    image = torch.randn(2, 5, 6)
+    features, gates = looped(layer, image).split(3)
     gates.apply_(lambda value: 1 / (1 + math.exp(-value)))
     expected = features.apply_(function) * gates
-    torch.testing.assert_close(layer(picture[None])[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(image[None])[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -134,19 +134,19 @@ def test_vanilla_convolution_is_a_loop_and_an_activation(
 ) -> None:
     layer = Conv(2, 3, activation=activation, **geometry)  # type: ignore[arg-type]
     torch.nn.init.normal_(layer.bias)
-    picture = torch.randn(2, 5, 6)
-    expected = looped(layer, picture).apply_(function)
-    torch.testing.assert_close(layer(picture[None])[0], expected, atol=1e-5, rtol=1e-5)
+    image = torch.randn(2, 5, 6)
+    expected = looped(layer, image).apply_(function)
+    torch.testing.assert_close(layer(image[None])[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["same", "symmetric", "reflect"])
 def test_upsampling_repeats_pixels_before_the_convolution(padding: Padding) -> None:
-    conv, picture = Conv(3, 5, upsample=True, padding=padding), torch.randn(2, 3, 6, 4)
-    repeated = picture.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    conv, image = Conv(3, 5, upsample=True, padding=padding), torch.randn(2, 3, 6, 4)
+    repeated = image.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     mode = "reflect" if padding == "reflect" else "constant"
     repeated = torch.nn.functional.pad(repeated, [1, 1, 1, 1], mode=mode)
     expected = torch.nn.functional.conv2d(repeated, conv.weight, conv.bias)
-    torch.testing.assert_close(conv(picture), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(conv(image), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_weights_start_within_glorots_limit_of_features_and_gates_together() -> None:
@@ -162,16 +162,16 @@ def test_partial_convolution_is_a_loop_over_known_pixels(geometry: dict[str, int
     torch.manual_seed(1)
     layer = PartialConv(2, 3, **geometry)  # type: ignore[arg-type]
     torch.nn.init.normal_(layer.bias)
-    picture, known = torch.randn(1, 2, 8, 6), torch.zeros(1, 1, 8, 6)
+    image, known = torch.randn(1, 2, 8, 6), torch.zeros(1, 1, 8, 6)
     known[:, :, 4:, 3:] = 1
     known[:, :, 6, 0] = 1
-    outputs, next_known = layer(picture, known)
+    outputs, next_known = layer(image, known)
     if layer.upsample:
-        picture, known = (
-            value.repeat_interleave(2, 2).repeat_interleave(2, 3) for value in (picture, known)
+        image, known = (
+            value.repeat_interleave(2, 2).repeat_interleave(2, 3) for value in (image, known)
         )
     reach = layer.dilation
-    before = same_padding(picture.shape[2], 3, layer.stride, reach)[0]
+    before = same_padding(image.shape[2], 3, layer.stride, reach)[0]
     weight, bias = layer.weight.detach(), layer.bias.detach()
     seen = torch.zeros(2, dtype=torch.bool)
     for y in range(outputs.shape[2]):
@@ -181,9 +181,9 @@ def test_partial_convolution_is_a_loop_over_known_pixels(geometry: dict[str, int
                 for j in range(3):
                     row = y * layer.stride - before + i * reach
                     column = x * layer.stride - before + j * reach
-                    inside = 0 <= row < picture.shape[2] and 0 <= column < picture.shape[3]
+                    inside = 0 <= row < image.shape[2] and 0 <= column < image.shape[3]
                     if inside and known[0, 0, row, column]:
-                        total += weight[:, :, i, j] @ picture[0, :, row, column]
+                        total += weight[:, :, i, j] @ image[0, :, row, column]
                         count += 1
             expected = total * 9 / count + bias if count else torch.zeros(3)
             torch.testing.assert_close(outputs[0, :, y, x], expected, atol=1e-5, rtol=1e-5)

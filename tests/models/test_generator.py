@@ -37,11 +37,10 @@ def test_parameter_counts_are_the_releases() -> None:
     ("options", "counts"),
     [
         ({"guided": True}, (1_632_351, 990_000, 782_352, 648_975, 4_053_678)),
-        ({"image_channels": 1}, (1_628_533, 987_600, 779_952, 648_757, 4_044_842)),
         ({"refine_mask": True}, (1_631_151, 992_400, 784_752, 648_975, 4_057_278)),
         ({"width": 32}, (2_896_019, 1_757_760, 1_388_736, 1_153_299, 7_195_814)),
     ],
-    ids=["guided", "grey", "mask in stage two", "not slimmed"],
+    ids=["guided", "mask in stage two", "not slimmed"],
 )
 def test_parameter_counts_of_the_variants(options: dict[str, Any], counts: tuple[int, ...]) -> None:
     generator = Generator(**options)
@@ -56,7 +55,7 @@ def table(prefix: str, text: str) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}.conv{row[0]:02d}": row[1:] for row in rows}
 
 
-# The layer tables of the release; what comes out is smaller than the picture by the shrinkage.
+# The layer tables of the release; what comes out is smaller than the image by the shrinkage.
 LAYERS = {
     **table(
         "coarse",
@@ -122,7 +121,7 @@ LAYERS = {
     ),
 }
 UPSAMPLED = [f"{part}.conv{number}" for part in ("coarse", "refine.merge") for number in (13, 15)]
-COLOURS = ["coarse.conv17", "refine.merge.conv17"]
+COLORS = ["coarse.conv17", "refine.merge.conv17"]
 
 
 def test_every_layer_is_that_of_the_releases_tables() -> None:
@@ -143,9 +142,9 @@ def test_every_layer_is_that_of_the_releases_tables() -> None:
     } == LAYERS
     assert all(32 * size[1] == 64 * size[0] for size in sides.values())
     assert [name for name, layer in layers.items() if layer.upsample] == UPSAMPLED
-    assert [n for n, layer in layers.items() if not isinstance(layer, GatedConv)] == COLOURS
+    assert [n for n, layer in layers.items() if not isinstance(layer, GatedConv)] == COLORS
     activations = {name: layer.activation for name, layer in layers.items()}
-    assert [activations.pop(name) for name in COLOURS] == [None, None]
+    assert [activations.pop(name) for name in COLORS] == [None, None]
     assert activations.pop("refine.attn.conv06") == "relu"
     assert {*activations.values()} == {"elu"}
 
@@ -172,7 +171,7 @@ def test_names_of_the_weights_are_the_file_format() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(256, 256), (512, 680), (264, 328)])
-def test_outputs_have_the_size_of_the_picture(narrow: Generator, size: tuple[int, int]) -> None:
+def test_outputs_have_the_size_of_the_image(narrow: Generator, size: tuple[int, int]) -> None:
     image, mask = torch.rand(1, 3, *size) * 2 - 1, torch.zeros(1, 1, *size)
     mask[:, :, 60:180, 70:200] = 1
     with torch.no_grad():
@@ -181,7 +180,7 @@ def test_outputs_have_the_size_of_the_picture(narrow: Generator, size: tuple[int
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 88), (8, 8), (16, 40)])
 @pytest.mark.parametrize("hole", [0.0, 1.0])
-def test_outputs_are_whole_finite_pictures_of_the_inputs_size(
+def test_outputs_are_whole_finite_images_of_the_inputs_size(
     narrow: Generator, size: tuple[int, int], hole: float
 ) -> None:
     image, mask = torch.rand(2, 3, *size) * 2 - 1, torch.full((2, 1, *size), hole)
@@ -217,15 +216,7 @@ def test_the_sketch_changes_a_guided_fill() -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4
 
 
-def test_grey_pictures_are_filled_with_grey() -> None:
-    generator = Generator(True, width=4, image_channels=1)
-    fill_generator(generator)
-    image, mask = torch.rand(2, 1, 16, 24), (torch.rand(2, 1, 16, 24) > 0.5).float()
-    outputs = generator(erase(image, mask), mask, torch.zeros_like(mask))
-    assert [output.shape for output in outputs] == [image.shape] * 2
-
-
-def test_stage_two_sees_ones_and_the_mask_after_the_picture_where_asked(
+def test_stage_two_sees_ones_and_the_mask_after_the_image_where_asked(
     narrow: Generator,
 ) -> None:
     generator = Generator(width=4, refine_mask=True)
@@ -246,7 +237,7 @@ def test_stage_two_sees_ones_and_the_mask_after_the_picture_where_asked(
     assert len(seen) == 2
 
 
-def test_autocast_returns_float32_near_the_exact_pictures(narrow: Generator) -> None:
+def test_autocast_returns_float32_near_the_exact_images(narrow: Generator) -> None:
     torch.manual_seed(0)
     image, mask = torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
     mask[:, :, 8:20, 8:20] = 1
@@ -258,14 +249,14 @@ def test_autocast_returns_float32_near_the_exact_pictures(narrow: Generator) -> 
         assert (slow - quick).abs().mean() < 0.02
 
 
-def test_mistakes_are_told_in_one_line(narrow: Generator) -> None:
-    picture, mask = torch.zeros(1, 3, 20, 16), torch.zeros(1, 1, 20, 16)
-    with pytest.raises(ValueError, match="20×16: both sides must be multiples of 8"):
-        narrow(picture, mask)
+def test_mistakes_are_reported_in_one_line(narrow: Generator) -> None:
+    image, mask = torch.zeros(1, 3, 20, 16), torch.zeros(1, 1, 20, 16)
+    with pytest.raises(ValueError, match="20×16 pixels: both sides must be multiples of 8"):
+        narrow(image, mask)
     with pytest.raises(ValueError, match="takes no sketch"):
-        narrow(picture[:, :, :16], mask[:, :, :16], mask[:, :, :16])
+        narrow(image[:, :, :16], mask[:, :, :16], mask[:, :, :16])
     with pytest.raises(ValueError, match="needs a sketch"):
-        Generator(True, width=4)(picture[:, :, :16], mask[:, :, :16])
+        Generator(True, width=4)(image[:, :, :16], mask[:, :, :16])
 
 
 @pytest.mark.parametrize(("guided", "count"), [(False, 2_026_566), (True, 2_027_166)])
@@ -302,12 +293,12 @@ def test_partial_convolution_does_not_see_the_hole() -> None:
     assert torch.equal(first, second)
 
 
-def test_reflected_padding_needs_pictures_of_72_pixels() -> None:
+def test_reflected_padding_needs_images_of_72_pixels() -> None:
     generator = Generator(width=4, padding="reflect")
-    picture, mask = torch.rand(1, 3, 72, 72), torch.zeros(1, 1, 72, 72)
-    assert generator(picture, mask)[1].shape == picture.shape
+    image, mask = torch.rand(1, 3, 72, 72), torch.zeros(1, 1, 72, 72)
+    assert generator(image, mask)[1].shape == image.shape
     with pytest.raises(ValueError, match="at least 72"):
-        generator(picture[:, :, :64], mask[:, :, :64])
+        generator(image[:, :, :64], mask[:, :, :64])
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -332,14 +323,13 @@ def test_a_guided_warm_start_equals_the_unguided_to_the_last_bit(
 def test_a_warm_start_keeps_every_option() -> None:
     unguided = Generator(
         width=4,
-        image_channels=1,
         refine_mask=True,
         convolution="vanilla",
         padding="symmetric",
         attention="renormalized",
     )
     guided = Generator.guided_from(unguided)
-    image, mask = torch.rand(1, 1, 16, 24), (torch.rand(1, 1, 16, 24) > 0.5).float()
+    image, mask = torch.rand(1, 3, 16, 24), (torch.rand(1, 1, 16, 24) > 0.5).float()
     with torch.no_grad():
         expected = unguided(erase(image, mask), mask)
         actual = guided(erase(image, mask), mask, torch.ones_like(mask))
@@ -370,7 +360,7 @@ def test_the_network_and_its_gradients_equal_the_slow_reference(guided: bool) ->
 @pytest.mark.parametrize("convolution", ["gated", "partial"])
 def test_activations_computed_again_give_the_same_gradients(convolution: ConvolutionKind) -> None:
     kept = Generator(width=4, convolution=convolution)
-    again = Generator(width=4, convolution=convolution, recompute=True)
+    again = Generator(width=4, convolution=convolution, activation_checkpointing=True)
     fill_generator(kept)
     fill_generator(again)
     image, mask = torch.rand(1, 3, 32, 32), (torch.rand(1, 1, 32, 32) > 0.8).float()

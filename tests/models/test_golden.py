@@ -1,4 +1,4 @@
-"""The whole network against the authors' own code, on weights and pictures given by a formula."""
+"""The whole network against the authors' own code, on weights and images given by a formula."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from models import Discriminator, Generator
 from models.losses import hinge_discriminator, hinge_generator
 from models.masking import erase, paste
-from tests.models.golden import fill_discriminator, fill_generator, hashed, pictures
+from tests.models.golden import fill_discriminator, fill_generator, hashed, images
 
 
 class Run:
@@ -18,7 +18,7 @@ class Run:
         self.generator, self.discriminator = Generator(), Discriminator()
         fill_generator(self.generator)
         fill_discriminator(self.discriminator)
-        self.image, self.mask = pictures()
+        self.image, self.mask = images()
         self.coarse, self.refined = self.generator(erase(self.image, self.mask), self.mask)
         self.completed = paste(self.refined, into=self.image, mask=self.mask)
         self.both = torch.cat([self.image, self.completed])
@@ -54,19 +54,19 @@ def test_the_formula_gives_the_stated_weights() -> None:
     close(torch.from_numpy(hashed(3, 87)).float(), [-0.592319, 0.5637343, -0.7934777], 1e-6)
 
 
-def test_the_coarse_picture_is_the_authors(run: Run) -> None:
+def test_the_coarse_image_is_the_authors(run: Run) -> None:
     close(statistics(run.coarse), [0.0381107, 0.3379486, 0.4073354], 1e-6)
     close(run.coarse[0, :, 0, 0], [-0.2838651, 0.2546821, -0.0757419], 1e-5)
     close(run.coarse[0, :, 32, 0], [0.2279796, -0.1528118, 0.1839894], 1e-5)
 
 
-def test_the_refined_picture_is_the_authors(run: Run) -> None:
+def test_the_refined_image_is_the_authors(run: Run) -> None:
     close(statistics(run.refined), [-0.2003507, 0.5894015, 0.6346753], 1e-5)
     close(run.refined[0, :, 0, 0], [0.4257191, -0.1378485, 0.3541894], 1e-4)
     close(run.refined[0, :, 32, 0], [-0.1827685, 0.1473866, 0.3451788], 1e-4)
 
 
-def test_the_completed_picture_is_the_authors(run: Run) -> None:
+def test_the_completed_image_is_the_authors(run: Run) -> None:
     close(statistics(run.completed), [-0.0374709, 0.5877434, 0.6513225], 1e-5)
     close(run.completed[0, :, 0, 0], [0, 0.7768884, -0.7844182], 1e-6)
     close(run.completed[0, :, 32, 0], [-0.3324969, -0.5540671, 0.8919341], 1e-4)

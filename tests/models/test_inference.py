@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from models import Generator
 from models.attention import attention_bytes
-from models.inference import KEPT_BYTES, fill, memory_bytes
+from models.inference import fill, kept_bytes, memory_bytes
 from models.masking import erase
 from models.options import ConvolutionKind, Padding
 from tests.models.golden import fill_generator
@@ -21,7 +21,7 @@ def generator() -> Generator:
 
 @settings(max_examples=10, deadline=None)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), holes=st.sampled_from([0.0, 0.4, 1.0]))
-def test_pictures_of_any_size_are_filled_and_known_pixels_kept_bit_for_bit(
+def test_images_of_any_size_are_filled_and_known_pixels_kept_bit_for_bit(
     height: int, width: int, holes: float
 ) -> None:
     generator = Generator(width=4)
@@ -45,7 +45,7 @@ def test_sides_that_are_multiples_of_8_are_given_to_the_network_as_they_are(
     assert torch.equal(completed[mask.expand_as(image) > 0], refined[mask.expand_as(image) > 0])
 
 
-def test_what_is_added_at_the_border_mirrors_the_picture(
+def test_what_is_added_at_the_border_mirrors_the_image(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[torch.Tensor] = []
@@ -54,23 +54,23 @@ def test_what_is_added_at_the_border_mirrors_the_picture(
         given.append(inputs[0])
 
     hook = generator.register_forward_pre_hook(look)
-    picture = torch.arange(5.0).view(1, 1, 1, 5).expand(1, 3, 1, 5)
-    fill(generator, picture, torch.zeros(1, 1, 1, 5))
+    image = torch.arange(5.0).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    fill(generator, image, torch.zeros(1, 1, 1, 5))
     hook.remove()
     assert given[0][0, 0].tolist() == [[0, 1, 2, 3, 4, 3, 2, 1]] * 8
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "reflect"])
-def test_small_pictures_suit_every_padding(padding: Padding) -> None:
-    picture = torch.rand(1, 3, 9, 30)
-    filled = fill(Generator(width=4, padding=padding), picture, torch.ones(1, 1, 9, 30))
-    assert filled.shape == picture.shape
+def test_small_images_suit_every_padding(padding: Padding) -> None:
+    image = torch.rand(1, 3, 9, 30)
+    filled = fill(Generator(width=4, padding=padding), image, torch.ones(1, 1, 9, 30))
+    assert filled.shape == image.shape
 
 
-def test_less_memory_gives_the_same_picture(generator: Generator) -> None:
+def test_less_memory_gives_the_same_image(generator: Generator) -> None:
     image, mask = torch.rand(1, 3, 64, 200), torch.zeros(1, 1, 64, 200)
     mask[:, :, 20:40, 30:150] = 1
-    least = memory_bytes(1, 64, 200)
+    least = memory_bytes(generator.options, 1, 64, 200)
     tight = fill(generator, image, mask, max_memory_bytes=least)
     torch.testing.assert_close(tight, fill(generator, image, mask), atol=1e-5, rtol=0)
 
@@ -82,10 +82,10 @@ def test_attention_keeps_to_what_the_features_leave(generator: Generator) -> Non
     hook = generator.register_forward_pre_hook(
         lambda *call: given.append(call[2]["max_attention_bytes"]), with_kwargs=True
     )
-    allowed = memory_bytes(1, 64, 1024) + 10**6
+    allowed = memory_bytes(generator.options, 1, 64, 1024) + 10**6
     fill(generator, image, mask, max_memory_bytes=allowed)
     hook.remove()
-    assert given == [allowed - KEPT_BYTES * 64 * 1024]
+    assert given == [allowed - kept_bytes(generator.options) * 64 * 1024]
     peaks = []
     whole, least = (attention_bytes(8, 128, rows) for rows in (8, 1))
     for max_bytes in (whole, least):
@@ -98,20 +98,30 @@ def test_attention_keeps_to_what_the_features_leave(generator: Generator) -> Non
 @pytest.mark.parametrize("convolution", ["gated", "partial", "vanilla"])
 @pytest.mark.parametrize("padding", ["same", "reflect"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_picture_takes_no_more_than_estimated(
+def test_an_image_takes_no_more_than_estimated(
     convolution: ConvolutionKind, padding: Padding, precision: torch.dtype
 ) -> None:
     generator = Generator(True, convolution=convolution, padding=padding, refine_mask=True).eval()
     image, mask = torch.rand(1, 3, 128, 256), torch.zeros(1, 1, 128, 256)
     mask[:, :, 20:90, 30:200] = 1
-    least = memory_bytes(1, 128, 256)
+    least = memory_bytes(generator.options, 1, 128, 256)
     autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
     with torch.no_grad(), autocast, LiveBytes() as live:
         fill(generator, image, mask, mask, max_memory_bytes=least)
     assert least / 3 < live.peak <= least
 
 
-def test_a_picture_that_does_not_fit_is_refused_in_one_line(generator: Generator) -> None:
+@pytest.mark.parametrize("width", [2, 64])
+def test_the_estimate_holds_for_other_widths(width: int) -> None:
+    generator = Generator(True, width=width, refine_mask=True).eval()
+    image, mask = torch.rand(1, 3, 128, 128), torch.ones(1, 1, 128, 128)
+    least = memory_bytes(generator.options, 1, 128, 128)
+    with torch.no_grad(), LiveBytes() as live:
+        fill(generator, image, mask, mask, max_memory_bytes=least)
+    assert least / 3 < live.peak <= least
+
+
+def test_an_image_that_does_not_fit_is_refused_in_one_line(generator: Generator) -> None:
     image, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
     with pytest.raises(ValueError, match=r"1 × 64×64 pixels takes .* but 0.00 GiB are allowed"):
         fill(generator, image, mask, max_memory_bytes=1000)

@@ -20,13 +20,13 @@ def test_no_gradient_reaches_a_fill_outside_the_hole() -> None:
     assert torch.equal(gradient, mask.expand(1, 3, 4, 4))
 
 
-def test_a_fill_of_low_precision_does_not_lower_the_pictures() -> None:
+def test_a_fill_of_low_precision_does_not_lower_the_images() -> None:
     image, mask = torch.rand(1, 3, 2, 2), torch.eye(2).view(1, 1, 2, 2)
     completed = paste(torch.rand(1, 3, 2, 2).bfloat16(), into=image, mask=mask)
     assert completed.dtype == torch.float32
 
 
-def test_the_erased_hole_is_zero_even_where_the_picture_is_not_finite() -> None:
+def test_the_erased_hole_is_zero_even_where_the_image_is_not_finite() -> None:
     image, mask = torch.full((1, 3, 2, 2), torch.inf), torch.eye(2).view(1, 1, 2, 2)
     erased = erase(image, mask)
     assert not erased[:, :, [0, 1], [0, 1]].any()

@@ -21,9 +21,9 @@ def test_the_pixels_taken_are_the_authors(sizes: tuple[int, int]) -> None:
 
 
 def test_rows_and_columns_are_sampled_alike() -> None:
-    picture = torch.arange(16.0 * 8).view(1, 1, 16, 8)
-    expected = picture[:, :, LISTS[16, 8]][:, :, :, [0, 2, 5, 7]]
-    assert torch.equal(shrink(picture, 2), expected)
+    image = torch.arange(16.0 * 8).view(1, 1, 16, 8)
+    expected = image[:, :, LISTS[16, 8]][:, :, :, [0, 2, 5, 7]]
+    assert torch.equal(shrink(image, 2), expected)
 
 
 def test_a_mask_shrunk_in_two_steps_is_not_one_shrunk_at_once() -> None:

@@ -16,9 +16,9 @@ from models.weights import (
     LAYERS,
     discriminator_weights,
     generator_weights,
-    read_source,
+    read_foreign_weights,
 )
-from tests.models.golden import hashed, pictures
+from tests.models.golden import hashed, images
 
 Variables = dict[str, np.ndarray]
 
@@ -79,7 +79,7 @@ def variables() -> Variables:
 
 @pytest.fixture(scope="module")
 def npz(variables: Variables, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The authors' training checkpoint: the networks, the optimiser's moments and the counters."""
+    """The authors' training checkpoint: the networks, the optimizer's moments and the counters."""
     path = tmp_path_factory.mktemp("tensorflow") / "snap-0.npz"
     extra = {
         "inpaint_net/conv1/kernel/Adam": variables["inpaint_net/conv1/kernel"],
@@ -104,11 +104,11 @@ def close(actual: Tensor, expected: list[float], tolerance: float) -> None:
 
 @torch.no_grad()
 def test_the_authors_weights_give_the_authors_numbers(npz: Path) -> None:
-    source = read_source(npz)
-    generator = loaded(generator_weights(source, colours="rgb"))  # fed as the authors were
+    source = read_foreign_weights(npz)
+    generator = loaded(generator_weights(source, colors="rgb"))  # fed as the authors were
     discriminator = Discriminator()
-    discriminator.load_state_dict(discriminator_weights(source, colours="rgb"))
-    image, mask = pictures()
+    discriminator.load_state_dict(discriminator_weights(source, colors="rgb"))
+    image, mask = images()
     coarse, refined = generator(erase(image, mask), mask)
     close(coarse[0, :, 0, 0], [-0.2838651, 0.2546821, -0.0757419], 1e-5)
     close(coarse[0, :, 32, 0], [0.2279796, -0.1528118, 0.1839894], 1e-5)
@@ -121,20 +121,20 @@ def test_the_authors_weights_give_the_authors_numbers(npz: Path) -> None:
 
 
 @torch.no_grad()
-def test_weights_of_bgr_pictures_do_the_same_to_rgb_ones(npz: Path) -> None:
-    source = read_source(npz)
-    image, mask = pictures()
+def test_weights_of_bgr_images_do_the_same_to_rgb_ones(npz: Path) -> None:
+    source = read_foreign_weights(npz)
+    image, mask = images()
     incomplete = erase(image, mask)
-    as_fed = loaded(generator_weights(source, colours="rgb"))(incomplete, mask)
-    converted = loaded(generator_weights(source, colours="bgr"))(incomplete.flip(1), mask)
+    as_fed = loaded(generator_weights(source, colors="rgb"))(incomplete, mask)
+    converted = loaded(generator_weights(source, colors="bgr"))(incomplete.flip(1), mask)
     for before, after, tolerance in zip(as_fed, converted, (1e-5, 1e-4), strict=True):
         torch.testing.assert_close(after.flip(1), before, atol=tolerance, rtol=0)
 
     scores = []
-    for colours, picture in (("rgb", image), ("bgr", image.flip(1))):
+    for colors, fed in (("rgb", image), ("bgr", image.flip(1))):
         discriminator = Discriminator().eval()
-        discriminator.load_state_dict(discriminator_weights(source, colours=colours))  # type: ignore[arg-type]
-        scores.append(discriminator(picture, mask))
+        discriminator.load_state_dict(discriminator_weights(source, colors=colors))  # type: ignore[arg-type]
+        scores.append(discriminator(fed, mask))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-6, rtol=0)
 
 
@@ -147,18 +147,18 @@ def test_nipponjos_files_hold_the_same_weights(
     content["G"]["stage2.contextual_attention.fuse_weight"] = torch.eye(3).view(1, 1, 3, 3)
     path = tmp_path / "states.pth"
     torch.save(content["G"] if alone else content | {"G_optim": {"state": {}}, "n_iter": 3}, path)
-    source, official = read_source(path), read_source(npz)
-    assert (source.style, official.style) == (style, "tensorflow")
+    source, official = read_foreign_weights(path), read_foreign_weights(npz)
+    assert (source.format, official.format) == (style, "tensorflow")
     assert source.files == (path,)
     assert source.padding == ("symmetric" if style == "networks" else "same")
-    same(generator_weights(source, colours="rgb"), generator_weights(official, colours="rgb"))
-    refused = "holds no discriminator" if alone else "whose discriminator pads otherwise"
+    same(generator_weights(source, colors="rgb"), generator_weights(official, colors="rgb"))
+    refused = "holds a generator alone" if alone else "whose discriminator pads in a way"
     if alone or style == "networks":
         with pytest.raises(ValueError, match=rf"states\.pth .*{refused}"):
-            discriminator_weights(source, colours="rgb")
+            discriminator_weights(source, colors="rgb")
     else:
-        expected = discriminator_weights(official, colours="rgb")
-        same(discriminator_weights(source, colours="rgb"), expected)
+        expected = discriminator_weights(official, colors="rgb")
+        same(discriminator_weights(source, colors="rgb"), expected)
 
 
 def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -170,10 +170,10 @@ def test_a_generator_with_six_inputs_is_guided(variables: Variables, tmp_path: P
     kernel = np.random.default_rng(0).normal(size=(5, 5, 6, 48)).astype(np.float32)
     guided = variables | {"inpaint_net/conv1/kernel": kernel}
     np.savez(tmp_path / "guided.npz", **guided)  # type: ignore[arg-type]
-    weights = generator_weights(read_source(tmp_path / "guided.npz"), colours="bgr")
+    weights = generator_weights(read_foreign_weights(tmp_path / "guided.npz"), colors="bgr")
     Generator(guided=True).load_state_dict(weights)
     first = torch.from_numpy(kernel).permute(3, 2, 0, 1)
-    expected = first[:, [2, 1, 0, 3, 4, 5]]  # the sketch, ones and mask are no colours
+    expected = first[:, [2, 1, 0, 3, 4, 5]]  # the sketch, ones and mask are no colors
     assert torch.equal(weights["coarse.conv01.weight"], expected)
 
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_tensorflow_is_read_or_asked_for(tmp_path: Path) -> None
     except ImportError:
         (tmp_path / "snap-0.index").write_bytes(b"")
         with pytest.raises(ValueError, match="pip install tensorflow"):
-            read_source(tmp_path / "snap-0.index")
+            read_foreign_weights(tmp_path / "snap-0.index")
         return
     expected = golden_variables()
     names, values = list(expected), list(expected.values())
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_tensorflow_is_read_or_asked_for(tmp_path: Path) -> None
         tensors=[tensorflow.constant(value) for value in values],
     )
     for given in ("snap-0", "snap-0.index", "snap-0.data-00000-of-00001", "."):
-        source = read_source(tmp_path / given)
+        source = read_foreign_weights(tmp_path / given)
         assert [file.name for file in source.files] == [
             "snap-0.data-00000-of-00001",
             "snap-0.index",
@@ -235,9 +235,9 @@ def test_what_does_not_fit_is_named(
     variables: Variables, tmp_path: Path, change: Callable[[Variables], Variables], message: str
 ) -> None:
     np.savez(tmp_path / "changed.npz", **change(variables))  # type: ignore[arg-type]
-    source = read_source(tmp_path / "changed.npz")
+    source = read_foreign_weights(tmp_path / "changed.npz")
     with pytest.raises(ValueError, match=message):
-        generator_weights(source, colours="rgb")
+        generator_weights(source, colors="rgb")
 
 
 class Payload:
@@ -252,26 +252,24 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, name: str) -> None:
         np.savez(path, payload=np.array([Payload()], dtype=object))
     else:
         torch.save({"G": Payload()}, path)
-    with pytest.raises(ValueError, match=f"{name} is no"):
-        read_source(path)
+    with pytest.raises(ValueError, match=f"{name} is not"):
+        read_foreign_weights(path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("ours.pth", {"coarse.conv01.weight": torch.zeros(1)}, "but coarse.conv01.weight$"),
+        ("ours.pth", {"coarse.conv01.weight": torch.zeros(1)}, "but holds coarse.conv01.weight$"),
         ("list.pth", [torch.zeros(1)], "should hold tensors by name"),
         ("nested.pth", {"G": {"a": 1}}, "should hold tensors by name"),
         ("numbered.pth", {"G": {1: torch.zeros(1)}}, "should hold tensors by name"),
-        ("empty.pth", {"G": {}}, "nor of nipponjo's, but nothing$"),
+        ("empty.pth", {"G": {}}, "but holds nothing$"),
     ],
 )
-def test_other_files_are_told_apart(
-    tmp_path: Path, name: str, content: object, message: str
-) -> None:
+def test_other_files_are_named(tmp_path: Path, name: str, content: object, message: str) -> None:
     torch.save(content, tmp_path / name)
     with pytest.raises(ValueError, match=message):
-        read_source(tmp_path / name)
+        read_foreign_weights(tmp_path / name)
 
 
 def contents() -> dict[str, bytes]:
@@ -312,41 +310,41 @@ def saved(content: object, *, zipped: bool) -> bytes:
 @pytest.mark.parametrize(
     ("suffix", "message"),
     [
-        (".npz", "no .npz of plain arrays, or a damaged one: numpy.savez writes them"),
-        (".pth", "no file of plain tensors, or a damaged one: torch.save writes them"),
+        (".npz", "not an .npz of plain arrays, or damaged: numpy.savez writes them"),
+        (".pth", "not a file of plain tensors, or damaged: torch.save writes them"),
     ],
 )
-def test_whatever_is_in_a_file_is_told_in_our_own_words(
+def test_whatever_is_in_a_file_is_reported_in_our_own_words(
     tmp_path: Path, suffix: str, message: str
 ) -> None:
     for content in contents().values():
         path = tmp_path / f"weights{suffix}"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="weights") as told:
-            read_source(path)
-        assert str(told.value) == f"{path} is {message}"
+        with pytest.raises(ValueError, match="weights") as raised:
+            read_foreign_weights(path)
+        assert str(raised.value) == f"{path} is {message}"
 
 
-def test_what_is_not_there_or_no_weights_is_told_in_one_line(tmp_path: Path) -> None:
+def test_missing_files_and_other_files_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ema\.safetensors needs no import"):
-        read_source(tmp_path / "ema.safetensors")
+        read_foreign_weights(tmp_path / "ema.safetensors")
     for name in ("missing.pth", "missing.npz"):
-        with pytest.raises(FileNotFoundError, match=f"{name} is not there"):
-            read_source(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match=f"{name} was not found"):
+            read_foreign_weights(tmp_path / name)
     np.savez(tmp_path / "other.npz", encoder=np.zeros(1))
-    with pytest.raises(ValueError, match="no variable begins with inpaint_net/, but there is enc"):
-        read_source(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="should begin with inpaint_net/, but are enc"):
+        read_foreign_weights(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="holds 0 TensorFlow checkpoints"):
-        read_source(tmp_path)
+        read_foreign_weights(tmp_path)
     words = {"inpaint_net/conv1/kernel": np.array("hello")}
     np.savez(tmp_path / "words.npz", **words)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"words.npz: inpaint_net/conv1/kernel is <U5, should be"):
-        read_source(tmp_path / "words.npz")
+        read_foreign_weights(tmp_path / "words.npz")
 
 
 def test_variables_of_other_byte_order_and_precision_are_read(tmp_path: Path) -> None:
     for kind in (">f4", "<f8", "<f2"):
         variables = {"inpaint_net/conv1/bias": np.arange(3).astype(kind)}
         np.savez(tmp_path / "v.npz", **variables)  # type: ignore[arg-type]
-        (found,) = read_source(tmp_path / "v.npz").generator.values()
+        (found,) = read_foreign_weights(tmp_path / "v.npz").generator.values()
         torch.testing.assert_close(found, torch.arange(3.0))

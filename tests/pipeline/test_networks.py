@@ -8,9 +8,16 @@ from safetensors.torch import save_file
 
 from models import Discriminator, Generator
 from models.options import ModelOptions
+from models.weights import DISCRIMINATOR_KERNEL
 from pipeline import networks
 from pipeline.config import ConfigError, load
+from pipeline.data.batch import Batch
+from pipeline.engine import Adam, TorchEngine
+from pipeline.ranks import Ranks
+from pipeline.step import train_step
 from tests.weights import write_weights
+
+DEMO = Path("pipeline/recipes/demo.yaml")  # guided
 
 
 def small_image(guided: bool) -> tuple[torch.Tensor, ...]:
@@ -42,6 +49,42 @@ def test_options_travel_in_the_header(tmp_path):
         torch.testing.assert_close(networks.load_generator(str(path))(*inputs), network(*inputs))
 
 
+def test_a_header_of_version_0_1_means_the_released_width(tmp_path):
+    header = (
+        '{"guided":false,"convolution":"gated","padding":"same","attention":"renormalised",'
+        '"refine_mask":true,"discriminator_head":"leaky"}'
+    )
+    path = tmp_path / "generator.safetensors"
+    save_file(Generator(refine_mask=True).state_dict(), path, {networks.HEADER: header})
+    expected = ModelOptions(guided=False, attention="renormalized", refine_mask=True, width=24)
+    assert networks.load_generator(str(path)).options == expected
+
+
+def test_networks_of_another_width_train_and_are_read_back(tmp_path):
+    cfg = load(DEMO, ["model.width=4"])
+    torch.manual_seed(0)
+    generator, discriminator = networks.generator(cfg.model), networks.discriminator(cfg.model)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    image = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    mask = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    mask[:, 16:48, 8:40] = 1
+    batch = Batch(image, mask, mask, ("a", "b")).to(torch.device("cpu"))
+    engines = [TorchEngine(n, Adam(), Ranks(), None) for n in (generator, discriminator)]
+    losses = train_step(batch, *engines, guided=True)
+    assert all(loss.isfinite() for loss in losses.values())
+    weights = generator.state_dict()
+    assert not any(torch.equal(weights[name], before[name]) for name in before)
+
+    path = tmp_path / "generator.safetensors"
+    tensors = {name: value.contiguous() for name, value in weights.items()}
+    save_file(tensors, path, networks.weights_header(cfg.model))
+    loaded = networks.load_generator(str(path))
+    assert loaded.options == cfg.model
+    with torch.no_grad():
+        inputs = small_image(guided=True)
+        torch.testing.assert_close(loaded(*inputs), generator(*inputs), rtol=0, atol=0)
+
+
 def test_files_that_hold_no_generator_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         networks.load_generator(str(tmp_path / "nowhere.safetensors"))
@@ -70,9 +113,6 @@ def test_a_header_that_is_not_ours_is_refused_in_one_line(tmp_path, header):
     with pytest.raises(ValueError, match="of another model than ours") as error:
         networks.load_generator(str(path))
     assert len(str(error.value).splitlines()) == 1
-
-
-DEMO = Path("pipeline/recipes/demo.yaml")  # guided
 
 
 def write_discriminator(path, **options):
@@ -133,6 +173,7 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
         ),
         (["train.init_from=g", "model.padding=symmetric"], "init_from: .* model.padding=same:"),
         (["train.init_from=g", "model.refine_mask=true"], "model.refine_mask=False"),
+        (["train.init_from=g", "model.width=8"], "model.width=24"),
         (["train.init_from=g", "model.convolution=partial"], "model.convolution=gated"),
         (["train.init_from=g", "model.attention=renormalised"], "model.attention=official"),
         (["train.init_from=d"], r"d\.safetensors is not a generator"),
@@ -149,7 +190,7 @@ def test_a_run_starts_from_guided_weights_as_they_are(tmp_path):
 def test_weights_that_do_not_suit_the_recipe_are_refused_in_one_line(tmp_path, overrides, message):
     write_weights(tmp_path / "g.safetensors", ModelOptions(guided=True))
     write_discriminator(tmp_path / "d.safetensors", guided=True)
-    save_file({f"{networks.FIRST}.original": torch.zeros(())}, tmp_path / "flat.safetensors")
+    save_file({DISCRIMINATOR_KERNEL: torch.zeros(())}, tmp_path / "flat.safetensors")
     name, _, file = overrides[0].partition("=")
     cfg = load(DEMO, [f"{name}={tmp_path}/{file}.safetensors", *overrides[1:]])
     kind = ConfigError if overrides[1:] else (ValueError, FileNotFoundError)

@@ -105,7 +105,7 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
     torch.save({"G": renamed}, tmp_path / "states.pth")
     out = tmp_path / "g.safetensors"
     list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
-    assert load_generator(str(out)).style.padding == "symmetric"
+    assert load_generator(str(out)).options.padding == "symmetric"
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
