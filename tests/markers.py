@@ -23,6 +23,7 @@ STARTS = {
 
 ``request.getfixturevalue("s3_url")`` counts as well.
 """
+FIXTURES = {"s3_server", "s3_url"}
 
 
 def markers_of(item: pytest.Function) -> set[str]:
@@ -57,8 +58,7 @@ def names(functions: Iterable[Callable[..., Any]]) -> set[str]:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Names, arguments and strings in code, those of its lambdas and inner functions included."""
+    """Names in code, in its lambdas and inner functions, and fixtures that it asks for by name."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
-    arguments = code.co_varnames[: code.co_argcount]
-    return strings.union(code.co_names, arguments, *map(_names_in, inner))
+    found = set(code.co_names).union(code.co_varnames[: code.co_argcount], *map(_names_in, inner))
+    return found | (FIXTURES & set(map(str, code.co_consts)))
