@@ -510,8 +510,8 @@ def _import_weights(arguments: argparse.Namespace) -> int:
     for line in import_weights(
         arguments.file,
         arguments.out,
-        colours=arguments.colors,
-        licence=arguments.license,
+        colors=arguments.colors,
+        license=arguments.license,
         discriminator=arguments.discriminator,
     ):
         print(line)

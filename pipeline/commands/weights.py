@@ -1,4 +1,4 @@
-"""Weights in and out: other codes' files to ours, ours to ONNX and to torch's exported programs."""
+"""Import weights of other codes; export ours to ONNX and to torch's exported programs."""
 
 import hashlib
 import json
@@ -31,10 +31,10 @@ from models.weights import (
 )
 from pipeline.networks import described_generator, refuse_not_finite, weights_header
 
-Format = Literal["onnx", "pt2"]
-Network = Callable[..., Sequence[Tensor]]
+ExportFormat = Literal["onnx", "pt2"]
+ExportedNetwork = Callable[..., Sequence[Tensor]]
 
-LICENCES: dict[WeightFormat, str] = {
+LICENSES: dict[WeightFormat, str] = {
     "tensorflow": "CC BY-NC 4.0 (the authors' release: not for commercial use)",
     "networks_tf": "CC BY-NC 4.0 (converted from the authors' release: not for commercial use)",
     "networks": "none stated by the author of the port: all rights reserved",
@@ -50,17 +50,17 @@ def import_weights(
     path: Path,
     out: Path,
     *,
-    colours: ColorOrder | None = None,
-    licence: str | None = None,
+    colors: ColorOrder | None = None,
+    license: str | None = None,
     discriminator: Path | None = None,
 ) -> Iterator[str]:
-    """Write the generator in another code's file as ``out``; yields a line for every file.
+    """Write the generator in another code's file as ``out``; yields a line for each file written.
 
-    ``path`` is anything that ``models.weights.read_foreign_weights`` reads. ``colours`` is the
-    order in which that code fed its images: the authors' is known to be BGR, for the rest it must
-    be given. ``licence`` replaces what is known of the release. ``discriminator`` is a second file
-    to write, for training on. License, origin with SHA-256, and color order go into the files'
-    metadata.
+    ``path`` is anything that ``models.weights.read_foreign_weights`` reads. ``colors`` is the
+    channel order of that code's images: BGR for the authors', to be given for all others.
+    ``license`` replaces what is known of the release. ``discriminator`` is a second file to write,
+    for training from it. License, origin with SHA-256, and channel order go into the files'
+    metadata. Raises ValueError for wrong names and for weights that are not finite.
     """
     for file in (out, discriminator):
         if file is not None and file.suffix != ".safetensors":
@@ -68,40 +68,41 @@ def import_weights(
     if discriminator is not None and discriminator.resolve() == out.resolve():
         raise ValueError(f"{out} cannot hold both networks: give the discriminator another file")
     source = read_foreign_weights(path)
-    if colours is None and source.format != "tensorflow":
+    if colors is None and source.format != "tensorflow":
         raise ValueError(
-            f"{path} does not tell the colour order of its pictures: give --colors rgb or "
+            f"{path} does not say the channel order of its images: give --colors rgb or "
             "--colors bgr; the right one fills with the lower error"
         )
-    colours = colours or "bgr"
-    weights = generator_weights(source, colors=colours)
+    colors = colors or "bgr"
+    weights = generator_weights(source, colors=colors)
     header = {
         **weights_header(ModelOptions(guided=is_guided(weights), padding=source.padding)),
-        "licence": licence or LICENCES[source.format],
+        # The spelling of these keys is that of files already written.
+        "licence": license or LICENSES[source.format],
         "origin": _origin(source),
-        "colours": "RGB, as the file" if colours == "rgb" else "RGB, turned from BGR",
+        "colours": "RGB, as the file" if colors == "rgb" else "RGB, turned from BGR",
     }
     written = {out: weights}
     if discriminator is not None:
-        written[discriminator] = discriminator_weights(source, colors=colours)
+        written[discriminator] = discriminator_weights(source, colors=colors)
     for tensors in written.values():
         refuse_not_finite(tensors, str(path))
     for file, tensors in written.items():
         with replacing(file) as target:
             target.write(save(tensors, metadata=header))
         values = sum(tensor.numel() for tensor in tensors.values())
-        yield f"{file}: {values:,} values, {header['colours']}; licence: {header['licence']}"
+        yield f"{file}: {values:,} values, {header['colours']}; license: {header['licence']}"
 
 
-def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
+def export_weights(weights: str, out: Path, *, format: ExportFormat) -> Iterator[str]:
     """Write a generator as ONNX or as torch's ``.pt2``, with free batch, height and width.
 
     ``weights`` is what ``load_generator`` takes. Inputs and outputs are those of
     ``models.Generator``: incomplete, mask and, if guided, sketch; coarse and refined. Sides are
-    multiples of 8, 24 pixels and more. What the file of weights says of itself, its licence above
-    all, the export says too. The written file is run against torch at two sizes; yields a line on
-    each, then ``out`` is in place. ValueError where they differ, or where a package for ONNX is
-    missing.
+    multiples of 8, 24 pixels and more. The metadata of the weights' file, such as its license, is
+    copied to the export. The exported network is compared with torch at two sizes, with a line for
+    each, before ``out`` is written. Raises ValueError where they differ, or where a package for
+    ONNX is missing.
     """
     if out.suffix != f".{format}":
         raise ValueError(f"{out} should end in .{format}")
@@ -125,10 +126,10 @@ def export_weights(weights: str, out: Path, *, format: Format) -> Iterator[str]:
 
 
 class _OnGrid(nn.Module):
-    """The generator behind a cut to whole multiples of 8, which changes no picture it may get.
+    """The generator behind a cut to multiples of 8, which changes none of its valid inputs.
 
-    It shows torch.export that a side is 8·n. From n the sizes of all layers follow as plain
-    multiples, from the side itself only as towers of roundings that take minutes to reason about.
+    The cut shows torch.export that a side is 8·n. Sizes of layers are then plain multiples of n;
+    from the side itself they would be nested roundings that take minutes to reason about.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -161,7 +162,7 @@ def _origin(source: ForeignWeights) -> str:
 
 
 def _random_inputs(generator: Generator, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """Noise with a box for a hole, in another place for every sample."""
+    """Noise with a box for a hole, in a different place for each sample."""
     rng = np.random.default_rng(batch)
     image = torch.from_numpy(rng.uniform(-1, 1, (batch, 3, height, width)).astype(np.float32))
     mask = torch.zeros(batch, 1, height, width)
@@ -175,19 +176,21 @@ def _random_inputs(generator: Generator, batch: int, height: int, width: int) ->
     return tuple(inputs)
 
 
-def _compare(generator: Generator, exported: Network, batch: int, height: int, width: int) -> str:
+def _compare(
+    generator: Generator, exported: ExportedNetwork, batch: int, height: int, width: int
+) -> str:
     inputs = _random_inputs(generator, batch, height, width)
     differences = [
         (theirs - ours).abs().max().item()
         for ours, theirs in zip(generator(*inputs), exported(*inputs), strict=True)
     ]
-    told = f"{batch} of {height}×{width} px: " + ", ".join(
+    line = f"{batch} of {height}×{width} px: " + ", ".join(
         f"{name} differs from torch by at most {difference:.1e}"
         for name, difference in zip(OUTPUTS, differences, strict=True)
     )
     if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
-        raise ValueError(f"the exported network is not the same, at {told}: nothing was written")
-    return told
+        raise ValueError(f"the exported network differs, at {line}: nothing was written")
+    return line
 
 
 def _require_onnx() -> None:
@@ -200,13 +203,15 @@ def _require_onnx() -> None:
         ) from error
 
 
-def _save_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str]) -> Network:
+def _save_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str]) -> ExportedNetwork:
     """Write ``program`` as one ``.onnx`` file; returns what ONNX Runtime makes of it."""
     import onnx_ir
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every constant it merges
+    logging.getLogger("onnx_ir").setLevel(
+        logging.WARNING
+    )  # it reports every constant that it merges
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own parts
         onnx = torch.onnx.export(

@@ -20,7 +20,7 @@ from pipeline.networks import load_generator, weights_header
 from tests.models.golden import fill_generator
 
 ROUNDING = 3e-5  # sums in another order, in weights this strong: up to 2e-5 over six seeds
-LICENCE = "CC BY-NC 4.0 (the authors' release: not for commercial use)"
+LICENSE = "CC BY-NC 4.0 (the authors' release: not for commercial use)"
 
 
 def nipponjo(seed: int) -> dict[str, Tensor]:
@@ -63,17 +63,17 @@ def header(path: Path) -> dict[str, str]:
         return dict(opened.metadata())
 
 
-def test_an_imported_file_says_where_it_is_from_and_fills_pictures(tmp_path: Path) -> None:
+def test_an_imported_file_says_where_it_is_from_and_fills_images(tmp_path: Path) -> None:
     path, out, critic = (
         tmp_path / name for name in ("s.npz", "new/g.safetensors", "d.safetensors")
     )
     np.savez(path, **authors(0))  # type: ignore[arg-type]
     lines = list(import_weights(path, out, discriminator=critic))
-    assert lines[0] == f"{out}: 4,052,478 values, RGB, turned from BGR; licence: {LICENCE}"
-    told = header(out)
-    assert told["licence"] == header(critic)["licence"] == LICENCE
-    assert told["colours"] == "RGB, turned from BGR"
-    name, digest = told["origin"].split(" sha256:")
+    assert lines[0] == f"{out}: 4,052,478 values, RGB, turned from BGR; license: {LICENSE}"
+    entries = header(out)
+    assert entries["licence"] == header(critic)["licence"] == LICENSE
+    assert entries["colours"] == "RGB, turned from BGR"
+    name, digest = entries["origin"].split(" sha256:")
     assert (name, len(digest)) == ("s.npz", 64)
     assert not load_generator(str(out)).guided
     Discriminator().load_state_dict(load_file(critic))
@@ -81,16 +81,16 @@ def test_an_imported_file_says_where_it_is_from_and_fills_pictures(tmp_path: Pat
     assert sorted(file.name for file in out.parent.iterdir()) == [out.name]
 
 
-def test_colours_of_nipponjos_files_must_be_told(tmp_path: Path) -> None:
+def test_the_channel_order_of_nipponjos_files_must_be_given(tmp_path: Path) -> None:
     path, out = tmp_path / "states.pth", tmp_path / "g.safetensors"
     torch.save({"G": nipponjo(0)}, path)
     with pytest.raises(ValueError, match="give --colors rgb or --colors bgr"):
         list(import_weights(path, out))
-    list(import_weights(path, out, colours="rgb", licence="mine"))
+    list(import_weights(path, out, colors="rgb", license="mine"))
     assert (header(out)["licence"], header(out)["colours"]) == ("mine", "RGB, as the file")
     expected = nipponjo(0)["conv1.conv.weight"]
     assert torch.equal(load_file(out)["coarse.conv01.weight"], expected)
-    list(import_weights(path, out, colours="bgr"))
+    list(import_weights(path, out, colors="bgr"))
     turned = load_file(out)["coarse.conv01.weight"]
     assert torch.equal(turned, expected[:, [2, 1, 0, 3, 4]])
 
@@ -104,7 +104,7 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
         renamed |= {f"{name}.{part}": ours[f"{layer.name}.{part}"] for part in ("weight", "bias")}
     torch.save({"G": renamed}, tmp_path / "states.pth")
     out = tmp_path / "g.safetensors"
-    list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
+    list(import_weights(tmp_path / "states.pth", out, colors="rgb"))
     assert load_generator(str(out)).options.padding == "symmetric"
 
 
@@ -118,7 +118,7 @@ def test_weights_that_are_not_finite_are_neither_imported_nor_exported(
     with pytest.raises(
         ValueError, match=r"states\.pth holds values that are not finite, in coarse"
     ):
-        list(import_weights(tmp_path / "states.pth", out, colours="rgb"))
+        list(import_weights(tmp_path / "states.pth", out, colors="rgb"))
     assert not out.exists()
     state = Generator().state_dict()
     state["refine.merge.conv17.bias"][0] = value
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_are_neither_imported_nor_exported(
     assert not (tmp_path / "g.pt2").exists()
 
 
-def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_reported_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"g\.pth should end in \.safetensors"):
         list(import_weights(tmp_path / "absent", tmp_path / "g.pth"))
     out, same = tmp_path / "g.safetensors", tmp_path / "a/../g.safetensors"
@@ -154,8 +154,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = Generator(guided=True)
     fill_generator(generator)
     path = tmp_path_factory.mktemp("weights") / "guided.safetensors"
-    told = weights_header(ModelOptions(guided=True)) | {"licence": "ours"}
-    save_file(generator.state_dict(), path, metadata=told)
+    entries = weights_header(ModelOptions(guided=True)) | {"licence": "ours"}
+    save_file(generator.state_dict(), path, metadata=entries)
     return path
 
 
@@ -177,19 +177,19 @@ def export(weights: Path | str, out: Path, format: str) -> list[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("fault", [0.01, torch.nan])
-def test_an_export_that_differs_in_one_of_its_pictures_is_refused(fault: float) -> None:
+def test_an_export_that_differs_in_one_of_its_images_is_refused(fault: float) -> None:
     generator = Generator(width=4)
 
     def exported(*inputs: Tensor) -> list[Tensor]:
         coarse, refined = generator(*inputs)
         return [coarse, refined + fault]
 
-    with pytest.raises(ValueError, match="the exported network is not the same, at 1 of 24×32 px"):
+    with pytest.raises(ValueError, match="the exported network differs, at 1 of 24×32 px"):
         _compare(generator, exported, 1, 24, 32)
     assert "at most 0.0e+00" in _compare(generator, generator, 1, 24, 32)
 
 
-def pictures(batch: int, height: int, width: int) -> list[Tensor]:
+def random_inputs(batch: int, height: int, width: int) -> list[Tensor]:
     torch.manual_seed(0)
     mask = torch.zeros(batch, 1, height, width)
     mask[:, :, 8:20, 4:18] = 1
@@ -207,7 +207,7 @@ def test_an_exported_program_takes_any_batch_and_size(weights: Path, tmp_path: P
     assert json.loads(extra["metadata.json"])["licence"] == "ours"
     generator = load_generator(str(weights))
     for size in ((1, 24, 24), (5, 32, 40)):
-        inputs = pictures(*size)
+        inputs = random_inputs(*size)
         for ours, theirs in zip(generator(*inputs), exported(*inputs), strict=True):
             torch.testing.assert_close(theirs, ours, atol=ROUNDING, rtol=0)
     assert zipfile.is_zipfile(out)
@@ -228,7 +228,7 @@ def test_onnx_takes_any_batch_and_size(weights: Path, tmp_path: Path) -> None:
     assert list(shapes) == ["incomplete", "mask", "sketch"]
     generator = load_generator(str(weights))
     for size in ((1, 24, 24), (5, 32, 40)):
-        inputs = pictures(*size)
+        inputs = random_inputs(*size)
         feeds = {name: value.numpy() for name, value in zip(shapes, inputs, strict=True)}
         for ours, theirs in zip(generator(*inputs), session.run(None, feeds), strict=True):
             torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=ROUNDING, rtol=0)
