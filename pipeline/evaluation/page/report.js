@@ -482,6 +482,7 @@ function images() {
   if (shown.length) select = viewer(root, shown, rows, runs);
   if (rows.length) imageTable(root, rows, runs, select, new Set(shown.map((image) => image.key)));
   if (DATA.sheets.length) sheets(root);
+  showZoom();
 }
 const better = (x) => (DATA.primary.better === "lower" ? -x : x);
 
