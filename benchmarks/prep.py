@@ -99,7 +99,7 @@ def main() -> None:
     )
 
 
-def sources(images: int = IMAGES) -> list[bytes]:
+def sources() -> list[bytes]:
     """Square JPEGs of 512 pixels a side, from parts of the bundled photographs, as cameras save."""
     import cv2
 
@@ -108,7 +108,7 @@ def sources(images: int = IMAGES) -> list[bytes]:
     from data_prep.sources import DATA_SOURCES, list_images
 
     found = []
-    for image in list_images(DataSettings("photographs", "bundled"))[:images]:
+    for image in list_images(DataSettings("photographs", "bundled"))[:IMAGES]:
         decoded = decode(DATA_SOURCES["bundled"].read(image, None))
         assert image.crop is not None
         pixels = decoded.cropped(image.crop).pixels
