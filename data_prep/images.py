@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 """Names of files, in lower case, that ``decode`` reads."""
-WHITE_ABOVE = 127.5  # spec section 5.3
+WHITE_ABOVE = 127.5  # docs/model.md, section 5.3
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
 BAND_PIXELS = 2**22

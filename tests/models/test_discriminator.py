@@ -36,7 +36,7 @@ def test_every_layer_is_that_of_the_releases_table() -> None:
 
 
 def test_a_score_sees_253_pixels_a_side() -> None:
-    """Spec section 3; of weights that are all positive, every pixel it can see has a gradient."""
+    """docs/model.md, section 3; with positive weights every pixel that it sees has a gradient."""
     discriminator = Discriminator(discriminator_head="linear").eval()
     for parameter in discriminator.parameters():
         parameter.data.abs_()
