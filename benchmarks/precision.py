@@ -163,7 +163,7 @@ def train(
     engines = [TorchEngine(n, Adam(), Ranks(), None) for n in (generator, discriminator)]
     curve = []
     for batch in batches:
-        losses = train_step(batch.to(device), *engines, precision=precision)
+        losses = train_step(batch.to(device), *engines, precision=precision).losses
         l1 = losses["loss/l1_coarse"] + losses["loss/l1_refined"]
         curve.append(
             torch.stack([l1, losses["loss/adversarial"], losses["loss/discriminator"]]).cpu()

@@ -147,9 +147,9 @@ def _ours(
     engines = [TorchEngine(n, Adam(), Ranks(), None) for n in (generator, discriminator)]
 
     def run() -> object:
-        losses = train_step(batch, *engines, precision=precision)
-        average.update()
-        return losses
+        result = train_step(batch, *engines, precision=precision)
+        average.update(result.bad)
+        return result
 
     return run
 
@@ -197,7 +197,7 @@ def optimizers(device: torch.device) -> dict[str, Callable[[], None]]:
     slow = torch.optim.Adam(plain.parameters(), lr=1e-4, betas=(0.5, 0.999))
     fast = Adam().over(fused.parameters())
     averaged = [parameter.detach().clone() for parameter in plain.parameters()]
-    average = ExponentialMovingAverage(fused, 0.999)
+    average, good = ExponentialMovingAverage(fused, 0.999), torch.zeros((), device=device)
 
     def update_plainly() -> None:
         slow.step()
@@ -207,7 +207,7 @@ def optimizers(device: torch.device) -> dict[str, Callable[[], None]]:
 
     def update_fused() -> None:
         fast.step()
-        average.update()
+        average.update(good)
 
     return {"plain": finished(update_plainly, device), "fused": finished(update_fused, device)}
 

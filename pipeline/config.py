@@ -107,6 +107,9 @@ class TrainSettings(Section):
     """Steps between two checkpoints; each one is validated and carries its metrics."""
     keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints stay, besides the best."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row with a loss or gradient that is not finite, after which a run ends. Such steps
+    change no weights."""
     max_failures: NonNegativeInt = 3
     """How often Ray Train restarts the workers after losing one."""
 

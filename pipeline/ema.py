@@ -1,4 +1,4 @@
-"""A running average of the generator's weights: the one that is evaluated and used."""
+"""The exponential moving average of the generator's weights, which is evaluated and used."""
 
 import copy
 from typing import Generic, TypeVar
@@ -10,10 +10,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ExponentialMovingAverage(Generic[M]):
-    """Exponential moving average of ``module``; ``.module`` is a generator with those weights.
+    """Exponential moving average of a module's weights; ``.module`` is a copy that has them.
 
-    Early on the average is shorter than ``decay`` says, ``(1 + n) / (10 + n)`` after ``n`` updates,
-    so it does not remember the initial weights for the first thousands of steps.
+    The decay starts at ``(1 + n) / (10 + n)`` after ``n`` updates and grows to ``decay``, so that
+    the average forgets the initial weights within the first steps.
     """
 
     def __init__(self, module: M, decay: float, updates: int = 0) -> None:
@@ -23,10 +23,15 @@ class ExponentialMovingAverage(Generic[M]):
         self._live: list[Tensor] = list(module.parameters())
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, bad: Tensor) -> None:
+        """Average the live weights in; changes nothing where ``bad`` (0-dim, on the device) is 1.
+
+        A bad step counts as an update all the same: ``updates`` is the position of training.
+        """
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(self._averaged, self._live, 1 - decay)
+        weight = (1 - decay) * (1 - bad)
+        torch._foreach_lerp_(self._averaged, self._live, [weight] * len(self._live))
 
     def weights(self) -> dict[str, Tensor]:
         return self.module.state_dict()

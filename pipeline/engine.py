@@ -2,10 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Gate: TypeAlias = Callable[[Tensor], Tensor | None]
+"""Takes 1 where this rank's share of the gradients is not finite, else 0 (0-dim float32).
+
+Returns 1 where Adam has to leave everything as it is, else 0; None lets it step in any case. Both
+stay on the device.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,17 @@ class Engine(Protocol):
 
     def __call__(self, *inputs: Tensor | None) -> Any: ...
 
-    def update(self, loss: Tensor) -> None:
-        """Back-propagate ``loss``, average the gradients over ranks, take a step of Adam."""
+    def update(self, loss: Tensor, gate: Gate) -> None:
+        """Back-propagate ``loss``, average the gradients over ranks, take a step of Adam.
+
+        The step changes nothing where ``gate`` says so. It is called once, on every rank.
+        """
+
+    def remember(self) -> None:
+        """Keep a copy of weights, buffers and the optimizer's state for :meth:`revert`."""
+
+    def revert(self, bad: Tensor) -> None:
+        """Put the copy back where ``bad`` (0-dim) is 1; the host does not wait for it."""
 
     def state(self) -> EngineState:
         """The whole state, on every rank, in float32. Collective: all ranks call it."""
@@ -87,36 +103,85 @@ def build_engine(
     return TorchEngine(module, adam, ranks, state)
 
 
-class TorchEngine:
+class _RevertibleEngine:
+    """What the engines share: an update that the device can refuse, a copy to return to."""
+
+    def __init__(self, module: nn.Module, adam: torch.optim.Adam) -> None:
+        self.module, self._adam = module, adam
+        self._gate: Gate | None = None
+        self._copy: list[Tensor] = []
+        # Where Adam steps, gradients are averaged over ranks, and partitioned under ZeRO.
+        adam.register_step_pre_hook(self._ask_gate)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        tensors = self._tensors()
+        self._copy = self._copy or [torch.empty_like(tensor) for tensor in tensors]
+        torch._foreach_copy_(self._copy, tensors)
+
+    @torch.no_grad()
+    def revert(self, bad: Tensor) -> None:
+        if bad.device.type == "cpu":  # where reading it waits for nothing
+            if bad:
+                torch._foreach_copy_(self._tensors(), self._copy)
+            return
+        condition = bad > 0
+        for tensor, before in zip(self._tensors(), self._copy, strict=True):
+            torch.where(condition, before, tensor, out=tensor)
+
+    def _tensors(self) -> list[Tensor]:
+        """Everything that an update changes."""
+        flat = [parameter for group in self._adam.param_groups for parameter in group["params"]]
+        tensors = [*self.module.parameters(), *self.module.buffers(), *flat]
+        tensors += [value for parameter in flat for value in self._adam.state[parameter].values()]
+        return [tensor.detach() for tensor in {id(tensor): tensor for tensor in tensors}.values()]
+
+    def _ask_gate(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+        assert self._gate is not None
+        grads = [
+            parameter.grad
+            for group in adam.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        # The sum of squares, since Adam's second moment has to be finite as well.
+        finite = torch.stack(torch._foreach_norm(grads)).isfinite().all()
+        adam.found_inf = self._gate((~finite).float())  # type: ignore[attr-defined]
+
+
+class TorchEngine(_RevertibleEngine):
     """A plain module on one rank, DDP on several."""
 
     def __init__(
         self, module: nn.Module, adam: Adam, ranks: Ranks, state: EngineState | None
     ) -> None:
-        self.module = module
-        self._optimizer = adam.over(module.parameters())
-        if state is not None and state.steps:
-            for name, parameter in module.named_parameters():
-                self._optimizer.state[parameter] = _adam_state(
+        super().__init__(module, adam.over(module.parameters()))
+        for name, parameter in module.named_parameters():
+            self._adam.state[parameter] = (
+                _adam_state(
                     state.steps, *(_like(state.moments[f"{m}.{name}"], parameter) for m in MOMENTS)
                 )
+                if state is not None and state.steps
+                else _adam_state(0, torch.zeros_like(parameter), torch.zeros_like(parameter))
+            )
         self._forward = _distributed(module, ranks) if ranks.world_size > 1 else module
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         return self._forward(*inputs)
 
-    def update(self, loss: Tensor) -> None:
-        self._optimizer.zero_grad()
+    def update(self, loss: Tensor, gate: Gate) -> None:
+        self._gate = gate
+        self._adam.zero_grad()
         torch.autograd.backward(loss)
-        self._optimizer.step()
+        self._adam.step()
 
     def state(self) -> EngineState:
         moments: dict[str, Tensor] = {}
         steps = 0
         for name, parameter in self.module.named_parameters():
-            if adam := self._optimizer.state.get(parameter):
-                moments |= {f"{m}.{name}": adam[m] for m in MOMENTS}
-                steps = int(adam["step"])
+            adam = self._adam.state[parameter]
+            moments |= {f"{m}.{name}": adam[m] for m in MOMENTS}
+            steps = int(adam["step"])
         return EngineState(self.module.state_dict(), moments, steps)
 
 
@@ -133,7 +198,7 @@ def _distributed(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
         )
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(_RevertibleEngine):
     """A DeepSpeed engine at ZeRO stage 0 to 2, with parameters in float32.
 
     DeepSpeed's own bf16 mode stays off: it breaks the power iteration of spectral normalization.
@@ -165,71 +230,70 @@ class DeepSpeedEngine:
         deepspeed.runtime.engine.autocast_if_enabled = lambda engine: nullcontext()
         # It flattens parameters in plain order, and refuses to broadcast them in other layouts.
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        optimizer = adam.over(module.parameters())
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adam.over(module.parameters()),
+            optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": batch_per_rank,
-                "zero_optimization": {"stage": zero_stage},
+                # Its norm of the gradients would skip steps by a rule of its own, and make the host
+                # wait at every one.
+                "zero_optimization": {"stage": zero_stage, "compute_grad_norm": not zero_stage},
+                "gradient_clipping": 0.0,  # its default clips at a norm of 1
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**31,
             },
         )
         self._zero_stage = zero_stage
+        super().__init__(module, optimizer)
+        self._make_adam_state(state.steps if state else 0)
         if state is not None and state.steps:
-            self._restore(state)
-
-    @property
-    def module(self) -> nn.Module:
-        return self._engine.module  # type: ignore[no-any-return]
+            self._restore(state.moments)
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         return self._engine(*inputs)
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor, gate: Gate) -> None:
+        self._gate = gate
         self._engine.backward(loss)
         self._engine.step()
 
     def state(self) -> EngineState:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        moments, steps = {}, 0
-        optimizer = self._torch_optimizer()
-        if optimizer.state:  # Adam makes its state at the first step
-            steps = int(next(iter(optimizer.state.values()))["step"])
-            for name, parameter in self.module.named_parameters():
-                for moment in MOMENTS:
-                    moments[f"{moment}.{name}"] = (
-                        safe_get_full_optimizer_state(parameter, moment)
-                        if self._zero_stage
-                        else optimizer.state[parameter][moment]
-                    )
+        moments = {
+            f"{moment}.{name}": (
+                safe_get_full_optimizer_state(parameter, moment)
+                if self._zero_stage
+                else self._adam.state[parameter][moment]
+            )
+            for name, parameter in self.module.named_parameters()
+            for moment in MOMENTS
+        }
+        steps = int(next(iter(self._adam.state.values()))["step"])
         return EngineState(self.module.state_dict(), moments, steps)
 
-    def _restore(self, state: EngineState) -> None:
-        optimizer = self._torch_optimizer()
+    def _make_adam_state(self, steps: int) -> None:
         # At stages 1 and 2 these are the flat partitions of this rank, at 0 the parameters.
-        for group in optimizer.param_groups:
+        for group in self._adam.param_groups:
             for flat in group["params"]:
-                optimizer.state[flat] = _adam_state(
-                    state.steps, torch.zeros_like(flat), torch.zeros_like(flat)
+                self._adam.state[flat] = _adam_state(
+                    steps, torch.zeros_like(flat), torch.zeros_like(flat)
                 )
         if self._zero_stage:
             # Before its first step DeepSpeed has not yet mapped its partitions to parameters.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _restore(self, moments: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for name, parameter in self.module.named_parameters():
             for moment in MOMENTS:
-                value = _like(state.moments[f"{moment}.{name}"], parameter)
+                value = _like(moments[f"{moment}.{name}"], parameter)
                 if self._zero_stage:
                     safe_set_full_optimizer_state(parameter, value, moment)
                 else:
-                    optimizer.state[parameter][moment].copy_(value)
-
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.optimizer
-        return optimizer.optimizer if self._zero_stage else optimizer  # type: ignore[no-any-return]
+                    self._adam.state[parameter][moment].copy_(value)
 
 
 def _adam_state(steps: int, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:

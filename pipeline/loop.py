@@ -1,16 +1,18 @@
 """The training loop of one rank: batches, updates, metrics, checkpoints."""
 
+import itertools
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_prep.images import decode
 from data_prep.shards import Dataset
@@ -26,6 +28,7 @@ from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, Engine, build_engine
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.interval import Interval, IntervalValues
 from pipeline.progress import format_duration
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
@@ -98,7 +101,7 @@ def train_on_rank(
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
         loop = TrainingLoop(
-            cfg, ranks, dataset, generator, discriminator, average, checkpoints, tracker
+            cfg, storage, ranks, dataset, generator, discriminator, average, checkpoints, tracker
         )
         return loop.run(loader, position, stop)
 
@@ -120,6 +123,7 @@ class TrainingLoop:
     """One rank's engines and outputs, and the loop over batches."""
 
     cfg: Config
+    storage: RunStorage
     ranks: Ranks
     dataset: Dataset
     generator: Engine
@@ -130,11 +134,11 @@ class TrainingLoop:
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
-        clock = _Clock(cfg.global_batch)
+        clock, interval = _Clock(cfg.global_batch), Interval()
         for epoch, epoch_step, batch in clock.waiting(
             loader.batches(position.epoch, position.epoch_step)
         ):
-            losses = train_step(
+            result = train_step(
                 batch.to(device),
                 self.generator,
                 self.discriminator,
@@ -143,14 +147,15 @@ class TrainingLoop:
                 guided=self.cfg.model.guided,
                 precision=PRECISION[cfg.precision],
             )
-            self.average.update()
+            self.average.update(result.bad)
             position = Position(position.step + 1, epoch, epoch_step + 1)
+            interval.add(position, batch.keys, result)
             clock.steps += 1
 
             last = position.step >= cfg.steps
             stopping = False
             if last or position.step % cfg.log_every_steps == 0:
-                stopping = self._report(position, losses, clock, stop)
+                stopping = self._report(position, interval, clock, stop)
             if last or stopping or position.step % cfg.save_every_steps == 0:
                 self._save(position)
                 clock.restart()  # saving is no training time
@@ -160,18 +165,15 @@ class TrainingLoop:
         return position
 
     def _report(
-        self, position: Position, losses: dict[str, Tensor], clock: "_Clock", stop: StopRequest
+        self, position: Position, interval: Interval, clock: "_Clock", stop: StopRequest
     ) -> bool:
-        """Log the losses averaged over ranks; whether a stop was requested on any rank."""
-        means = distributed.mean(losses | {"stop": float(stop.requested)}, self.ranks.device)
-        stopping = means.pop("stop") > 0
-        if not all(math.isfinite(value) for value in means.values()):
-            raise TrainingError(
-                f"losses are not finite at step {position.step}: {means}; the newest checkpoint is "
-                "from before; raise train.l1_weight to 10 or lower train.gan_weight to 0.1"
-            )
-        means |= clock.read()
+        """Log what the last steps did; whether a stop was requested on any rank."""
+        device = self.ranks.device
+        values = interval.read(device)
+        stopping = distributed.mean({"stop": float(stop.requested)}, device)["stop"] > 0
+        means = values.means | clock.read()
         means["lr/generator"] = means["lr/discriminator"] = self.cfg.train.learning_rate
+        means["health/bad_steps"] = float(len(values.bad))
         self.tracker.log_metrics(position.step, means)
         left_s = (self.cfg.train.steps - position.step) / means["speed/steps_per_s"]
         log.info(
@@ -180,13 +182,69 @@ class TrainingLoop:
             position.step,
             self.cfg.train.steps,
             position.epoch,
-            means["loss/l1_refined"],
-            means["loss/adversarial"],
-            means["loss/discriminator"],
+            means.get("loss/l1_refined", math.nan),
+            means.get("loss/adversarial", math.nan),
+            means.get("loss/discriminator", math.nan),
             means["speed/images_per_s"],
             format_duration(left_s),
         )
+        if values.bad:
+            self._report_bad_steps(values)
         return stopping
+
+    def _report_bad_steps(self, values: IntervalValues) -> None:
+        """Write down the samples of bad steps. Raises TrainingError after too many in a row."""
+        bad = [
+            replace(step, keys=tuple(itertools.chain(*keys)))
+            for step, keys in zip(
+                values.bad,
+                zip(*distributed.gathered([step.keys for step in values.bad]), strict=True),
+                strict=True,
+            )
+        ]
+        last = bad[-1]
+        if self.ranks.first:
+            log.warning(
+                "steps changed nothing, something was not finite: count=%d last=%d first_fault=%r "
+                "keys=%s",
+                len(bad),
+                last.position.step,
+                last.faults[0],
+                ",".join(last.keys),
+            )
+            record = "".join(json.dumps(asdict(step)) + "\n" for step in bad)
+            try:
+                self.storage.run.put(
+                    f"bad_steps/step-{last.position.step:08d}.jsonl", record.encode()
+                )
+            except OSError as error:  # training continues while storage is away
+                log.warning("bad steps were not written down: %s", error)
+        if values.in_a_row >= self.cfg.train.max_bad_steps:
+            raise TrainingError(
+                f"{values.in_a_row} steps in a row were not finite (train.max_bad_steps="
+                f"{self.cfg.train.max_bad_steps}), the last at step {last.position.step}: the "
+                f"{last.faults[0]} first, with the batch {', '.join(last.keys)}; "
+                f"{self._healthy()}; {self._advice()}"
+            )
+
+    def _healthy(self) -> str:
+        """Which checkpoint a run that ends now leaves."""
+        self.checkpoints.wait()
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return "no checkpoint was saved"
+        return f"the newest checkpoint, of step {newest}, is healthy"
+
+    def _advice(self) -> str:
+        cfg = self.cfg.train
+        settings = [f"lower train.learning_rate (now {cfg.learning_rate:g})"]
+        if cfg.gan_weight > 0.1:
+            settings.append("set train.gan_weight=0.1")
+        if cfg.l1_weight < 10:
+            settings.append("set train.l1_weight=10")
+        if cfg.precision != "fp32":
+            settings.append("set train.precision=fp32")
+        return " or ".join(settings)
 
     def _save(self, position: Position) -> None:
         """Validate the averaged generator and write a checkpoint that carries the metrics."""
@@ -197,6 +255,13 @@ class TrainingLoop:
         state = TrainingState(
             position, self.generator.state(), self.discriminator.state(), self.average.weights()
         )
+        faults = [name for name, value in metrics.items() if not math.isfinite(value)]
+        # Decided by rank 0, so that all ranks end together.
+        if faults := distributed.from_first(faults + state.not_finite()):
+            raise TrainingError(
+                f"step {position.step} was not saved, since {faults[0]} is not finite; "
+                f"{self._healthy()}; {self._advice()}"
+            )
         if self.ranks.first:
             self.checkpoints.save(
                 position.step,

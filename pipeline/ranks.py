@@ -1,9 +1,9 @@
-"""Who this process is among the ranks, and the few things that ranks do together."""
+"""Which rank this process is, and the few things that ranks do together."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of one process in the process group; the plain single process is rank 0 of 1."""
+    """One process in the process group; a plain single process is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     machine: int = 0
-    """Number of the machine that this rank runs on."""
+    """Number of the node that this rank runs on."""
 
     @property
     def first(self) -> bool:
@@ -27,7 +27,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this local rank where the machine has one, else the processor."""
+        """The GPU of this local rank where the node has one, else the processor."""
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
@@ -40,7 +40,7 @@ def launched_by_torchrun() -> bool:
 def current(local_rank: int | None = None, machine: int | None = None) -> Ranks:
     """Rank and world size of the process group that exists now.
 
-    ``local_rank`` and ``machine`` are told by Ray Train; torchrun has them in the environment.
+    ``local_rank`` and ``machine`` come from Ray Train, or from torchrun's environment.
     """
     if not dist.is_initialized():
         return Ranks()
@@ -65,6 +65,13 @@ def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> di
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """``values``, each replaced by the largest over all ranks; stays on the device."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum of each scalar over all ranks, in double precision."""
     stacked = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
@@ -73,8 +80,17 @@ def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
+def gathered(value: T) -> list[T]:
+    """The value of every rank, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def from_first(value: T) -> T:
-    """What rank 0 passed in, on every rank."""
+    """The value of rank 0, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on, and the files of a checkpoint that hold it."""
+"""Everything a run needs to resume, and the files of a checkpoint that hold it."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ STATE_FORMAT = 1
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: updates made in all, and the place in the order of training."""
+    """Where training is: steps in all, and epoch and step within it in the order of training."""
 
     step: int = 0
     epoch: int = 0
@@ -28,7 +28,7 @@ class Position:
 class TrainingState:
     """Both engines, the averaged generator and the position; on any device.
 
-    No state of a random generator is here: crops, flips and masks are keyed by (seed, epoch,
+    It holds no state of a random generator: crops, flips and masks are keyed by (seed, epoch,
     sample key), and nothing else in training is random.
     """
 
@@ -37,6 +37,16 @@ class TrainingState:
     discriminator: EngineState
     ema: dict[str, Tensor]
     """Weights of the averaged generator."""
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold a value that is not finite; waits for the device."""
+        named = {f"ema/{name}": value for name, value in self.ema.items()}
+        for network in ("generator", "discriminator"):
+            engine: EngineState = getattr(self, network)
+            for name, value in (engine.weights | engine.moments).items():
+                named[f"{network}/{name}"] = value
+        finite = torch.stack([value.isfinite().all() for value in named.values()]).tolist()
+        return [name for name, fine in zip(named, finite, strict=True) if not fine]
 
     def files(self, metadata: Mapping[str, str], **more: Any) -> dict[str, bytes]:
         """File name to content, copied off the device; ``more`` goes into ``state.json``.
@@ -78,7 +88,7 @@ class TrainingState:
 
     @classmethod
     def read(cls, files: Mapping[str, bytes]) -> "TrainingState":
-        """The state that :meth:`files` wrote, on the processor."""
+        """The state in the files that :meth:`files` made, on the processor."""
         state = json.loads(files["state.json"])
         moments = load_tensors(files["optimizer.safetensors"])
 
@@ -99,7 +109,7 @@ class TrainingState:
 
 
 def _off_device(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Contiguous: safetensors stores no strides, and training holds weights channels-last.
+    # Contiguous: safetensors stores no strides, and training keeps weights channels-last.
     return {
         name: value.detach().to("cpu", torch.float32).contiguous()
         for name, value in tensors.items()

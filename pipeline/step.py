@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,31 @@ from models.losses import hinge_discriminator, hinge_generator
 from models.masking import erase, paste
 from pipeline.data.batch import DeviceBatch
 from pipeline.engine import Engine
+from pipeline.ranks import largest
+
+FAULTS = (
+    "generator output",
+    "discriminator loss",
+    "discriminator gradient",
+    "adversarial loss",
+    "generator gradient",
+)
+"""What a step checks for values that are not finite, in the order of computation."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves behind, on the device: the caller decides when to read it."""
+
+    losses: dict[str, Tensor]
+    """Detached scalars of this rank's batch, by metric name."""
+    faults: Tensor
+    """(5,) float32, equal on all ranks: 1 where one of FAULTS was not finite on any rank."""
+
+    @property
+    def bad(self) -> Tensor:
+        """0-dim: 1 where the step changed nothing, because something was not finite; else 0."""
+        return self.faults.amax()
 
 
 def train_step(
@@ -22,35 +48,46 @@ def train_step(
     gan_weight: float = 1.0,
     guided: bool = False,
     precision: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
+) -> StepResult:
     """Update the discriminator, then the generator, on one batch (docs/model.md, section 4).
 
     The generator runs once: the discriminator learns from its detached result. With ``precision``
-    bfloat16 the networks run under autocast; parameters and losses stay float32. Returns detached
-    scalars, still on the device: the caller decides when to read them.
+    bfloat16 the networks run under autocast; parameters and losses stay float32.
+
+    A step in which a loss or a gradient is not finite on any rank is bad: it leaves both networks,
+    their optimizers and the power iteration of spectral normalization as they were. The device
+    decides this; the host waits for nothing. Collective: all ranks call it.
     """
     image, mask = batch.image, batch.mask  # (N, 3, H, W) in [-1, 1], (N, 1, H, W)
     sketch = batch.sketch if guided else None
     autocast = torch.autocast(image.device.type, precision, enabled=precision != torch.float32)
 
+    faults = _Faults()
+    discriminator.remember()  # before its power iteration
+
     with autocast:
         coarse, refined = generator(erase(image, mask), mask, sketch)
     coarse, refined = coarse.float(), refined.float()
     completed = paste(refined, into=image, mask=mask)
+    l1_coarse, l1_refined = F.l1_loss(coarse, image), F.l1_loss(refined, image)
+    faults.check(l1_coarse + l1_refined)
 
     # Both halves in one pass, as the authors do: one spectral-norm iteration per update.
     with autocast:
         scores = discriminator(torch.cat([image, completed.detach()]), _twice(mask), _twice(sketch))
     real_score, fake_score = scores.float().chunk(2)
     discriminator_loss = hinge_discriminator(real_score, fake_score)
-    discriminator.update(discriminator_loss)
+    faults.check(discriminator_loss)
+    discriminator.update(discriminator_loss, faults.note)
 
     # `.module`, not the engine: DeepSpeed and DDP expect a backward pass of their own.
     with frozen(discriminator.module) as module, autocast:
         completed_score = module(completed, mask, sketch)
     adversarial = hinge_generator(completed_score.float())
-    l1_coarse, l1_refined = F.l1_loss(coarse, image), F.l1_loss(refined, image)
-    generator.update(l1_weight * (l1_coarse + l1_refined) + gan_weight * adversarial)
+    faults.check(adversarial)
+    loss = l1_weight * (l1_coarse + l1_refined) + gan_weight * adversarial
+    generator.update(loss, faults.decide)
+    discriminator.revert(faults.bad)
 
     values = {
         "loss/discriminator": discriminator_loss,
@@ -59,7 +96,31 @@ def train_step(
         "loss/l1_refined": l1_refined,
         "score/margin": real_score.mean() - fake_score.mean(),
     }
-    return {name: value.detach() for name, value in values.items()}
+    losses = {name: value.detach() for name, value in values.items()}
+    return StepResult(losses, faults.found)
+
+
+class _Faults:
+    """What was not finite in one step: found by each rank, then shared."""
+
+    def __init__(self) -> None:
+        self._own: list[Tensor] = []
+        self.found = torch.empty(0)
+        self.bad = torch.empty(0)
+
+    def check(self, value: Tensor) -> None:
+        self._own.append((~value.detach().isfinite()).float())
+
+    def note(self, fault: Tensor) -> None:
+        """The discriminator's gate: it steps, since the generator learns from the result."""
+        self._own.append(fault)
+
+    def decide(self, fault: Tensor) -> Tensor:
+        """The generator's gate, where all is known: the step of both networks counts or not."""
+        self._own.append(fault)
+        self.found = largest(torch.stack(self._own))
+        self.bad = self.found.amax()
+        return self.bad
 
 
 @contextmanager

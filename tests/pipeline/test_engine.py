@@ -1,5 +1,6 @@
 """Both engines train the pair of networks alike, save alike, and resume each other's state."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +10,11 @@ import torch
 from models import Discriminator, Generator
 from pipeline import ranks as distributed
 from pipeline.data.batch import Batch
+from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, Engine, EngineState, build_engine
 from pipeline.ranks import Ranks
 from pipeline.state import Position, TrainingState
-from pipeline.step import train_step
+from pipeline.step import FAULTS, train_step
 from tests.distributed import on_ranks
 
 GLOBAL_BATCH = 2
@@ -87,7 +89,7 @@ def trained(
             discriminator,
             guided=True,
             precision=precision,
-        )
+        ).losses
         losses.append(distributed.mean(values, torch.device("cpu")))
     learned = generator.state()
     after = TrainingState(
@@ -145,6 +147,88 @@ def test_bf16_trains_close_to_fp32_with_float32_state(undisturbed, kind):
         assert mine["loss/discriminator"] == pytest.approx(theirs["loss/discriminator"], rel=0.05)
     state = TrainingState.read(found.files)
     assert {value.dtype for value in state.generator.weights.values()} == {torch.float32}
+
+
+def with_a_bad_step(kind: Kind, zero_stage: Stage, network: str, value: float) -> dict[str, bytes]:
+    """Two good steps with a bad one between: ``value`` in one gradient of the last rank alone."""
+    torch.set_num_threads(1)
+    generator, discriminator, ranks = engines(kind, zero_stage, None)
+    average = ExponentialMovingAverage(generator.module, 0.9)
+    module = {"generator": generator, "discriminator": discriminator}[network].module
+    parameter = next(iter(module.parameters()))
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        spoiled = gradient.clone()
+        spoiled[(0,) * spoiled.ndim] = value
+        return spoiled
+
+    for step in (0, None, 1):
+        bad = step is None
+        hook = None
+        if bad and ranks.rank == ranks.world_size - 1:
+            hook = parameter.register_hook(spoil)
+        result = train_step(
+            batch(step or 0, ranks.rank, ranks.world_size).to(torch.device("cpu")),
+            generator,
+            discriminator,
+            guided=True,
+        )
+        if hook:
+            hook.remove()
+        assert result.bad == bad
+        faults = [name for name, flag in zip(FAULTS, result.faults, strict=True) if flag]
+        assert faults[:1] == ([f"{network} gradient"] if bad else [])
+        before = {name: tensor.clone() for name, tensor in average.weights().items()}
+        average.update(result.bad)
+        assert not bad or all(
+            torch.equal(before[name], tensor) for name, tensor in average.weights().items()
+        )
+    learned = generator.state()
+    after = TrainingState(Position(2), learned, discriminator.state(), ema=learned.weights)
+    assert after.not_finite() == []
+    return after.files({})
+
+
+def without_and_with_a_bad_step(
+    kind: Kind, zero_stage: Stage, network: str, value: float
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    undisturbed = trained(kind, steps=2, zero_stage=zero_stage).files
+    return undisturbed, with_a_bad_step(kind, zero_stage, network, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero_stage", "network", "value"),
+    [
+        ("ddp", 1, "generator", math.nan),
+        ("deepspeed", 0, "discriminator", math.nan),
+        ("deepspeed", 1, "generator", math.inf),
+        ("deepspeed", 2, "discriminator", -math.inf),
+    ],
+)
+def test_a_bad_step_on_one_rank_leaves_no_trace_on_any(kind, zero_stage, network, value):
+    for undisturbed, found in on_ranks(
+        2, without_and_with_a_bad_step, kind, zero_stage, network, value
+    ):
+        assert found == undisturbed
+
+
+def mean_gradient_norm(kind: Kind, zero_stage: Stage) -> float:
+    """Of Adam's running mean in the generator, after a step whose loss is large."""
+    torch.set_num_threads(1)
+    generator, discriminator, ranks = engines(kind, zero_stage, None)
+    shared = batch(0, ranks.rank, ranks.world_size).to(torch.device("cpu"))
+    train_step(shared, generator, discriminator, l1_weight=1000.0, guided=True)
+    moments = generator.state().moments
+    means = [value.norm() for name, value in moments.items() if name.startswith("exp_avg.")]
+    return float(torch.stack(means).norm())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_deepspeed_clips_no_gradient(zero_stage):
+    expected = mean_gradient_norm("ddp", zero_stage)
+    assert expected > 2  # a norm above 1 has to survive
+    (found,) = on_ranks(1, mean_gradient_norm, "deepspeed", zero_stage)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def precision_inside(kind: Kind) -> torch.dtype:

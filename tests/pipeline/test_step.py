@@ -8,9 +8,9 @@ from benchmarks.reference.step import train_step as reference_step
 from models import Discriminator, Generator
 from pipeline import ranks as distributed
 from pipeline.data.batch import Batch, DeviceBatch
-from pipeline.engine import Adam, TorchEngine
+from pipeline.engine import Adam, Gate, TorchEngine
 from pipeline.ranks import Ranks
-from pipeline.step import train_step
+from pipeline.step import FAULTS, train_step
 from tests.distributed import on_ranks
 from tests.models.golden import fill_discriminator, fill_generator
 
@@ -53,7 +53,7 @@ def test_updates_are_those_of_the_transcription() -> None:
     ]
     for seed in range(2):
         pictures = batch(seed)
-        losses = train_step(pictures, generator, discriminator)
+        losses = train_step(pictures, generator, discriminator).losses
         generator_loss = losses["loss/adversarial"] + losses["loss/l1_coarse"]
         mine = losses["loss/discriminator"], generator_loss + losses["loss/l1_refined"]
         theirs = reference_step(
@@ -83,8 +83,8 @@ def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
 class Watched(TorchEngine):
     """Remembers what its network learned from."""
 
-    def update(self, loss: torch.Tensor) -> None:
-        super().update(loss)
+    def update(self, loss: torch.Tensor, gate: Gate) -> None:
+        super().update(loss, gate)
         self.gradients = [gradient.clone() for gradient in gradients(self.module)]
 
 
@@ -110,6 +110,42 @@ def test_the_generators_turn_leaves_the_discriminators_gradients(world_size: int
         assert len(before) == len(after) == 12
         assert all(map(torch.equal, before, after))
         assert all(gradient.any() for gradient in before)
+
+
+def everything(*networks: TorchEngine) -> list[torch.Tensor]:
+    states = [network.state() for network in networks]
+    return [
+        tensor.clone()
+        for state in states
+        for tensor in (*state.weights.values(), *state.moments.values(), torch.tensor(state.steps))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("network", "gradient", "fault"),
+    [
+        ("generator", float("nan"), "generator gradient"),
+        ("generator", 1e20, "generator gradient"),  # its square overflows in Adam's second moment
+        ("discriminator", float("nan"), "discriminator gradient"),
+        (None, float("nan"), "generator output"),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(
+    network: str | None, gradient: float, fault: str
+) -> None:
+    generator, discriminator = engines(width=4)
+    assert train_step(batch(0), generator, discriminator).bad == 0
+    before = everything(generator, discriminator)
+    images = batch(1)
+    if network is None:
+        images.image[0, 0, 40, 40] = gradient
+    else:
+        module = (generator if network == "generator" else discriminator).module
+        next(iter(module.parameters())).register_hook(lambda g: torch.full_like(g, gradient))
+    result = train_step(images, generator, discriminator)
+    assert result.bad == 1
+    assert FAULTS[int(result.faults.argmax())] == fault
+    assert all(map(torch.equal, everything(generator, discriminator), before))
 
 
 def test_a_sketch_is_for_guided_networks() -> None:
