@@ -70,7 +70,7 @@ def test_networks_of_another_width_train_and_are_read_back(tmp_path):
     mask[:, 16:48, 8:40] = 1
     batch = Batch(image, mask, mask, ("a", "b")).to(torch.device("cpu"))
     engines = [TorchEngine(n, Adam(), Ranks(), None) for n in (generator, discriminator)]
-    losses = train_step(batch, *engines, guided=True)
+    losses = train_step(batch, *engines, guided=True).losses
     assert all(loss.isfinite() for loss in losses.values())
     weights = generator.state_dict()
     assert not any(torch.equal(weights[name], before[name]) for name in before)
