@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,6 +37,7 @@ READERS = 8  # pieces on their way at the same time
 LEGACY = "tracking/metrics.jsonl"  # what runs before this format have, without times
 
 _STEP, _MS = "step", "ms"
+_HEAD = b'["step",'
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _PIECE = re.compile(rf"{FOLDER}/(\d+)-(\d+)\.jsonl")
 _ATTEMPT = re.compile(rf"{FOLDER}/(\d+)\.json")
@@ -350,14 +352,12 @@ def _sections(texts: Iterable[bytes]) -> tuple[list[_Section], int]:
     bodies: dict[bytes, list[bytes]] = {}
     damaged = 0
     for text in texts:
-        heads = list(re.finditer(rb'^\["step", ?"ms".*$', text, re.MULTILINE))
-        before = text[: heads[0].start()] if heads else text
-        damaged += sum(1 for line in before.splitlines() if line.strip())
-        ends = [*(head.start() for head in heads), len(text)][1:]
-        for head, end in zip(heads, ends, strict=True):
-            body = text[head.end() + 1 : end]
+        starts = _heads(text)
+        damaged += sum(1 for line in text[: starts[0]].splitlines() if line.strip())
+        for start, end in pairwise(starts):
+            head, _, body = text[start:end].partition(b"\n")
             if body:
-                bodies.setdefault(head[0], []).append(body.rstrip(b"\n") + b"\n")
+                bodies.setdefault(head, []).append(body.rstrip(b"\n") + b"\n")
     sections = []
     for head_line, parts in bodies.items():
         body = b"".join(parts)
@@ -375,6 +375,16 @@ def _sections(texts: Iterable[bytes]) -> tuple[list[_Section], int]:
     return sections, damaged
 
 
+def _heads(text: bytes) -> list[int]:
+    """Where each line of names begins, and where ``text`` ends."""
+    starts = [0] if text.startswith(_HEAD) else []
+    at = text.find(b"\n" + _HEAD)
+    while at >= 0:
+        starts.append(at + 1)
+        at = text.find(b"\n" + _HEAD, at + 1)
+    return [*starts, len(text)]
+
+
 def _parsed_at_once(body: bytes, columns: int) -> list[np.ndarray] | None:
     """Each column of ``body``; None unless every line is a whole row of numbers.
 
@@ -382,9 +392,8 @@ def _parsed_at_once(body: bytes, columns: int) -> list[np.ndarray] | None:
     """
     from pyarrow import ArrowInvalid, csv, float64
 
-    lines = body.count(b"\n")
-    brackets = {body.count(b"["), body.count(b"\n[") + 1, body.count(b"]"), body.count(b"]\n")}
-    if brackets != {lines} or not body.startswith(b"["):
+    whole = body.startswith(b"[") and body.endswith(b"]\n")
+    if not whole or body.count(b"]\n[") + 1 != body.count(b"\n"):
         return None
     names = [str(index) for index in range(columns)]
     try:
