@@ -53,9 +53,7 @@ def _summary(comparison: Comparison) -> Iterator[RenderableType]:
         if verdict.scope:
             yield Text(f"  {verdict.scope}", style="dim")
     if not comparison.verdicts:
-        yield Text(
-            "Nothing to hold against each other: see what is set apart.", style="bold yellow"
-        )
+        yield Text("Nothing can be compared: see what is set apart.", style="bold yellow")
     for apart in comparison.apart:
         yield Text(f"set apart: {apart.label}: {apart.reason}", style="yellow")
     yield ""
