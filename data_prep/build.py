@@ -46,6 +46,7 @@ ImageProgress = Callable[[int, int, int], None]
 
 
 DEFAULT_OPTIONS = BuildOptions()
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 class Scheduler(Protocol):
@@ -122,9 +123,11 @@ def build_dataset(
     store.clear_unfinished()
     jobs = _jobs(images, settings, url=store.url, seed=seed)
     records = _finished_shards(store, jobs, options.retry_failed)
+    held_in = sum(image.split == "train" for image in images)
     log.info(
-        "prepare images=%d shards=%d finished=%d hed_device=%s url=%s",
-        *(len(images), len(jobs), len(records), settings.hed_device, url),
+        "prepare images=%d train=%d val=%d shards=%d finished=%d hed_device=%s url=%s",
+        *(len(images), held_in, len(images) - held_in, len(jobs), len(records)),
+        *(settings.hed_device, url),
     )
     store.delete("dataset.json")  # from here on the old dataset may change
     budget = _Budget(len(images), data.max_failed_fraction, progress)
@@ -167,8 +170,10 @@ def build_dataset(
     )
     dataset = Dataset.open(url)
     peak = max(record.peak_bytes for record in ordered)
+    samples = {split: sum(shard.samples for shard in dataset.shards(split)) for split in SPLITS}
     log.info(
-        "dataset finished url=%s digest=%s peak_worker_mib=%d", url, dataset.digest, peak / MIB
+        "dataset finished train=%d val=%d url=%s digest=%s peak_worker_mib=%d",
+        *(samples["train"], samples["val"], url, dataset.digest, peak / MIB),
     )
     return dataset
 
@@ -240,8 +245,7 @@ def _jobs(
     data = settings.data
     read = DATA_SOURCES[data.source].read
     jobs = []
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
+    for split in SPLITS:
         by_key = {image.key: image for image in images if image.split == split}
         if len(by_key) < sum(image.split == split for image in images):
             raise ShardError(f"two images of {split} have one key: keys must be unique")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from cluster.storage import one_line, open_store
 from data_prep import celebahq, places2, webdataset_source
 from data_prep.files import (
+    Files,
     SourceImage,
+    TarMember,
     key_of,
     list_files,
     read_file,
@@ -72,8 +74,20 @@ def _root(data: DataSettings) -> str:
 def _list_folder(data: DataSettings) -> Iterator[SourceImage]:
     root = _root(data)
     files = list_files(root)
-    splits = _folder_splits(_chosen(files, root), root, data.val_fraction)
-    for path, split in splits.items():
+    paths = _chosen(files, root)
+    if not paths:
+        raise ValueError(f"{root} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    if data.split not in ("official", "val_fraction"):
+        raise ValueError(
+            f"data.split={data.split} is for CelebA-HQ: a folder takes official (folders train and "
+            "val, where there are any) or val_fraction"
+        )
+    splits = None
+    if data.split == "official":
+        splits = folder_splits(paths, root) or _tar_splits(
+            {path: files[path] for path in paths}, root
+        )
+    for path, split in (splits or split_by_name(paths, data.val_fraction)).items():
         yield SourceImage(key_of(path), split, data.subject, path, data.source, place=files[path])
 
 
@@ -181,17 +195,80 @@ def _package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _folder_splits(paths: list[str], root: str, val_fraction: float) -> dict[str, Split]:
-    """Folders ``train`` and ``val`` are the splits where both exist; else the names decide."""
-    if not paths:
-        raise ValueError(f"{root} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    tops = {path.partition("/")[0] for path in paths if "/" in path}
-    if not {"train", "val"} <= tops:
-        return split_by_name(paths, val_fraction)
-    splits: dict[str, Split] = {path: "train" for path in paths if path.startswith("train/")}
-    splits |= {path: "val" for path in paths if path.startswith("val/")}
+TRAIN_FOLDERS = ("train", "training")
+HELD_OUT_FOLDERS = ("val", "valid", "validation", "dev", "eval", "held_out", "holdout", "heldout")
+TEST_FOLDERS = ("test", "testing")
+# In lower case, the folders that a dataset of others may have; the first name there counts.
+
+
+def folder_splits(paths: Sequence[str], root: str) -> dict[str, Split] | None:
+    """The splits that folders name: ``train`` and ``val``, or what others call them.
+
+    The folders lie directly in ``root``, or one folder down, as in ``cats/train/1.jpg``.
+    Where there are several for held-out images, a validation folder counts and ``test`` is left
+    out. Images outside these folders are left out, with a warning. None where no folder names a
+    split, or all images are in one that does.
+
+    Raises ValueError where folders hold images out that would be mixed with the others.
+    """
+    for depth in range(2):
+        names: dict[str, list[str]] = {}  # in lower case, as they are spelled
+        for path in paths:
+            folders = path.split("/")[:-1]
+            if len(folders) > depth and folders[depth] not in names.setdefault(
+                folders[depth].lower(), []
+            ):
+                names[folders[depth].lower()].append(folders[depth])
+        train = next((name for name in TRAIN_FOLDERS if name in names), None)
+        held_out = next((n for n in (*HELD_OUT_FOLDERS, *TEST_FOLDERS) if n in names), None)
+        if train and held_out:
+            return _by_folder(paths, root, depth, {train: "train", held_out: "val"})
+        if held_out and not all(
+            len(folders := path.lower().split("/")[:-1]) > depth and folders[depth] == held_out
+            for path in paths
+        ):
+            raise ValueError(
+                one_line(
+                    f"{root} has a folder {names[held_out][0]}, whose images seem held out, and no "
+                    f"folder train beside it: move the others to a folder train, or set "
+                    "data.split=val_fraction to draw from all of them"
+                )
+            )
+    return None
+
+
+def _tar_splits(files: Files, root: str) -> dict[str, Split] | None:
+    """The splits that the names of tars say, where every image is in a tar of such a name."""
+    tars = {place.tar for place in files.values() if isinstance(place, TarMember)}
+    named = webdataset_source.named_splits(sorted(tars), root)
+    if not named:
+        return None
+    splits: dict[str, Split] = {}
+    for path, place in files.items():
+        if not isinstance(place, TarMember):
+            raise ValueError(
+                one_line(
+                    f"{root} has tars that name a split and images outside of tars (first: {path}):"
+                    " move those into folders train and val, or away"
+                )
+            )
+        splits[path] = named[place.tar]
+    return splits
+
+
+def _by_folder(
+    paths: Sequence[str], root: str, depth: int, kinds: Mapping[str, Split]
+) -> dict[str, Split]:
+    splits: dict[str, Split] = {}
+    for path in paths:
+        folders = path.split("/")[:-1]
+        if len(folders) > depth and (split := kinds.get(folders[depth].lower())):
+            splits[path] = split
     if others := len(paths) - len(splits):
-        log.warning("images outside train/ and val/ left out count=%d root=%s", others, root)
+        log.warning(
+            "images outside %s left out count=%d root=%s",
+            *(" and ".join(f"{name}/" for name in kinds), others, root),
+        )
     return splits
 
 
@@ -207,7 +284,7 @@ DATA_SOURCES = {
     ),
     "folder": DataSource(
         about="Any tree of images, also inside tars.",
-        splits="Folders train and val where both exist; else the share val_fraction, by name.",
+        splits="Folders train and val or alike where both exist; else val_fraction, by name.",
         license="That of the images in the folder, which was not stated when this was made.",
         list=_list_folder,
     ),

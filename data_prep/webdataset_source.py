@@ -47,7 +47,7 @@ def list_images(root: str, *, subject: Subject, val_fraction: float) -> Iterator
     some of the tars name a split; StorageError where ``root`` cannot be read.
     """
     tars = [""] if root.endswith(".tar") else _tars(root)
-    splits = _named_splits(tars, root)
+    splits = named_splits(tars, root)
     listed: dict[str, tuple[str, str, TarMember]] = {}  # by key: the tar, the path, where it lies
     without_image, several = 0, 0
     for tar in tars:
@@ -93,14 +93,18 @@ def _tars(root: str) -> list[str]:
     return sorted(tars)
 
 
-def _named_splits(tars: list[str], root: str) -> dict[str, Split]:
-    """The split of every tar, or nothing where their paths do not name both."""
+def named_splits(tars: list[str], root: str) -> dict[str, Split]:
+    """The split of every tar, or nothing where their paths do not name both.
+
+    Raises ValueError where only some of the tars name a split, one of them a held-out one.
+    """
     named: dict[str, Split | None] = {}
     for tar in tars:
         # The last word counts: train2017/val-0000.tar is held out.
         words = list(_NAMED_SPLIT.finditer(tar.lower()))
         named[tar] = ("train" if words[-1][1] else "val") if words else None
-    if not {"train", "val"} <= set(named.values()):
+    found = set(named.values())
+    if not {"train", "val"} <= found and found != {"val", None}:
         return {}
     splits: dict[str, Split] = {tar: split for tar, split in named.items() if split}
     if unnamed := [tar for tar in tars if tar not in splits]:

@@ -120,6 +120,79 @@ def test_what_lies_beside_its_tar_counts_once(tmp_path: Path) -> None:
     assert found == {"a/1.jpg": b"new", "a/2.jpg": b"two"}
 
 
+def test_equal_names_in_several_tars_are_different_files(tmp_path: Path, s3_url: str) -> None:
+    for number in range(3):
+        name = f"shard-{number:05d}.tar"
+        members = {f"{k}.jpg": f"{number}/{k}".encode() for k in range(4)} | {f"own{number}": b""}
+        open_store(s3_url).upload(tar_of(tmp_path / "sub" / name, members), f"sub/{name}")
+    (tmp_path / "sub" / "0.jpg").write_bytes(b"beside the tars")
+    open_store(s3_url).put("sub/0.jpg", b"beside the tars")
+    expected = {
+        f"sub/shard-{number:05d}.tar/{k}.jpg": f"{number}/{k}".encode()
+        for number in range(3)
+        for k in range(4)
+    }
+    expected |= {f"sub/own{number}": b"" for number in range(3)}
+    for root in (str(tmp_path), s3_url):
+        assert contents(root, list_files(root)) == expected | {"sub/0.jpg": b"beside the tars"}
+
+
+def test_joined_tars_and_holes_in_tars_are_refused(tmp_path: Path, s3_url: str) -> None:
+    one = tar_of(tmp_path / "one", {"a.jpg": b"x" * 9000}).read_bytes()
+    two = tar_of(tmp_path / "two", {"b.jpg": b"y" * 9000, "c.jpg": b"z"}).read_bytes()
+    joined = {"joined.tar": one + two, "hole.tar": bytes(10240) + two}
+    for name, data in joined.items():
+        (tmp_path / name).write_bytes(data)
+        open_store(s3_url).put(name, data)
+        for root in (str(tmp_path), s3_url):
+            with pytest.raises(ValueError, match=rf"{name} has data behind its end"):
+                list_files(f"{root}/{name}")
+
+
+def test_a_sparse_member_is_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (tmp_path / "holes.jpg").open("wb") as file:
+        file.truncate(2**20)
+        file.seek(2**19)
+        file.write(b"data")
+    (tmp_path / "whole.jpg").write_bytes(b"whole")
+    tar = tmp_path / "images.tar"
+    names = ["holes.jpg", "whole.jpg"]
+    subprocess.run(["tar", "--sparse", "-cf", tar, "-C", tmp_path, *names], check=True)
+    assert contents(str(tar), list_files(str(tar))) == {"whole.jpg": b"whole"}
+    assert "sparse files in a tar left out count=1 (holes.jpg)" in caplog.text
+
+
+def test_thumbnails_and_trash_are_left_out_with_one_warning(
+    tmp_path: Path, s3_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clutter = ("@eaDir/a.jpg/thumb.jpg", "#recycle/b.jpg", "x/$RECYCLE.BIN/c.jpg", "lost+found/d")
+    for name in ("a.jpg", "x/b.jpg", *clutter):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        open_store(s3_url).put(name, b"x")
+    tar = tar_of(tmp_path / "y" / "z.tar", {"__MACOSX/e.jpg": b"x", "f.jpg": b"x"})
+    for root in (str(tmp_path), s3_url):
+        caplog.clear()
+        found = [path for path in list_files(root) if not path.startswith("y/")]
+        assert sorted(found) == ["a.jpg", "x/b.jpg"]
+        (warning, *_) = [m for m in caplog.messages if m.endswith(f"root={root}")]
+        assert all(name.split("/")[-2] in warning for name in ("lost+found/d", *clutter[1:]))
+    assert list(list_files(str(tar))) == ["f.jpg"]
+
+
+def test_names_that_only_look_equal_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("caf\u00e9.jpg", "cafe\u0301.jpg", "th\u00e9.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(list_files(str(tmp_path))) == 3
+    (warning,) = caplog.messages
+    assert "look equal" in warning
+    assert r"'cafe\u0301.jpg' and 'caf\xe9.jpg'" in warning
+
+
 def test_a_tar_cut_short_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "images.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
     files = list_files(str(path))

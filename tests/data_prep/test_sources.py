@@ -17,6 +17,7 @@ from data_prep.files import SourceImage, key_of
 from data_prep.images import decode, fit
 from data_prep.shards import KEY
 from tests.data_prep.settings import list_source, read_listed
+from tests.data_prep.tars import tar_of
 
 
 def folder(root: Path, *names: str) -> Path:
@@ -129,6 +130,66 @@ def test_folders_train_and_val_are_the_splits(
         "val/a": "val",
     }
     assert "left out count=1" in caplog.text
+
+
+@pytest.mark.parametrize("held_out", ["validation", "valid", "test", "Val", "dev"])
+@pytest.mark.parametrize("above", ["", "dataset/", "cats/"])
+def test_folders_that_others_call_so_are_the_splits(
+    tmp_path: Path, held_out: str, above: str
+) -> None:
+    train = "Train" if held_out == "Val" else "train"
+    names = [f"{above}{train}/{n}.jpg" for n in range(40)]
+    names += [f"{above}{held_out}/{n}.jpg" for n in range(10)]
+    images = listed(folder(tmp_path, *names), 0.2)
+    assert Counter(image.split for image in images) == {"train": 40, "val": 10}
+    assert all((held_out in image.path) == (image.split == "val") for image in images)
+
+
+def test_a_validation_folder_counts_and_a_test_folder_beside_it_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = listed(folder(tmp_path, "train/a.jpg", "valid/b.jpg", "test/c.jpg"), 0.5)
+    assert {image.path: image.split for image in images} == {
+        "train/a.jpg": "train",
+        "valid/b.jpg": "val",
+    }
+    assert "images outside train/ and valid/ left out count=1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["val/a.jpg", "cats/test/a.jpg"])
+def test_held_out_images_are_never_mixed_with_the_others(tmp_path: Path, name: str) -> None:
+    root = folder(tmp_path, name, *(f"{n}.jpg" for n in range(9)))
+    with pytest.raises(ValueError, match=r"seem held out.*or set data\.split=val_fraction"):
+        listed(root, 0.2)
+    images = list_source("folder", root=str(root), val_fraction=0.2, split="val_fraction")
+    assert 1 <= Counter(image.split for image in images)["val"] <= 3
+
+
+def test_images_that_are_all_in_one_folder_called_test_are_split_by_name(tmp_path: Path) -> None:
+    images = listed(folder(tmp_path, *(f"test/{n}.jpg" for n in range(10))), 0.2)
+    assert Counter(image.split for image in images)["train"] > 6
+
+
+def test_names_of_tars_are_the_splits_of_the_images_in_them(tmp_path: Path) -> None:
+    for name, count in (("train-0", 5), ("val-0", 2)):
+        tar_of(tmp_path / f"{name}.tar", {f"{n}.jpg": name.encode() for n in range(count)})
+    images = listed(tmp_path, 0.2)
+    assert Counter(image.split for image in images) == {"train": 5, "val": 2}
+    assert all(image.path.startswith("val-0.tar/") for image in images if image.split == "val")
+    folder(tmp_path, "loose.jpg")
+    with pytest.raises(ValueError, match=r"images outside of tars \(first: loose\.jpg\)"):
+        listed(tmp_path, 0.2)
+
+
+@pytest.mark.parametrize("count", [5, 10, 40, 100, 400])
+def test_a_small_dataset_holds_out_nearly_the_share_it_was_asked_for(
+    tmp_path: Path, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    images = listed(folder(tmp_path, *(f"{n}.jpg" for n in range(count))), 0.2)
+    held_out = sum(image.split == "val" for image in images)
+    assert abs(held_out - 0.2 * count) <= max(1, 0.05 * count)
+    assert f"split drawn by name train={count - held_out} val={held_out}" in caplog.text
 
 
 def test_an_image_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
