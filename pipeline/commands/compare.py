@@ -102,7 +102,9 @@ def _findings(comparison: Comparison) -> Iterator[RenderableType]:
                     finding.part,
                     f"{finding.baseline_mean:.4g}",
                     f"{finding.mean:.4g}",
-                    f"{estimate.difference:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}]",
+                    f"{estimate.difference:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}]"
+                    if math.isfinite(estimate.low)
+                    else f"{estimate.difference:+.3g} [too few images]",
                     f"{finding.corrected_p:.2g}",
                     str(estimate.images),
                     style=better if finding.claimed else None,

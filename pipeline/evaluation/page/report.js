@@ -226,7 +226,10 @@ function ticks(low, high, most, log) {
   for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-6; at += step) found.push(at);
   return found;
 }
-const short = (x) => Math.abs(x) >= 1e6 ? `${number(x / 1e6, 3)}M` : Math.abs(x) >= 1e4 ? `${number(x / 1e3, 3)}k` : number(Math.abs(x) < 1e-12 ? 0 : x, 3);
+const short = (x, digits = 3) => Math.abs(x) >= 1e6 ? `${number(x / 1e6, digits)}M` : Math.abs(x) >= 1e4 ? `${number(x / 1e3, digits)}k` : number(Math.abs(x) < 1e-12 ? 0 : x, digits);
+/* Digits that tell neighboring ticks apart. */
+const enough = (marks) => marks.length < 2 ? 4
+  : Math.max(3, 1 + Math.ceil(Math.log10(Math.max(...marks.map(Math.abs)) / Math.abs(marks[1] - marks[0]))));
 
 function chart(data) {
   const series = data.series.map((s) => {
@@ -282,9 +285,10 @@ function chart(data) {
     pen.lineWidth = 1;
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    for (const y of ticks(y0, y1, 5, view.log)) {
+    const rows = ticks(y0, y1, 5, view.log), digits = view.log ? 3 : enough(rows);
+    for (const y of rows) {
       pen.beginPath(); pen.moveTo(box.left, py(y)); pen.lineTo(width - box.right, py(y)); pen.stroke();
-      pen.fillText(short(view.log ? 10 ** y : y), box.left - 5, py(y));
+      pen.fillText(short(view.log ? 10 ** y : y, digits), box.left - 5, py(y));
     }
     pen.textBaseline = "top";
     pen.textAlign = "center";
@@ -505,7 +509,7 @@ function imageTable(root, rows, runs, select, stored) {
         stored.has(row.key) ? { node: el("button", { type: "button", text: row.key, onclick: () => select(row.key) }), text: row.key } : row.key,
         { text: number(row.hole, 3), sort: row.hole }, row.family,
         ...row.values.map((x) => ({ text: number(x), sort: x })),
-        ...(other ? [{ text: signed(by), sort: by, class: by == null ? "" : better(by) > 0 ? "better" : "worse" }] : []),
+        ...(other ? [{ text: signed(by), sort: by, class: !by ? "" : better(by) > 0 ? "better" : "worse" }] : []),
       ],
     };
   }), { label: "images", sort: columns.length - 1, down: DATA.primary.better === "lower" }));
