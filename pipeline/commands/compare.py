@@ -15,7 +15,14 @@ from pipeline.evaluation.report import cost, html_report
 from pipeline.evaluation.run_record import find_runs, read_runs
 
 SHOWN_SETTINGS = 30  # differing settings on the terminal; the page has all
-STYLES = {"better": "green", "worse": "red", "mixed": "yellow", "none": "", "unknown": "yellow"}
+STYLES = {
+    "better": "green",
+    "worse": "red",
+    "different": "yellow",
+    "mixed": "yellow",
+    "none": "",
+    "unknown": "yellow",
+}
 
 
 def compare_runs(
@@ -96,7 +103,6 @@ def _findings(comparison: Comparison) -> Iterator[RenderableType]:
             if finding.group == group.label and (finding.part == ALL or finding.claimed):
                 estimate = finding.estimate
                 mark = " *" if finding.metric.name == comparison.primary.name else ""
-                better = "green" if finding.improvement > 0 else "red"
                 table.add_row(
                     f"{finding.metric.label} {finding.metric.unit}".strip() + mark,
                     finding.part,
@@ -107,7 +113,7 @@ def _findings(comparison: Comparison) -> Iterator[RenderableType]:
                     else f"{estimate.difference:+.3g} [too few images]",
                     f"{finding.corrected_p:.2g}",
                     str(estimate.images),
-                    style=better if finding.claimed else None,
+                    style=STYLES[finding.way] if finding.claimed else None,
                 )
         yield table
     yield Text(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ BINS = (0, 10, 20, 30, 40, 50, 60, 100)  # percent of the image that the hole ta
 ALL = "all images"
 NAMED = 3  # so many images, or claims, are written out
 Split = Literal["all", "family", "coverage"]
+Way = Literal["better", "worse", "different"]
 Outcome = Literal["better", "worse", "mixed", "none", "unknown"]
 
 
@@ -70,9 +71,10 @@ class Finding:
         return self.corrected_p < 1 - LEVEL
 
     @property
-    def improvement(self) -> float:
-        """The difference so that more is better."""
-        return self.metric.improvement(self.estimate.difference)
+    def way(self) -> Way:
+        """Where the group stands; ``different`` where the metric has no better side on record."""
+        improvement = self.metric.improvement(self.estimate.difference)
+        return "better" if improvement > 0 else "worse" if improvement < 0 else "different"
 
     @property
     def size(self) -> str:
@@ -357,10 +359,15 @@ def _verdict(
         text = f"{primary.label} cannot be compared between {group.label} and {baseline.label}."
         return Verdict(group.label, "unknown", text, "")
     claims = [finding for finding in mine if finding.claimed]
-    better = [finding for finding in claims if finding.improvement > 0]
-    worse = [finding for finding in claims if finding.improvement < 0]
+    ways = {way: [finding for finding in claims if finding.way == way] for way in get_args(Way)}
     outcome: Outcome = (
-        "mixed" if better and worse else "better" if better else "worse" if worse else "none"
+        "none"
+        if not claims
+        else "better"
+        if len(ways["better"]) == len(claims)
+        else "worse"
+        if len(ways["worse"]) == len(claims)
+        else "mixed"
     )
     if first.estimate.images < MIN_IMAGES:
         text = (
@@ -377,8 +384,9 @@ def _verdict(
         )
         return Verdict(group.label, outcome, text, _scope(group, baseline))
     sentences = [
-        f"{group.label} {way} than {baseline.label} {_listed(found, primary)}"
-        for way, found in (("better", better), ("worse", worse))
+        f"{group.label} {way} {'from' if way == 'different' else 'than'} {baseline.label} "
+        + _listed(found, primary)
+        for way, found in ways.items()
         if found
     ]
     end = "." if len(claims) == len(mine) else "; no difference found elsewhere."

@@ -48,8 +48,8 @@ class MetricInfo:
         return f"{value:.3g} {self.unit}".rstrip()
 
     def improvement(self, difference: float) -> float:
-        """``difference`` so that more is better; as it is where that is not on record."""
-        return -difference if self.better == "lower" else difference
+        """``difference`` so that more is better; 0 where that is not on record."""
+        return {"lower": -difference, "higher": difference}.get(self.better, 0.0)
 
 
 @dataclass(frozen=True)

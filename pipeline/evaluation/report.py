@@ -150,7 +150,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "p": finding.corrected_p,
         "n": estimate.images,
         "claimed": finding.claimed,
-        "better": finding.improvement > 0,
+        "way": finding.way,
     }
 
 

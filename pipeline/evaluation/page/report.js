@@ -130,7 +130,7 @@ function forest(finding, reach) {
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
     svg.append(node);
   };
-  svg.setAttribute("class", "forest " + (finding.claimed ? (finding.better ? "better" : "worse") : "soft"));
+  svg.setAttribute("class", "forest " + (finding.claimed ? finding.way : "soft"));
   svg.setAttribute("viewBox", "0 0 170 20");
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", interval(finding));
@@ -160,7 +160,7 @@ function findings(id, chosen, label) {
     { name: "Claim" }, { name: "n", number: true },
   ];
   place(id).append(table(columns, rows.map((f) => {
-    const kind = f.claimed ? (f.better ? "better" : "worse") : "";
+    const kind = f.claimed ? f.way : "";
     const primary = f.metric === DATA.primary.name && f.split === "all";
     return { cells: [
       titled(metric(f.metric)) + (primary ? " – primary" : ""), ...(several ? [f.group] : []), f.part,

@@ -76,3 +76,16 @@ def test_mistakes_are_one_line(
     assert code == MISTAKE
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_square_brackets_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    few = {name: column[:5] for name, column in TABLE.items()}
+    for name in ("a", "b"):
+        run_folder = write_run(str(tmp_path), name, settings=config(train__note=[name]))
+        write_evaluation(run_folder, few, quality(few, rng))
+    _, out, _ = run("a", "b", "--storage", str(tmp_path), capsys=capsys)
+    assert '["a"]' in out
+    assert "[too few images]" in out

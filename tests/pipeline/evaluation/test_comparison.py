@@ -131,6 +131,15 @@ def test_the_primary_metric_is_the_one_declared() -> None:
         compare(runs, primary="fid")
 
 
+def test_a_metric_without_a_better_side_is_said_to_differ() -> None:
+    rng = np.random.default_rng(0)
+    sharp = [{"sharpness": rng.normal(mean, 1, 150)} for mean in (5, 9)]
+    runs = [run_of(name, each, recipe=name) for name, each in zip("AB", sharp, strict=True)]
+    (verdict,) = compare(runs, primary="sharpness").verdicts
+    assert verdict.outcome == "mixed"
+    assert verdict.text.startswith("B different from A over all images by sharpness ")
+
+
 def test_a_value_that_is_no_number_is_named_and_never_averaged_away() -> None:
     rng = np.random.default_rng(0)
     values = [quality(TABLE, rng) for _ in range(3)]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -164,6 +166,28 @@ def test_long_histories_are_written_in_pieces(run: Store, monkeypatch: pytest.Mo
     assert all(run.size(key) < 2100 for key in pieces)
     run.delete(pieces[1])  # the others stay readable
     assert 300 < len(read_history(run).curves["a"].steps) < 500
+
+
+ENDLESS = """
+import itertools, sys, time
+from cluster.storage import open_store
+from pipeline.tracking.history import AttemptInfo, HistoryWriter
+
+writer = HistoryWriter(open_store(sys.argv[1]), AttemptInfo(), write_every_s=0.02)
+for step in itertools.count(1):
+    writer.add(step, {"loss/l1": float(step)})
+    time.sleep(0.001)
+"""
+
+
+def test_a_killed_attempt_leaves_whole_lines_without_gaps(run: Store) -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, run.url]) as process:
+        wait_until(lambda: (last_step(run) or 0) > 50)
+        process.kill()
+    found = read_history(run)
+    steps = found.curves["loss/l1"].steps.tolist()
+    assert steps == [*range(1, len(steps) + 1)]
+    assert found.damaged_lines == 0
 
 
 class FailingStore(FileStore):
