@@ -158,7 +158,7 @@ class TrainingLoop:
                 stopping = self._report(position, interval, clock, stop)
             if last or stopping or position.step % cfg.save_every_steps == 0:
                 self._save(position)
-                clock.restart()  # saving is no training time
+                clock.restart()  # the speed of training leaves saving out
             if last or stopping:
                 break
         self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")

@@ -18,7 +18,7 @@ POLL_INTERVAL_S = 2.0
 
 
 class StopRequest(Protocol):
-    """Whether somebody asked the run to stop."""
+    """Whether the run was asked to stop."""
 
     @property
     def requested(self) -> bool: ...

@@ -26,9 +26,9 @@ STEPS = 14
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     """Twelve small crops of real photographs, eight to train on and four held out."""
-    folder: Path = tmp_path_factory.mktemp("pictures")
+    folder: Path = tmp_path_factory.mktemp("images")
     source = Path(skimage.__file__).parent / "data"
     for split, name, count in (("train", "chelsea.png", 8), ("val", "coffee.png", 4)):
         photograph = Image.open(source / name).convert("RGB")
@@ -40,12 +40,12 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(pictures, tmp_path_factory) -> list[str]:
+def settings(images, tmp_path_factory) -> list[str]:
     """Overrides that make the demo's recipe small, with one storage for all tests here."""
     return [
         f"storage={os.path.relpath(tmp_path_factory.mktemp('storage'))}",  # as README has it
         "data.source=folder",
-        f"data.root={pictures}",
+        f"data.root={images}",
         "data.name=crops",
         "data.stored_px=72",
         "data.shard_samples=4",
@@ -76,7 +76,7 @@ def succeeded(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def left_alone(settings) -> config.Config:
-    """A run that nobody disturbed: prepared, trained by Ray Train, evaluated."""
+    """An undisturbed run: prepared, trained by Ray Train, evaluated."""
     overrides = [*settings, "name=left-alone"]
     succeeded("run", RECIPE, *overrides)
     return config.load(Path(RECIPE), overrides)
@@ -94,7 +94,7 @@ def weights(cfg: config.Config) -> bytes:
     )
 
 
-def test_the_job_leaves_a_data_set_checkpoints_and_an_evaluation(left_alone):
+def test_the_job_leaves_a_dataset_checkpoints_and_an_evaluation(left_alone):
     assert (Path(RunStorage.open(left_alone).dataset_url) / "dataset.json").exists()
     manifest = json.loads((checkpoints(left_alone) / f"step-{STEPS:08d}/manifest.json").read_text())
     assert manifest["metrics"]["val/psnr_db"] > 5
@@ -105,13 +105,13 @@ def test_the_job_leaves_a_data_set_checkpoints_and_an_evaluation(left_alone):
         assert sheet.width > 300
 
 
-def test_the_story_has_every_step_also_after_an_evaluation_of_an_earlier_best_one(left_alone):
-    told = (
+def test_the_log_has_every_step_also_after_an_evaluation_of_an_earlier_best_one(left_alone):
+    content = (
         (Path(RunStorage.open(left_alone).run_url) / "tracking/metrics.jsonl")
         .read_text()
         .splitlines()
     )
-    lines = [json.loads(line) for line in told]
+    lines = [json.loads(line) for line in content]
     assert [line["step"] for line in lines[:-1]] == list(range(1, STEPS + 1))
     assert all("loss/l1_refined" in line for line in lines[:-1])
     assert sum("evaluation/psnr_db" in line for line in lines) == 1
@@ -183,7 +183,7 @@ def test_the_job_runs_on_a_folder_of_faces(photographs, settings):
     assert (checkpoints(cfg) / "step-00000002/manifest.json").exists()
 
 
-def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings, tmp_path):
+def test_a_run_starts_from_weights_and_resumes_without_them(left_alone, settings, tmp_path):
     given = tmp_path / "unguided.safetensors"
     unguided = write_weights(given, ModelOptions(guided=False), gain=4.0).state_dict()
     overrides = [
@@ -204,7 +204,7 @@ def test_a_run_starts_from_weights_and_goes_on_without_them(left_alone, settings
     succeeded("train", RECIPE, *overrides, "train.steps=2")
 
 
-def test_training_without_a_data_set_says_what_to_do(settings):
+def test_training_without_a_dataset_says_what_to_do(settings):
     result = pipeline("train", RECIPE, *settings, "data.name=nothing")
     assert result.returncode == MISTAKE
     assert "prepare it first" in result.stderr
@@ -212,7 +212,7 @@ def test_training_without_a_data_set_says_what_to_do(settings):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("model.attention=renormalised", "has another model (attention differ)"),
         ("train.global_batch=64", "64"),
@@ -223,11 +223,13 @@ def test_training_without_a_data_set_says_what_to_do(settings):
         ("name=new train.init_from=nowhere.safetensors", "nowhere.safetensors was not found"),
     ],
 )
-def test_what_cannot_go_on_is_told_before_any_machine_starts(left_alone, settings, override, told):
+def test_what_cannot_train_is_refused_before_any_machine_starts(
+    left_alone, settings, override, message
+):
     more = f"train.steps={STEPS + 1}"
     result = pipeline("train", RECIPE, *settings, "name=left-alone", more, *override.split())
     assert result.returncode == MISTAKE
-    assert told in result.stderr
+    assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
