@@ -96,6 +96,10 @@ class HistoryWriter:
         """Write what is left; a storage that does not answer gets ``CLOSE_S`` seconds."""
         self._closed.set()
         self._thread.join(CLOSE_S)
+        if self._thread.is_alive() or self._failing:
+            log.warning(
+                "the metrics since the last piece are not on storage url=%s", self._store.url
+            )
 
     def _work(self) -> None:
         self._write()  # at once, so that the run has its configuration on storage
@@ -109,7 +113,7 @@ class HistoryWriter:
                 self._begin()
             self._write_pieces()
             self._failing = False
-        except Exception as error:  # whatever storage does, training goes on
+        except Exception as error:  # whatever storage does, training continues
             if not self._failing:
                 log.warning("metrics are kept in memory until storage is back: %s", error)
             self._failing = True

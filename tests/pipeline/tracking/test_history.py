@@ -222,7 +222,7 @@ def test_values_wait_in_memory_while_storage_fails(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_hangs_does_not_hold_up_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(history, "CLOSE_S", 0.05)
     store, mended = FailingStore(tmp_path), threading.Event()
@@ -232,6 +232,7 @@ def test_a_storage_that_hangs_does_not_hold_up_the_end(
     writer.add(1, {"a": 1.0})
     writer.close()
     assert time.monotonic() - started < 5
+    assert "not on storage" in caplog.text
     mended.set()
 
 
