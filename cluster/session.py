@@ -153,6 +153,21 @@ def run_on_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
     return result
 
 
+def run_on_gpus(function: Callable[[int, int], R]) -> list[R]:
+    """``function(share, shares)`` for every share, one on each GPU of the connected cluster.
+
+    Where the cluster has no GPU, or without a connection, there is one share, in this process.
+    """
+    ray = sys.modules.get("ray")
+    connected = ray is not None and ray.is_initialized()
+    shares = int(ray.cluster_resources().get("GPU", 0)) if ray is not None and connected else 0
+    if ray is None or not shares:
+        return [function(0, 1)]
+    remote = ray.remote(num_gpus=1)(function)
+    results: list[R] = ray.get([remote.remote(share, shares) for share in range(shares)])
+    return results
+
+
 def job_metadata() -> dict[str, str]:
     """The metadata of the Ray job that this process belongs to; empty outside of a job.
 

@@ -1,4 +1,4 @@
-"""Masks: the authors' kind, a corrected one, the paper's brush, boxes, and your own images.
+"""Masks: the authors' kind, a corrected one, the paper's brush, boxes, LaMa's, your own images.
 
 Training draws them, yet they are here: they are data, drawn with OpenCV in loader threads, and
 ``pipeline`` and the benchmarks use them without torch.
@@ -84,7 +84,8 @@ class MaskSettings:
 
     mixture: Mapping[str, float] = field(default_factory=lambda: {"corrected": 1.0})
     """Kinds of holes (keys of ``MASK_KINDS``: ``official``, ``corrected``, ``brush``, ``box``,
-    ``folder``) and their weights; the share of a kind is its weight over their sum."""
+    ``thin``, ``medium``, ``thick``, ``folder``) and their weights; the share of a kind is its
+    weight over their sum."""
     per_sample: bool = True
     """One mask per image; false: one per global batch (the authors' release draws one for every GPU
     and for each of the two updates)."""
@@ -183,6 +184,84 @@ def box_mask(height: int, width: int, rng: random.Random, box: BoxSettings) -> M
     return mask
 
 
+@dataclass(frozen=True)
+class LamaSettings:
+    """One of LaMa's sets of evaluation masks: strokes in some, boxes in others; pixels at 256 px.
+
+    Lengths scale with the diagonal of the image. Segments are ``10`` pixels and more long, strokes
+    ``5`` and more wide, as in LaMa's ``make_random_irregular_mask``.
+    """
+
+    min_strokes: int
+    max_strokes: int
+    max_length: int
+    """Of a segment, beyond the 10 pixels that each has at least."""
+    max_width: int
+    """Of a stroke, beyond the 5 pixels that each has at least."""
+    box_share: float = 0.0
+    """Of the masks, those made of boxes instead of strokes."""
+    max_boxes: int = 0
+    min_box: int = 0
+    max_box: int = 0
+    margin: int = 0
+    """Around boxes, free of them."""
+
+
+LAMA: Mapping[str, LamaSettings] = {
+    # configs/data_gen/random_{thin,medium,thick}_256.yaml of advimman/lama. Its code draws up to
+    # one stroke more than max_times, and strokes and boxes in shares of 1 and 0.3.
+    "thin": LamaSettings(4, 51, max_length=40, max_width=10),
+    "medium": LamaSettings(
+        4, 6, max_length=100, max_width=50, box_share=0.3 / 1.3, max_boxes=5, min_box=10, max_box=50
+    ),
+    "thick": LamaSettings(
+        1,
+        6,
+        max_length=200,
+        max_width=100,
+        box_share=0.3 / 1.3,
+        max_boxes=3,
+        min_box=30,
+        max_box=150,
+        margin=10,
+    ),
+}
+"""LaMa's narrow, medium and wide masks (Suvorov et al. 2022), as its repository generates them."""
+
+
+def lama_mask(height: int, width: int, rng: random.Random, lama: LamaSettings) -> Mask:
+    """Strokes or boxes as LaMa draws them: turns of 0 to 3 radians, a new width at each vertex."""
+    mask = np.zeros((height, width), np.uint8)
+    scale = _scale(height, width)
+    if rng.random() < lama.box_share:
+        margin = min(int(lama.margin * scale), (min(height, width) - 1) // 2)
+        for _ in range(1 + _below(lama.max_boxes, rng)):
+            box_height, box_width = (
+                max(1, round(scale * (lama.min_box + _below(lama.max_box - lama.min_box + 1, rng))))
+                for _ in range(2)
+            )
+            box_height = min(box_height, height - 2 * margin)
+            box_width = min(box_width, width - 2 * margin)
+            top = margin + _below(height - 2 * margin - box_height + 1, rng)
+            left = margin + _below(width - 2 * margin - box_width + 1, rng)
+            mask[top : top + box_height, left : left + box_width] = 1
+        return mask
+    strokes = lama.min_strokes + _below(lama.max_strokes - lama.min_strokes + 1, rng)
+    for stroke in range(strokes):
+        x, y = _below(width, rng), _below(height, rng)
+        for _ in range(1 + _below(5, rng)):
+            angle = 0.01 + _below(4, rng)
+            if stroke % 2 == 0:
+                angle = 2 * math.pi - angle
+            length = scale * (10 + _below(lama.max_length, rng))
+            brush_width = scale * (5 + _below(lama.max_width, rng))
+            end_x = min(max(int(x + length * math.sin(angle)), 0), width)
+            end_y = min(max(int(y + length * math.cos(angle)), 0), height)
+            _draw_stroke(mask, [x, y, end_x, end_y], brush_width)
+            x, y = end_x, end_y
+    return mask
+
+
 class FolderMasks:
     """Masks from a folder of images, each drawn equally often. Can be pickled."""
 
@@ -233,6 +312,10 @@ class MaskKind:
     """What draws it under these settings. The result can be pickled."""
 
 
+def _draws_lama(settings: MaskSettings, *, lama: LamaSettings) -> DrawMask:
+    return partial(lama_mask, lama=lama)
+
+
 MASK_KINDS = {
     "official": MaskKind(
         "the released generator with its drift to the right", lambda settings: official_mask
@@ -245,6 +328,9 @@ MASK_KINDS = {
         "strokes of the paper's Algorithm 1",
         lambda settings: partial(brush_mask, brush=settings.brush),
     ),
+    "thin": MaskKind("LaMa's narrow strokes", partial(_draws_lama, lama=LAMA["thin"])),
+    "medium": MaskKind("LaMa's medium strokes", partial(_draws_lama, lama=LAMA["medium"])),
+    "thick": MaskKind("LaMa's wide strokes", partial(_draws_lama, lama=LAMA["thick"])),
     "box": MaskKind("one rectangle", lambda settings: partial(box_mask, box=settings.box)),
     "folder": MaskKind("images of your own masks", FolderMasks),
 }

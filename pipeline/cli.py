@@ -79,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stages(commands)
+    _add_evaluate(commands)
+    _add_evalpack(commands)
     _add_inpaint(commands)
     _add_weights(commands)
     _add_figures(commands)
@@ -141,12 +143,6 @@ def _add_stages(commands: Commands) -> None:
             f"train {DEMO} {storage} train.steps=1000",
         ),
         (
-            "evaluate",
-            _evaluate,
-            "measure the best checkpoint on held-out images",
-            f"evaluate {DEMO} {storage} evaluate.samples=10",
-        ),
-        (
             "run",
             _run,
             "prepare, train and evaluate; what is finished is skipped",
@@ -177,6 +173,81 @@ def _add_stages(commands: Commands) -> None:
                 help="one line per setting instead: name, value, where the value comes from "
                 "(default, preset, recipe or command line), what it means",
             )
+
+
+def _add_evaluate(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "evaluate",
+        "measure the best checkpoint on held-out images, or weights and baselines on a frozen pack",
+        f"evaluate {DEMO} storage=s3://BUCKET/PREFIX --pack s3://BUCKET/packs/NAME "
+        "--baseline telea",
+    )
+    sub.add_argument(
+        "source",
+        nargs="?",
+        metavar="RECIPE|WEIGHTS",
+        help="a YAML file of settings; with --pack also weights: a .safetensors file, the folder "
+        "of a checkpoint or of a run; may be left out for baselines alone",
+    )
+    _add_overrides(sub)
+    sub.add_argument("--pack", metavar="URL", help="folder of an evaluation pack; path or URL")
+    sub.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        choices=("grey", "mean-color", "telea", "navier-stokes", "coarse"),
+        help="evaluate this as well; may be given several times",
+    )
+    sub.add_argument(
+        "--out", help="folder for the results, path or URL; without it, that of the recipe's run"
+    )
+    sub.add_argument(
+        "--inception", metavar="FILE", help="inception-2015-12-05.pt, for FID, U-IDS and P-IDS"
+    )
+    sub.add_argument("--vgg", metavar="FILE", help="vgg16.pt, for LPIPS")
+    sub.add_argument(
+        "--check",
+        action="store_true",
+        help="measure again and compare with what is stored; exit code 1 where a value differs",
+    )
+    sub.set_defaults(command=_evaluate)
+
+
+def _add_evalpack(commands: Commands) -> None:
+    url = "s3://BUCKET/PREFIX/packs/NAME"
+    actions = _add_group(
+        commands,
+        "evalpack",
+        "make and show frozen images, masks and sketches with a digest",
+        f"evalpack show {url}",
+    )
+    sub = _add(
+        actions,
+        "make",
+        "write a pack from a dataset; equal arguments give an equal digest",
+        f"evalpack make {url} --dataset s3://BUCKET/PREFIX/datasets/NAME --images 500",
+    )
+    sub.add_argument("out", metavar="OUT", help="folder to write; path or URL")
+    sub.add_argument("--dataset", required=True, help="folder of the dataset; path or URL")
+    sub.add_argument("--split", choices=("train", "val"), default="val", help="without it, val")
+    sub.add_argument("--images", type=int, help="how many images; without it, all of the split")
+    sub.add_argument("--size-px", type=int, default=256, help="side of the crops; without it, 256")
+    sub.add_argument("--seed", type=int, default=0, help="start of every choice; without it, 0")
+    sub.add_argument(
+        "--family",
+        action="append",
+        dest="families",
+        choices=("box", "official", "thin", "medium", "thick"),
+        help="kind of masks, may be given several times; without it, all of them",
+    )
+    sub.set_defaults(command=_evalpack, action="make")
+    sub = _add(
+        actions, "show", "print what a pack holds, and its digest", f"evalpack show {url} --verify"
+    )
+    sub.add_argument("url", metavar="URL", help="folder of the pack; path or URL")
+    sub.add_argument("--verify", action="store_true", help="read all pixels and compare hashes")
+    sub.set_defaults(command=_evalpack, action="show")
 
 
 def _add_weights_argument(parser: argparse.ArgumentParser) -> None:
@@ -470,12 +541,43 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.pack is None:
+        return _evaluate_held_out(arguments)
+    from pipeline.commands.evaluate import PackArguments, evaluate_pack
+
+    right = evaluate_pack(
+        PackArguments(
+            source=arguments.source,
+            overrides=arguments.overrides,
+            pack=arguments.pack,
+            baselines=arguments.baseline,
+            out=arguments.out,
+            inception=arguments.inception,
+            vgg=arguments.vgg,
+            check=arguments.check,
+        )
+    )
+    return DONE if right else MISTAKE
+
+
+def _evaluate_held_out(arguments: argparse.Namespace) -> int:
     from pipeline.evaluation.job import evaluate_run
     from pipeline.run_storage import RunStorage
 
-    cfg = _load(arguments)
+    needing = ("baseline", "out", "inception", "vgg", "check")
+    if given := [name for name in needing if getattr(arguments, name)]:
+        raise ValueError(f"--{given[0]} goes with --pack: give the URL of an evaluation pack")
+    if arguments.source is None:
+        raise ValueError("give a recipe, or --pack URL with weights or a --baseline")
+    cfg = config.load(Path(arguments.source), arguments.overrides)
     evaluate_run(cfg, RunStorage.open(cfg))
     return DONE
+
+
+def _evalpack(arguments: argparse.Namespace) -> int:
+    from pipeline.commands import evalpack
+
+    return DONE if evalpack.ACTIONS[arguments.action](arguments) else MISTAKE
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -67,6 +67,11 @@ def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
     return read_generator(data, name), _entries(data)
 
 
+def read_weights(source: str) -> bytes:
+    """The bytes of the weights file that ``load_generator`` would read. Raises as it does."""
+    return _read(source, EMA)[0]
+
+
 def read_generator(data: bytes, name: str) -> Generator:
     """The generator in the bytes of a safetensors file; ``name`` is for messages."""
     weights = _tensors(data, name)

@@ -111,7 +111,7 @@ def read_batch(samples: Sequence[StoredSample], choose: ChooseView, *, size_px: 
         url, opened = stored.shard.result()
         sample = opened[stored.number]
         pixels, strokes = decode_sample(sample, url, scratch)
-        pixels, strokes = _at_least(size_px, pixels, strokes)
+        pixels, strokes = resized_to_at_least(size_px, pixels, strokes)
         view = choose(sample.key, *pixels.shape[:2])
         rows, columns = slice(view.top, view.top + size_px), slice(view.left, view.left + size_px)
         pixels, strokes = pixels[rows, columns], strokes[rows, columns]
@@ -147,7 +147,7 @@ def decode_sample(
     return pixels, strokes
 
 
-def _at_least(size_px: int, pixels: Pixels, strokes: Strokes) -> tuple[Pixels, Strokes]:
+def resized_to_at_least(size_px: int, pixels: Pixels, strokes: Strokes) -> tuple[Pixels, Strokes]:
     height, width = pixels.shape[:2]
     short = min(height, width)
     if short >= size_px:

@@ -111,6 +111,16 @@ def ssim(completed: UnitImage, original: UnitImage) -> float:
     return sum(means) / 3
 
 
+def tv_percent(completed: UnitImage, original: UnitImage) -> float:
+    """The anisotropic total variation of ``completed``, for each value of the image.
+
+    DeepFill v1 reports a "TV loss" of this kind without its formula. ``original`` is not used.
+    """
+    down = np.abs(np.diff(completed, axis=0)).sum(dtype=np.float64)
+    right = np.abs(np.diff(completed, axis=1)).sum(dtype=np.float64)
+    return 100 * float(down + right) / completed.size
+
+
 def _mean_in_hole(difference: UnitImage, mask: Hole) -> float:
     inside = difference[mask > 0]  # (pixels, 3)
     return float(np.mean(inside, dtype=np.float64)) if inside.size else 0.0
@@ -152,6 +162,15 @@ METRICS: dict[str, Metric] = {
         region="image",
         definition="Structural similarity in gaussian windows of 11 pixels, mean over pixels and "
         "channels; 1 is perfect, -1 the worst.",
+    ),
+    "tv_percent": Metric(
+        tv_percent,
+        label="TV",
+        unit="%",
+        better="lower",
+        region="image",
+        definition="Total variation: absolute differences of neighbors below and to the right, "
+        "their sum over the number of values, as a percentage of the range; blur lowers it too.",
     ),
 }
 """Every metric of an evaluation, by the name that logs, files and checkpoints give it."""
