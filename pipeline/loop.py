@@ -23,7 +23,7 @@ from pipeline import ranks as distributed
 from pipeline.checkpoints import BEST, CheckpointStore, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batches import TrainLoader
-from pipeline.data.loaders import train_loader, validation_batches
+from pipeline.data.loaders import train_loader, validation_batches, validation_definition
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, Engine, build_engine
 from pipeline.errors import TrainingError
@@ -268,6 +268,8 @@ class TrainingLoop:
                 state.files(networks.weights_header(self.cfg.model), metrics=metrics),
                 manifest={
                     "metrics": metrics,
+                    "validation": validation_definition(self.cfg)
+                    | {"samples": self.cfg.evaluate.samples_while_training},
                     "dataset_digest": self.dataset.digest,
                     "mlflow_run": self.tracker.run_id,
                     "config_digest": self.cfg.digest(),

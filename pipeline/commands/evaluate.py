@@ -185,6 +185,9 @@ def _print_results(pack: Pack, found: Sequence[StoredEvaluation]) -> None:
     for evaluation in found:
         table.add_row(evaluation.name, *(_cell(evaluation, name) for name in definitions))
     print_table(table)
+    print()
+    _print_groups(found)
+    print()
     for evaluation in found:
         state = "measured before" if evaluation.again else "kept"
         print(f"{evaluation.name}: {state} in {evaluation.url}")
@@ -193,6 +196,23 @@ def _print_results(pack: Pack, found: Sequence[StoredEvaluation]) -> None:
         made_by = evaluation.record["environment"]
         if evaluation.again and made_by["code_sha256"] != code_sha256():
             print(f"{evaluation.name}: the code changed since then: --check measures it again")
+
+
+def _print_groups(found: Sequence[StoredEvaluation]) -> None:
+    """The first metric for each family of masks and each bin of coverage."""
+    name, definition = next(iter(found[0].record["definitions"].items()))
+    groups = found[0].record["groups"]
+    parts = [(group, part) for group in groups for part in groups[group]]
+    titles = [f"{part} %" if group == "coverage_bin" else part for group, part in parts]
+    title = f"{definition['label']} {definition['unit']}".strip()
+    table = Table(title, *titles, box=None, pad_edge=False)
+    table.add_row("images", *(str(groups[group][part]["images"]) for group, part in parts))
+    for evaluation in found:
+        values = [evaluation.record["groups"][group][part][name] for group, part in parts]
+        table.add_row(
+            evaluation.name, *("not a number" if v is None else f"{v:.4g}" for v in values)
+        )
+    print_table(table)
 
 
 def _cell(evaluation: StoredEvaluation, name: str) -> str:
@@ -204,7 +224,8 @@ def _cell(evaluation: StoredEvaluation, name: str) -> str:
 
 
 def _print_published(pack: Pack, evaluation: StoredEvaluation) -> None:
-    table = Table("published", "metric", "value", "source", "ours", "comparable", box=None)
+    titles = ("published", "masks", "metric", "value", "source", "ours", "comparable")
+    table = Table(*titles, box=None, pad_edge=False)
     families = evaluation.record["groups"]["mask_family"]
     definitions = evaluation.record["definitions"]
     for row in beside(pack, evaluation.metrics, families):
@@ -212,6 +233,7 @@ def _print_published(pack: Pack, evaluation: StoredEvaluation) -> None:
         ours = "" if row.why_not or row.ours is None else f"{row.ours:.4g}"
         table.add_row(
             published.method,
+            published.masks,
             definitions[published.metric]["label"],
             f"{published.value:g}",
             published.source,

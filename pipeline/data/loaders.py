@@ -1,13 +1,19 @@
 """The batches of training and validation that a configuration asks for."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
-from data_prep.masks import MaskSampler
+from data_prep.masks import MaskSampler, MaskSettings
 from data_prep.shards import Dataset
 from pipeline import config
 from pipeline.data.batch import Batch
 from pipeline.data.batches import TrainLoader, val_batches
 from pipeline.ranks import Ranks
+
+VALIDATION_MASKS = MaskSettings(mixture={"corrected": 1.0, "box": 1.0})
+"""Of held-out images, whatever masks a recipe trains on, so that recipes are comparable."""
+VALIDATION_SEED = 0
 
 
 def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoader:
@@ -31,14 +37,26 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
 def validation_batches(
     cfg: config.Config, dataset: Dataset, ranks: Ranks, limit: int | None
 ) -> Iterator[Batch]:
-    """This rank's share of the first ``limit`` held-out images, or of all."""
+    """This rank's share of the first ``limit`` held-out images, or of all.
+
+    Their masks are the same for every recipe: see ``validation_definition``.
+    """
     return val_batches(
         dataset,
         size_px=cfg.train.size_px,
         batch=cfg.evaluate.batch,
-        masks=MaskSampler(cfg.masks),
-        seed=cfg.seed,
+        masks=MaskSampler(VALIDATION_MASKS),
+        seed=VALIDATION_SEED,
         rank=ranks.rank,
         world_size=ranks.world_size,
         limit=limit,
     )
+
+
+def validation_definition(cfg: config.Config) -> dict[str, Any]:
+    """What has to be equal, beside the dataset, for metrics of held-out images to be comparable."""
+    return {
+        "seed": VALIDATION_SEED,
+        "size_px": cfg.train.size_px,
+        "masks": asdict(VALIDATION_MASKS),
+    }

@@ -23,8 +23,8 @@ class Filled(NamedTuple):
 
     completed: UnitImage
     """Known pixels are those of the image."""
-    coarse: UnitImage
-    """The first stage's output; equal to ``completed`` where there is only one stage."""
+    coarse: UnitImage | None
+    """The first stage's output; None where there is only one stage."""
 
 
 class Filler(Protocol):
@@ -91,8 +91,7 @@ class UntrainedFiller:
         self._fill = fill
 
     def __call__(self, content: PackContent) -> Filled:
-        completed = self._fill(content)
-        return Filled(completed, completed)
+        return Filled(self._fill(content), None)
 
 
 class GeneratorFiller:
@@ -115,7 +114,7 @@ class GeneratorFiller:
         )
         chosen = coarse if self._coarse_only else refined
         completed = paste(chosen, into=ready.image, mask=ready.mask)
-        return Filled(_zero_to_one(completed), _zero_to_one(coarse))
+        return Filled(_zero_to_one(completed), None if self._coarse_only else _zero_to_one(coarse))
 
 
 def _zero_to_one(image: Tensor) -> UnitImage:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import asdict
 
 from cluster.session import run_on_gpu
 from cluster.storage import Store
@@ -11,7 +10,7 @@ from data_prep.shards import Dataset
 from pipeline import networks
 from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
 from pipeline.config import Config
-from pipeline.data.loaders import validation_batches
+from pipeline.data.loaders import validation_batches, validation_definition
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.evaluation.metrics import METRICS
 from pipeline.ranks import Ranks
@@ -37,9 +36,7 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
     settings = {
         "step": step,
         "dataset_digest": dataset.digest,
-        "seed": cfg.seed,
-        "size_px": cfg.train.size_px,
-        "masks": asdict(cfg.masks),
+        **validation_definition(cfg),
         "samples": cfg.evaluate.samples,
     }
     if run.exists(f"{folder}/metrics.json"):

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from io import BytesIO
@@ -33,10 +33,11 @@ from pipeline.evaluation.feature_metrics import (
 )
 from pipeline.evaluation.metrics import METRICS, UnitImage, measure
 from pipeline.evaluation.pack_metrics import PackMetrics
-from pipeline.evaluation.packs import Pack, PackItem
+from pipeline.evaluation.packs import Pack, PackContent, PackItem
 from pipeline.evaluation.record import FOLDER
 from pipeline.evaluation.sample_sheet import SamplePanel, sample_panel, sample_sheet
 from pipeline.evaluation.statistics import MIN_IMAGES, differences
+from pipeline.progress import progress
 
 FORMAT_VERSION = 1
 KEPT_IMAGES = 200
@@ -186,7 +187,8 @@ def _measure_share(
     lpips = Lpips(measured.vgg, device) if measured.vgg else None
     inception = InceptionFeatures(measured.inception, device) if measured.inception else None
     rows = []
-    for item, content in pack.contents(pack.items[share::shares]):
+    items = pack.items[share::shares]
+    for item, content in _advancing(contestant.name, pack.contents(items), len(items)):
         filled = filler(content)
         original: UnitImage = content.image.astype(np.float32) / 255
         values = measure(filled.completed, original, content.mask)
@@ -207,6 +209,15 @@ def _measure_share(
             panel = sample_panel(original, content.mask, strokes, filled.coarse, filled.completed)
         rows.append(PackRow(item, values, panel, real, fake))
     return rows
+
+
+def _advancing(
+    name: str, contents: Iterator[tuple[PackItem, PackContent]], count: int
+) -> Iterator[tuple[PackItem, PackContent]]:
+    with progress(f"evaluate {name}", "images") as advance:
+        for done, content in enumerate(contents, 1):
+            yield content
+            advance(done, count)
 
 
 def _rounded(completed: UnitImage) -> Pixels:

@@ -24,7 +24,8 @@ class SamplePanel:
     """The original, white in the hole."""
     sketch: Pixels | None
     """The same with the strokes that guided it; None for an unguided generator."""
-    coarse: Pixels
+    coarse: Pixels | None
+    """None where there is only one stage."""
     completed: Pixels
 
 
@@ -32,7 +33,7 @@ def sample_panel(
     original: UnitImage,
     mask: Mask,
     strokes: Strokes | None,
-    coarse: UnitImage,
+    coarse: UnitImage | None,
     completed: UnitImage,
 ) -> SamplePanel:
     """The panel of one image; ``strokes`` are shown inside the hole only."""
@@ -42,13 +43,14 @@ def sample_panel(
     if strokes is not None:
         sketch = hole.copy()
         sketch[(mask > 0) & (strokes > 0)] = INK
-    return SamplePanel(_as_bytes(original), hole, sketch, _as_bytes(coarse), _as_bytes(completed))
+    first_stage = None if coarse is None else _as_bytes(coarse)
+    return SamplePanel(_as_bytes(original), hole, sketch, first_stage, _as_bytes(completed))
 
 
 def sample_sheet(panels: Sequence[SamplePanel], captions: Sequence[str]) -> Pixels:
     """The panels one below the other, each with its caption; all of one size.
 
-    Columns are original, hole, sketch (where there are sketches), coarse and completed. Small
+    Columns are original, hole, sketch and coarse (where there are such), and completed. Small
     images are enlarged by whole numbers, so that the text fits. Raises ValueError without a panel.
     """
     titles = [

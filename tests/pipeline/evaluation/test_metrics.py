@@ -90,7 +90,22 @@ def test_l1_and_l2_are_means_over_the_hole_alone(height: int, width: int, seed: 
 def test_a_perfect_completion_has_no_error_and_finite_metrics(original: np.ndarray) -> None:
     mask = np.ones(original.shape[:2], np.uint8)
     quality = metrics.measure(original, original, mask)
+    assert quality.pop("tv_percent") > 0
     assert quality == {"l1_percent": 0, "l2_percent": 0, "psnr_db": 100, "ssim": 1}
+
+
+def test_total_variation_is_the_sum_over_neighbors_below_and_to_the_right() -> None:
+    image = np.random.default_rng(0).random((3, 4, 3)).astype(np.float32)
+    expected = 0.0
+    for y in range(3):
+        for x in range(4):
+            for c in range(3):
+                if y < 2:
+                    expected += abs(float(image[y + 1, x, c]) - float(image[y, x, c]))
+                if x < 3:
+                    expected += abs(float(image[y, x + 1, c]) - float(image[y, x, c]))
+    assert metrics.tv_percent(image, image) == pytest.approx(100 * expected / 36)
+    assert metrics.tv_percent(np.full((3, 4, 3), 0.3, np.float32), image) == 0
 
 
 def test_a_image_without_a_hole_has_no_error(original: np.ndarray) -> None:
