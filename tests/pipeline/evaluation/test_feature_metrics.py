@@ -125,7 +125,7 @@ def test_networks_get_8_bit_images_and_unrounded_ones_in_the_range_that_they_exp
 
 
 def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--inception .* was not found"):
+    with pytest.raises(FileNotFoundError, match=r"--inception .* was not found"):
         FeatureNetwork.read("inception", str(tmp_path / "missing.pt"))
     (tmp_path / "text.pt").write_text("no network")
     network = FeatureNetwork.read("vgg", str(tmp_path / "text.pt"))
