@@ -4,6 +4,7 @@ import json
 import math
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,9 +60,9 @@ def trained(weights: Path) -> Contestant:
     return Contestant("ours", weights.read_bytes(), step=7)
 
 
-def rows_of(store: Store, folder: str) -> dict[str, list[float]]:
+def rows_of(store: Store, folder: str) -> dict[str, list[Any]]:
     table = parquet.read_table(BytesIO(store.get(f"{folder}/rows.parquet")))
-    rows: dict[str, list[float]] = table.to_pydict()
+    rows: dict[str, list[Any]] = table.to_pydict()
     return rows
 
 
