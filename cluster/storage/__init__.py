@@ -2,8 +2,10 @@
 
 from cluster.storage.base import (
     MIB,
+    CorruptedTransferError,
     MissingKeyError,
     StorageError,
+    StorageRefusedError,
     Store,
     describe_error,
     folder_and_name,
@@ -17,8 +19,10 @@ from cluster.storage.schemes import SCHEMES, open_store, open_version, pyarrow_f
 __all__ = [
     "MIB",
     "SCHEMES",
+    "CorruptedTransferError",
     "MissingKeyError",
     "StorageError",
+    "StorageRefusedError",
     "Store",
     "describe_error",
     "folder_and_name",

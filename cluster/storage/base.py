@@ -24,6 +24,14 @@ class MissingKeyError(StorageError, FileNotFoundError):
     """The store has nothing under this key."""
 
 
+class StorageRefusedError(StorageError):
+    """The storage refuses, and repeating changes nothing: forbidden, wrong keys, no bucket."""
+
+
+class CorruptedTransferError(StorageError):
+    """Bytes changed on their way, as a checksum shows; a repetition may bring them whole."""
+
+
 class Store(Protocol):
     """Values under keys like ``step-00000010/manifest.json``, below one URL.
 
@@ -54,6 +62,10 @@ class Store(Protocol):
         """Read from front to back; a short read is an error. Raises MissingKeyError."""
         ...
 
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start``; fewer at the end of the value. Raises MissingKeyError."""
+        ...
+
     def list_keys(self, prefix: str = "") -> list[str]:
         """Every key that starts with the string ``prefix``, sorted."""
         ...
@@ -74,6 +86,10 @@ class Store(Protocol):
         Living writers are safe, in whatever process and on whatever machine: what may belong to
         one is kept until it is ``abandoned_s`` old.
         """
+        ...
+
+    def reconnected(self) -> Store:
+        """This store over new connections: what an old one spoils may come whole."""
         ...
 
     def local_path(self, key: str = "") -> Path | None:
@@ -129,5 +145,8 @@ def describe_error(error: BaseException, max_chars: int = 300) -> str:
 
 
 def without_password(text: str) -> str:
-    """``text`` without the user names and passwords of the URLs in it."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    """``text`` without the user names and passwords of the URLs in it.
+
+    A password may hold slashes and at signs; digits before a slash are a port.
+    """
+    return re.sub(r":(/{1,2})[^/@\s:]*(?::(?!\d+[/?#])[^@\s]*)?@(?:[^/@\s]*@)*", r":\1", text)

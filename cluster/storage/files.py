@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import io
@@ -23,8 +24,10 @@ from cluster.storage.base import (
     MIB,
     MissingKeyError,
     StorageError,
+    StorageRefusedError,
     checked_key,
     join,
+    without_password,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ def open_files(url: str) -> FileStore:
     if url.startswith("file://"):
         host, slash, path = url.removeprefix("file://").partition("/")
         if host not in ("", "localhost") or not slash:
-            raise StorageError(f"{url} names another machine: write file:///absolute/path")
+            raise StorageError(
+                f"{without_password(url)} names another machine: write file:///absolute/path"
+            )
         return FileStore(Path("/" + unquote(path)))
     if not url:
         raise StorageError("the storage URL is empty: give a path, file:// or s3://bucket/prefix")
@@ -86,6 +91,11 @@ class FileStore:
         with self._storage_errors(key):
             return io.BufferedReader(_FileReader(self._path(key)), MIB)
 
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        with self._storage_errors(key), self._path(key).open("rb") as source:
+            source.seek(start)
+            return source.read(size)
+
     def list_keys(self, prefix: str = "") -> list[str]:
         start = self._root / prefix.rpartition("/")[0]
         found = []
@@ -124,6 +134,9 @@ class FileStore:
             log.info("unfinished files removed count=%d url=%s", cleared, self.url)
         return cleared
 
+    def reconnected(self) -> FileStore:
+        return self
+
     def local_path(self, key: str = "") -> Path | None:
         return self._path(key) if key else self._root
 
@@ -152,8 +165,15 @@ class FileStore:
         except StorageError:
             raise
         except OSError as error:
-            kind = MissingKeyError if isinstance(error, FileNotFoundError) else StorageError
-            raise kind(f"{join(self.url, key)}: {error.strerror or error}") from error
+            raise _kind(error)(f"{join(self.url, key)}: {error.strerror or error}") from error
+
+
+def _kind(error: OSError) -> type[StorageError]:
+    if isinstance(error, FileNotFoundError):
+        return MissingKeyError
+    if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
+        return StorageRefusedError
+    return StorageError
 
 
 class _FileReader(io.FileIO):
@@ -226,7 +246,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and not isinstance(error, StorageError):
-            raise StorageError(f"{path}: {error.strerror or error}") from error
+            kind = StorageError if isinstance(error, FileNotFoundError) else _kind(error)
+            raise kind(f"{path}: {error.strerror or error}") from error
         raise
 
 

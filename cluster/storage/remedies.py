@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 
 from botocore import exceptions as boto
 
-from cluster.storage.base import MissingKeyError, StorageError
+from cluster.storage.base import (
+    CorruptedTransferError,
+    MissingKeyError,
+    StorageError,
+    StorageRefusedError,
+)
 
 CHECKSUMS = (
     "{server} does not understand the checksums of newer AWS clients: "
@@ -43,9 +49,24 @@ REMEDIES = {
         "{server} is overloaded or failing, also after retries: try again later"
     ),
     ("QuotaExceeded", "InsufficientStorage", "507", "XMinioStorageFull"): "{server} is full",
-    ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"): CHECKSUMS,
+    ("InvalidDigest",): CHECKSUMS,
 }
 """Error codes of S3 servers, and the message for each group of them."""
+REFUSALS = frozenset(
+    {
+        *("NoSuchBucket", "SignatureDoesNotMatch", "InvalidAccessKeyId"),
+        *("AccessDenied", "Forbidden", "AllAccessDisabled", "403"),
+        *("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"),
+    }
+)
+"""Codes that stay the same however often a request is repeated."""
+CORRUPTIONS = frozenset(
+    {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody"}
+)
+CORRUPTED = (
+    "bytes changed on their way {way} {server}, as their checksum shows: try again; if it happens "
+    "again, look for a faulty network or faulty memory between here and there"
+)
 
 
 def answer_to_error(url: str, error: boto.ClientError, endpoint: str | None) -> StorageError:
@@ -55,18 +76,26 @@ def answer_to_error(url: str, error: boto.ClientError, endpoint: str | None) -> 
     server = f"the S3 server {endpoint or 'of AWS'}"
     if code in ("NoSuchKey", "404", "NotFound"):
         return MissingKeyError(f"{url}: object not found")
+    if code in CORRUPTIONS or re.search(r"checksum.*match|digest.*match", text.lower()):
+        return CorruptedTransferError(f"{url}: {CORRUPTED.format(way='to', server=server)}")
     if "checksum" in text.lower() or "aws-chunked" in text.lower():
         return StorageError(f"{url}: {CHECKSUMS.format(server=server)}")
     for codes, remedy in REMEDIES.items():
         if code in codes:
-            return StorageError(f"{url}: {remedy.format(server=server)}")
+            kind = StorageRefusedError if code in REFUSALS else StorageError
+            return kind(f"{url}: {remedy.format(server=server)}")
     operation = error.operation_name
     return StorageError(without_secrets(f"{url}: {operation} failed at {server}: {code} {text}"))
 
 
 def failure_to_error(url: str, error: Exception, endpoint: str | None) -> StorageError:
     """The error to raise about ``url`` where no answer came from the server at ``endpoint``."""
-    return StorageError(f"{url}: {_remedy_without_answer(error, endpoint or 'AWS')}")
+    server = endpoint or "AWS"
+    if isinstance(error, boto.FlexibleChecksumError):
+        return CorruptedTransferError(f"{url}: {CORRUPTED.format(way='from', server=server)}")
+    refused = isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError)
+    kind = StorageRefusedError if refused else StorageError
+    return kind(f"{url}: {_remedy_without_answer(error, server)}")
 
 
 def _remedy_without_answer(error: Exception, server: str) -> str:
@@ -79,8 +108,6 @@ def _remedy_without_answer(error: Exception, server: str) -> str:
         return f"cannot reach {server}: start the server, or correct AWS_ENDPOINT_URL"
     if isinstance(error, boto.SSLError):
         return f"the certificate of {server} is not trusted: set AWS_CA_BUNDLE to its certificate"
-    if isinstance(error, boto.FlexibleChecksumError):
-        return CHECKSUMS.format(server=server)
     return without_secrets(f"{type(error).__name__} at {server}: {error}")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from botocore.config import Config
 from cluster.storage.base import (
     ABANDONED_S,
     MIB,
+    CorruptedTransferError,
     MissingKeyError,
     StorageError,
     checked_key,
@@ -44,6 +46,7 @@ TRANSFER = TransferConfig(
     multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
 )
 READ_ATTEMPTS = 6
+UPLOAD_ATTEMPTS = 3  # where the server reports bytes that changed on their way
 REQUEST_ATTEMPTS = 5  # of each request: a busy S3 server answers 503 SlowDown
 S3_ERRORS = (boto.ClientError, boto.BotoCoreError, Boto3Error)
 
@@ -124,16 +127,21 @@ _making_client = threading.Lock()
 
 
 @functools.lru_cache(maxsize=4)
-def _shared_client(process: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
+def _shared_client(
+    process: int, settings: tuple[tuple[str, str], ...], connections: int
+) -> S3Client:
     """One client for all stores of a process, because creating one takes a tenth of a second."""
     return s3_client()
+
+
+_connections = itertools.count(1)
 
 
 class S3Store:
     """The keys below ``s3://bucket/prefix``."""
 
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self._bucket, self._prefix = bucket, prefix
+    def __init__(self, bucket: str, prefix: str, connections: int = 0) -> None:
+        self._bucket, self._prefix, self._connections = bucket, prefix, connections
 
     @property
     def url(self) -> str:
@@ -144,11 +152,10 @@ class S3Store:
             return source.read()
 
     def put(self, key: str, data: bytes) -> None:
-        self._upload(io.BytesIO(data), key)
+        self._upload(lambda: io.BytesIO(data), key)
 
     def upload(self, path: Path, key: str) -> None:
-        with path.open("rb") as source:
-            self._upload(source, key)
+        self._upload(lambda: path.open("rb"), key)
 
     def download(self, key: str, path: Path) -> None:
         expected = self.size(key)
@@ -161,6 +168,12 @@ class S3Store:
         with self._storage_errors(key):
             source = _S3Reader(self._client, self._bucket, self._full(key))
         return io.BufferedReader(source, MIB)
+
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        with self._storage_errors(key):
+            source = _S3Reader(self._client, self._bucket, self._full(key), start, size)
+            with contextlib.closing(source):
+                return source.readall()
 
     def list_keys(self, prefix: str = "") -> list[str]:
         below = f"{self._prefix}/" if self._prefix else ""
@@ -215,6 +228,9 @@ class S3Store:
             log.info("unfinished uploads removed count=%d url=%s", cleared, self.url)
         return cleared
 
+    def reconnected(self) -> S3Store:
+        return S3Store(self._bucket, self._prefix, next(_connections))
+
     def local_path(self, key: str = "") -> Path | None:
         return None
 
@@ -245,14 +261,26 @@ class S3Store:
         # Connections do not survive a fork, so a child process creates its own client.
         settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
         with _making_client:
-            return _shared_client(os.getpid(), tuple(settings))
+            return _shared_client(os.getpid(), tuple(settings), self._connections)
 
     def _full(self, key: str) -> str:
         return f"{self._prefix}/{checked_key(key)}".lstrip("/")
 
-    def _upload(self, source: IO[bytes], key: str) -> None:
-        with self._storage_errors(key):
-            self._client.upload_fileobj(source, self._bucket, self._full(key), Config=TRANSFER)
+    def _upload(self, opened: Callable[[], IO[bytes]], key: str) -> None:
+        """Upload what ``opened`` gives; again, over new connections, where it came corrupted."""
+        store = self
+        for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+            try:
+                with self._storage_errors(key), opened() as source:
+                    store._client.upload_fileobj(
+                        source, self._bucket, self._full(key), Config=TRANSFER
+                    )
+                return
+            except CorruptedTransferError as error:
+                if attempt == UPLOAD_ATTEMPTS:
+                    raise
+                log.warning("upload repeated attempt=%d: %s", attempt, error)
+                store = self.reconnected()
 
     @contextlib.contextmanager
     def _storage_errors(self, key: str) -> Iterator[None]:
@@ -261,14 +289,21 @@ class S3Store:
 
 
 class _S3Reader(io.RawIOBase):
-    """One object from front to back; after a broken connection, reading resumes where it broke."""
+    """One object, or ``size`` bytes of it, from front to back.
 
-    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+    After a broken connection, reading resumes where it broke.
+    """
+
+    def __init__(
+        self, client: S3Client, bucket: str, key: str, start: int = 0, size: int | None = None
+    ) -> None:
         self._client, self._bucket, self._key = client, bucket, key
         self._url = f"s3://{bucket}/{key}"
-        answer = client.get_object(Bucket=bucket, Key=key)
+        part: Any = {} if size is None else {"Range": f"bytes={start}-{start + size - 1}"}
+        answer = client.get_object(Bucket=bucket, Key=key, **part)
         self._body, self._etag = answer["Body"], answer["ETag"]
-        self._size, self._position = answer["ContentLength"], 0
+        self._position = start
+        self._size = start + answer["ContentLength"]  # where reading ends
 
     def readable(self) -> bool:
         return True
