@@ -383,21 +383,64 @@ def _add_checkpoints(commands: Commands) -> None:
             " --step best --out checkpoint",
         ),
         ("verify", "read every byte of every checkpoint and compare its digest", ""),
-        ("prune", "delete all checkpoints except the newest and the best", " --keep 3"),
+        (
+            "prune",
+            "show which checkpoints retention would delete and why the others stay",
+            " --keep 3",
+        ),
     ):
         sub = _add(actions, name, text, f"checkpoints {name} {run}{options}")
         sub.add_argument(
-            "url", metavar="URL", help="folder of a run, or of one checkpoint; path or URL"
+            "url",
+            metavar="URL",
+            help="folder of a run, of one checkpoint, or of what 'pull' made; path or URL"
+            + ("; or a whole storage" if name == "ls" else ""),
         )
         if name in ("show", "pull"):
             sub.add_argument(
-                "--step", default="newest", help="a step, 'best' or 'newest'; without it, newest"
+                "--step",
+                default="newest",
+                help="a step, 'newest', 'best', or by another metric as best:val/psnr_db:max; "
+                "without it, newest",
+            )
+        if name == "show":
+            sub.add_argument(
+                "--trace",
+                action="store_true",
+                help="print where the checkpoint came from, and check every link",
             )
         if name == "pull":
             sub.add_argument("--out", type=Path, required=True, help="folder to write")
+            sub.add_argument(
+                "--weights-only",
+                action="store_true",
+                help="copy the averaged generator and the manifest alone",
+            )
+            sub.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="replace what --out holds of another step",
+            )
+        else:
+            sub.add_argument("--json", action="store_true", help="print JSON for scripts")
         if name == "prune":
             sub.add_argument(
                 "--keep", type=int, required=True, help="how many of the newest to keep"
+            )
+            sub.add_argument(
+                "--best",
+                metavar="METRIC:MODE",
+                help="keep the best one by this metric, as val/psnr_db:max; "
+                "without it, val/l1_percent:min",
+            )
+            sub.add_argument(
+                "--every",
+                type=int,
+                metavar="STEPS",
+                help="keep those at multiples of so many steps",
+            )
+            sub.add_argument(
+                "--yes", action="store_true", help="delete; without it, nothing is deleted"
             )
         sub.set_defaults(command=_checkpoints, action=name)
 

@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from cluster.storage import without_password
 from data_prep.masks import MaskSettings
 from data_prep.settings import DataSettings, SketchSettings
 from models.options import ModelOptions
@@ -107,6 +108,11 @@ class TrainSettings(Section):
     """Steps between two checkpoints; each one is validated and carries its metrics."""
     keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints stay, besides the best."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps stay for ever."""
+    save_deadline_minutes: PositiveFloat = 10.0
+    """How long storage may be away before a run ends because it cannot save; training continues
+    meanwhile."""
     max_bad_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is not finite, after which a run ends. Such steps
     change no weights."""
@@ -217,14 +223,30 @@ class Config(Section):
             )
         return train
 
+    def recorded(self) -> dict[str, Any]:
+        """Every setting, for files that others read: without the passwords of URLs."""
+        return {
+            name: _without_passwords(value) for name, value in self.model_dump(mode="json").items()
+        }
+
     def digest(self) -> str:
-        """SHA-256 of every setting, for checkpoints and comparisons."""
-        tree = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """SHA-256 of every setting as ``recorded``, for checkpoints and comparisons."""
+        tree = json.dumps(self.recorded(), sort_keys=True)
         return hashlib.sha256(tree.encode()).hexdigest()
 
     def flat(self) -> dict[str, str | int | float | bool | None]:
         """Every setting under its dotted name, as overrides name it."""
-        return dict(_leaves(self.model_dump(mode="json")))
+        return dict(_leaves(self.recorded()))
+
+
+def _without_passwords(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_password(value)
+    if isinstance(value, dict):
+        return {name: _without_passwords(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(inner) for inner in value]
+    return value
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from cluster.git import git_commit
+from cluster.session import job_metadata
 from data_prep.images import decode
 from data_prep.shards import Dataset
 from models import Generator
@@ -61,7 +63,13 @@ def train_on_rank(
         logging.getLogger().setLevel(logging.WARNING)
     torch.manual_seed(cfg.seed)  # equal initial weights on all ranks
 
-    checkpoints = CheckpointStore(storage.checkpoints, keep=cfg.train.keep_checkpoints, best=BEST)
+    checkpoints = CheckpointStore(
+        storage.checkpoints,
+        keep=cfg.train.keep_checkpoints,
+        best=BEST,
+        every=cfg.train.keep_every_steps,
+        save_deadline_s=60 * cfg.train.save_deadline_minutes,
+    )
     if ranks.first:
         storage.run.clear_unfinished()
     state = _newest(cfg, checkpoints, dataset, ranks)
@@ -152,6 +160,8 @@ class TrainingLoop:
             interval.add(position, batch.keys, result)
             clock.steps += 1
 
+            if self.ranks.first:
+                self.checkpoints.raise_failure()
             last = position.step >= cfg.steps
             stopping = False
             if last or position.step % cfg.log_every_steps == 0:
@@ -161,6 +171,8 @@ class TrainingLoop:
                 clock.restart()  # the speed of training leaves saving out
             if last or stopping:
                 break
+        if self.ranks.first:
+            self.checkpoints.wait()  # a run is finished once its last checkpoint is committed
         self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")
         return position
 
@@ -263,6 +275,7 @@ class TrainingLoop:
                 f"{self._healthy()}; {self._advice()}"
             )
         if self.ranks.first:
+            job = job_metadata()
             self.checkpoints.save(
                 position.step,
                 state.files(networks.weights_header(self.cfg.model), metrics=metrics),
@@ -273,7 +286,9 @@ class TrainingLoop:
                     "dataset_digest": self.dataset.digest,
                     "mlflow_run": self.tracker.run_id,
                     "config_digest": self.cfg.digest(),
-                    "config": self.cfg.model_dump(mode="json"),
+                    "config": self.cfg.recorded(),
+                    "git_commit": job.get("git_commit") or git_commit() or "",
+                    "ray_submission": job.get("job_submission_id") or "",
                 },
             )
             self.tracker.log_metrics(position.step, metrics)
@@ -340,7 +355,7 @@ def _newest(
         return None
     manifest = checkpoints.manifest(step)
     refuse_other_model(cfg.name, manifest, cfg.model)
-    if manifest["dataset_digest"] != dataset.digest:
+    if manifest.dataset_digest != dataset.digest:
         log.warning("the dataset changed after step %d: training continues in another order", step)
     log.info("resuming run=%s step=%d", cfg.name, step)
     return TrainingState.read(found[1] if found else checkpoints.load(step))

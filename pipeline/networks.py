@@ -15,7 +15,8 @@ from cluster.storage import MissingKeyError, folder_and_name, open_store
 from models import Discriminator, Generator
 from models.options import ModelOptions
 from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided
-from pipeline.checkpoints import BEST, choose_checkpoint, read_pulled
+from pipeline.checkpoint_urls import choose_checkpoint
+from pipeline.checkpoints import BEST
 from pipeline.config import Config, ConfigError, stored_model_options
 
 M = TypeVar("M", bound=nn.Module)
@@ -141,8 +142,6 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
                 f"{source} should be a .safetensors file or the folder of a checkpoint: "
                 "`python -m pipeline weights import` converts the weights of other codes"
             )
-        if (pulled := read_pulled(source, name)) is not None:
-            return pulled, f"{name} in {source}"
         checkpoints, step = choose_checkpoint(source, "best", BEST)
         return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
     folder, file = folder_and_name(source)

@@ -68,9 +68,9 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
     if faults:
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
     MaskSampler(cfg.masks)  # raises where a folder of masks is empty
-    if (step := checkpoints.newest()) is not None:
-        refuse_other_model(cfg.name, checkpoints.manifest(step), cfg.model)
-    else:
+    if (manifest := checkpoints.newest_manifest()) is not None:
+        refuse_other_model(cfg.name, manifest, cfg.model)
+    elif checkpoints.newest() is None:
         starting_weights(cfg)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from data_prep.shards import verify
 from pipeline import config
-from pipeline.checkpoints import BEST, CheckpointStore, list_checkpoints
+from pipeline.checkpoint_urls import list_checkpoints
+from pipeline.checkpoints import BEST, CheckpointStore
 from pipeline.cli import DONE, MISTAKE
 from pipeline.run import prepare
 from pipeline.run_storage import RunStorage

@@ -2,48 +2,158 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
 
 from rich.table import Table
 
+from pipeline.checkpoint_manifest import CheckpointManifest
+from pipeline.checkpoint_pull import pull
+from pipeline.checkpoint_urls import (
+    CheckpointInfo,
+    choose_checkpoint,
+    find_checkpoints,
+    find_runs,
+    list_checkpoints,
+)
 from pipeline.checkpoints import (
     BEST,
     CheckpointChoice,
     CheckpointError,
-    choose_checkpoint,
-    list_checkpoints,
-    prune_checkpoints,
-    pull_checkpoint,
-    verify_checkpoints,
+    CheckpointStore,
+    MetricMode,
 )
 from pipeline.commands.tables import print_table
+from pipeline.progress import progress
+
+MB = 1e6
 
 
 def _ls(arguments: argparse.Namespace) -> bool:
-    listed = list_checkpoints(arguments.url)
+    try:
+        listed = list_checkpoints(arguments.url)
+    except CheckpointError:
+        runs = find_runs(arguments.url)
+        if not runs:
+            raise
+        _ls_runs(runs, arguments.json)
+        return True
+    best, newest = _best_step(listed), max((found.step for found in listed), default=None)
+    if arguments.json:
+        _print_json(
+            [
+                {**asdict(found), "best": found.step == best, "newest": found.step == newest}
+                for found in listed
+            ]
+        )
+        return True
     names = sorted({name for found in listed for name in found.metrics})
-    table = Table("step", "saved", "MB", *names, box=None, pad_edge=False)
+    table = Table(*("step", "age", "MB", *names, "", "dataset", "commit"), box=None, pad_edge=False)
     for found in listed:
         values = [f"{found.metrics[n]:.4g}" if n in found.metrics else "" for n in names]
-        table.add_row(str(found.step), found.saved, f"{found.bytes / 1e6:.1f}", *values)
+        marks = ["best"] * (found.step == best) + ["newest"] * (found.step == newest)
+        table.add_row(
+            *(str(found.step), _age(found.saved), f"{found.bytes / MB:.1f}", *values),
+            *(" ".join(marks), found.dataset_digest[:12], found.git_commit[:12]),
+        )
     print_table(table)
     return True
 
 
+def _ls_runs(runs: Mapping[str, CheckpointStore], as_json: bool) -> None:
+    rows = []
+    for name, checkpoints in runs.items():
+        infos = [CheckpointInfo.of(checkpoints, m) for m in checkpoints.manifests().values()]
+        if not infos:
+            continue
+        best = _best_step(infos)
+        value = next((info.metrics[BEST[0]] for info in infos if info.step == best), None)
+        row: dict[str, Any] = {
+            "run": name,
+            "checkpoints": len(infos),
+            "newest": infos[-1].step,
+            "saved": infos[-1].saved,
+            "best": best,
+            BEST[0]: value,
+            "bytes": sum(info.bytes for info in infos),
+        }
+        rows.append(row)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(
+        *("run", "checkpoints", "newest", "age", "best", BEST[0], "MB"), box=None, pad_edge=False
+    )
+    for row in rows:
+        value = row[BEST[0]]
+        table.add_row(
+            *(row["run"], str(row["checkpoints"]), str(row["newest"]), _age(row["saved"])),
+            "" if row["best"] is None else str(row["best"]),
+            "" if value is None else f"{value:.4g}",
+            f"{row['bytes'] / MB:.1f}",
+        )
+    print_table(table)
+
+
 def _show(arguments: argparse.Namespace) -> bool:
-    store, step = choose_checkpoint(arguments.url, _which(arguments.step), BEST)
-    print(json.dumps(store.manifest(step), indent=1))
-    return True
+    which, best = _choice(arguments.step)
+    checkpoints, step = choose_checkpoint(arguments.url, which, best)
+    manifest = checkpoints.manifest(step)
+    if not arguments.trace:
+        _print_json(manifest.record())
+        return True
+    from pipeline.commands.trace import trace
+
+    links = trace(checkpoints, manifest)
+    if arguments.json:
+        _print_json([asdict(link) for link in links])
+    else:
+        table = Table("link", "is", "found", box=None, pad_edge=False)
+        for link in links:
+            table.add_row(link.name, link.value, link.fault or link.found)
+        print_table(table)
+    return not any(link.fault for link in links)
 
 
 def _pull(arguments: argparse.Namespace) -> bool:
-    for path in pull_checkpoint(arguments.url, arguments.out, _which(arguments.step), BEST):
+    which, best = _choice(arguments.step)
+    checkpoints, step = choose_checkpoint(arguments.url, which, best)
+    print(_described(checkpoints.manifest(step), best))
+    with progress("pull", "MB") as advance:
+        paths = pull(
+            checkpoints,
+            step,
+            arguments.out,
+            weights_only=arguments.weights_only,
+            overwrite=arguments.overwrite,
+            advance=lambda done, total: advance(round(done / MB), round(total / MB)),
+        )
+    for path in paths:
         print(path)
     return True
 
 
 def _verify(arguments: argparse.Namespace) -> bool:
-    faults = verify_checkpoints(arguments.url)
+    checkpoints, only = find_checkpoints(arguments.url)
+    steps = checkpoints.steps() if only is None else [only]
+    total = sum(manifest.total_bytes for manifest in checkpoints.manifests().values())
+    done, counting = 0, threading.Lock()
+    with progress("verify", "MB") as advance:
+
+        def read(size: int) -> None:
+            nonlocal done
+            with counting:
+                done += size
+                advance(round(done / MB), round(max(total, done) / MB))
+
+        faults = {step: checkpoints.verify(step, read) for step in steps}
+    if arguments.json:
+        _print_json([{"step": step, "faults": found} for step, found in faults.items()])
+        return not any(faults.values())
     for step, found in faults.items():
         print(f"step {step}: {'as written' if not found else ''}")
         for fault in found:
@@ -52,20 +162,87 @@ def _verify(arguments: argparse.Namespace) -> bool:
 
 
 def _prune(arguments: argparse.Namespace) -> bool:
-    deleted = prune_checkpoints(arguments.url, keep=arguments.keep, best=BEST)
-    for step in deleted:
-        print(f"deleted step {step}")
-    if not deleted:
-        print("nothing to delete: all are among the newest, or the best")
+    found, only = find_checkpoints(arguments.url)
+    if only is not None:
+        raise CheckpointError(f"{arguments.url} is a single checkpoint: prune a run's folder")
+    best = BEST if arguments.best is None else _best(arguments.best)
+    checkpoints = CheckpointStore(
+        found.store, keep=arguments.keep, best=best, every=arguments.every
+    )
+    pruning = checkpoints.plan_pruning()
+    if arguments.yes:
+        checkpoints.apply(pruning)
+    if arguments.json:
+        _print_json(
+            {
+                "kept": [{"step": step, "reason": why} for step, why in pruning.kept.items()],
+                "deleted": list(pruning.deleted),
+                "orphans": list(pruning.orphans),
+                "done": arguments.yes,
+            }
+        )
+        return True
+    verb = "deleted" if arguments.yes else "would delete"
+    for step, why in pruning.kept.items():
+        print(f"keep step {step}: {why}")
+    for step in pruning.deleted:
+        print(f"{verb} step {step}: {pruning.bytes.get(step, 0) / MB:.1f} MB")
+    for step in pruning.orphans:
+        print(f"{verb} step {step}: never finished")
+    if not pruning.deleted and not pruning.orphans:
+        print("nothing to delete")
+    elif not arguments.yes:
+        print("nothing was deleted: repeat with --yes")
     return True
 
 
-def _which(text: str) -> CheckpointChoice:
+def _choice(text: str) -> tuple[CheckpointChoice, tuple[str, MetricMode]]:
+    """What ``--step`` means: a step, ``newest``, ``best`` or ``best:METRIC:min``."""
     if text in ("newest", "best"):
-        return text  # type: ignore[return-value]
-    if text.isdecimal():
-        return int(text)
-    raise CheckpointError(f"--step {text}: give a number, 'newest' or 'best'")
+        return text, BEST  # type: ignore[return-value]
+    if text.isdecimal() and text.isascii():
+        return int(text), BEST
+    if text.startswith("best:"):
+        return "best", _best(text.removeprefix("best:"))
+    raise CheckpointError(
+        f"--step {text}: give a number, 'newest', 'best', or for instance best:val/psnr_db:max"
+    )
+
+
+def _best(text: str) -> tuple[str, MetricMode]:
+    if match := re.fullmatch(r"(.+):(min|max)", text):
+        return match[1], match[2]  # type: ignore[return-value]
+    raise CheckpointError(
+        f"{text}: say also whether low or high is best, as in val/psnr_db:max or val/l1_percent:min"
+    )
+
+
+def _described(manifest: CheckpointManifest, best: tuple[str, MetricMode]) -> str:
+    value = manifest.metrics.get(best[0])
+    metric = "" if value is None else f", {best[0]} {value:.4g}"
+    return f"step {manifest.step}{metric}, {manifest.total_bytes / MB:.1f} MB in all"
+
+
+def _best_step(listed: Sequence[CheckpointInfo]) -> int | None:
+    name = BEST[0]
+    values = {found.step: found.metrics[name] for found in listed if name in found.metrics}
+    return min(values, key=lambda step: (values[step], -step), default=None)
+
+
+def _age(saved: str) -> str:
+    """Since ``saved``, in one unit: ``12 min``, ``5 h``, ``3 d``."""
+    try:
+        then = datetime.strptime(saved, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return ""
+    minutes = max(0, int((datetime.now(UTC) - then).total_seconds() // 60))
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 2 * 24 * 60 else f"{minutes // (24 * 60)} d"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
 
 
 ACTIONS: Mapping[str, Callable[[argparse.Namespace], bool]] = {

@@ -129,7 +129,7 @@ def _all_runs(storage: str) -> list[str]:
 
 def _mlflow_ids(url: str) -> set[str]:
     manifests = CheckpointStore(open_store(join(url, "checkpoints"))).manifests().values()
-    return {str(manifest.get("mlflow_run")) for manifest in manifests}
+    return {manifest.mlflow_run for manifest in manifests}
 
 
 def _from_mlflow(filter_string: str, tracking_uri: str | None) -> list[str]:
@@ -159,21 +159,20 @@ def read_runs(urls: Sequence[str]) -> list[RunRecord]:
 def _read(url: str, label: str) -> RunRecord:
     store = open_store(url)
     history = read_history(store)
-    manifest: Mapping[str, Any] = {}
     try:
-        checkpoints = CheckpointStore(open_store(join(url, "checkpoints")))
-        if (newest := checkpoints.newest()) is not None:
-            manifest = checkpoints.manifest(newest)
+        manifest = CheckpointStore(open_store(join(url, "checkpoints"))).newest_manifest()
     except (CheckpointError, StorageError) as error:
+        manifest = None
         log.warning("checkpoints passed over url=%s: %s", url, error)
     last = history.attempts[-1].info if history.attempts else None
     return RunRecord(
         label=label,
         url=url,
-        config=dict(_leaves(manifest.get("config") or (last.config if last else {}))),
-        dataset_digest=manifest.get("dataset_digest") or (last.dataset_digest if last else ""),
+        config=dict(_leaves((manifest and manifest.config) or (last.config if last else {}))),
+        dataset_digest=(manifest.dataset_digest if manifest else "")
+        or (last.dataset_digest if last else ""),
         git_commit=last.git_commit if last else "",
-        newest_step=manifest.get("step"),
+        newest_step=manifest.step if manifest else None,
         history=history,
         evaluations=read_evaluations(store),
     )

@@ -42,7 +42,7 @@ def open_training_tracker(
         device=torch.cuda.get_device_name(ranks.device) if cuda else "cpu",
         git_commit=job_metadata().get("git_commit") or git_commit() or "",
         dataset_digest=dataset.digest,
-        config=cfg.model_dump(mode="json"),
+        config=cfg.recorded(),
     )
     return HistoryTracker(tracker, HistoryWriter(storage.run, attempt))
 
@@ -58,7 +58,7 @@ def open_run_tracker(
         name=cfg.name,
         url=storage.run_url,
         params=cfg.flat(),
-        config_yaml=yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
+        config_yaml=yaml.safe_dump(cfg.recorded(), sort_keys=False),
         dataset_name=dataset.name,
         dataset_url=dataset.url,
         dataset_digest=dataset.digest,

@@ -15,19 +15,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_tensors
 
-from cluster.storage import StorageError, Store, join, open_store
+from cluster.storage import StorageRefusedError, Store, join, open_store
+from pipeline import background_saves, checkpoint_pull
+from pipeline import checkpoints as stored
+from pipeline.checkpoint_pull import pull
+from pipeline.checkpoint_urls import choose_checkpoint, find_checkpoints, list_checkpoints
 from pipeline.checkpoints import (
+    CheckpointChoice,
     CheckpointError,
     CheckpointStore,
     MetricMode,
-    list_checkpoints,
-    prune_checkpoints,
-    pull_checkpoint,
-    verify_checkpoints,
 )
 
 FILES = {"weights.bin": b"G" * 1000, "state.json": b"{}", "empty.bin": b""}
 BEST: tuple[str, MetricMode] = ("val/l1", "min")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "REREAD_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(background_saves, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture
@@ -215,7 +222,7 @@ def test_saving_runs_in_the_background_and_its_error_comes_up_at_the_next_save(
     def slow(key: str, data: bytes) -> None:
         assert go_on.wait(10)
         if key.startswith("step-00000020"):
-            raise StorageError("the disk is full")
+            raise StorageRefusedError("access denied")
         real(key, data)
 
     monkeypatch.setattr(run, "put", slow)
@@ -224,7 +231,7 @@ def test_saving_runs_in_the_background_and_its_error_comes_up_at_the_next_save(
     go_on.set()
     checkpoints.save(20, FILES, manifest={})  # waits for the first one
     assert checkpoints.steps() == [10]
-    with pytest.raises(StorageError, match="the disk is full"):
+    with pytest.raises(CheckpointError, match=r"step 20 could not .* step 10 is safe: access"):
         checkpoints.save(30, FILES, manifest={})
     checkpoints.save(40, FILES, manifest={})
     checkpoints.close()
@@ -291,11 +298,11 @@ def test_a_damaged_file_is_named_and_skipped(
         run.put(key, damage)
     (fault,) = checkpoints.verify(20)
     assert fault.startswith(f"{run.url}/{key} is damaged: {reason}")
-    assert verify_checkpoints(run.url) == {10: [], 20: [fault]}
-    for use in (checkpoints.load, lambda step: checkpoints.pull(step, tmp_path / "out")):
+    assert checkpoints.verify(10) == []
+    for use in (checkpoints.load, lambda step: pull(checkpoints, step, tmp_path / "out")):
         with pytest.raises(CheckpointError, match=r"step-00000020/weights.bin"):
             use(20)
-    assert not (tmp_path / "out" / "weights.bin").exists()
+    assert not (tmp_path / "out").exists()
     assert checkpoints.load_newest() == (10, FILES)
     save(checkpoints, 15)  # the run resumed from 10
     assert checkpoints.steps() == [10, 15]
@@ -347,16 +354,16 @@ def test_a_run_its_checkpoints_and_one_of_them_can_be_named(
     url = join(store.url, "runs/one") + form
     single = form.endswith("10")
     assert [found.step for found in list_checkpoints(url)] == ([10] if single else [10, 20, 30])
-    for which, step in {"newest": 30, "best": 20, 30: 30}.items():
-        paths = pull_checkpoint(url, tmp_path / str(which), which, BEST)  # type: ignore[arg-type]
+    wanted: dict[CheckpointChoice, int] = {"newest": 30, "best": 20}
+    for which, step in (wanted | {10 if single else 30: 30}).items():
+        paths = pull(*choose_checkpoint(url, which, BEST), tmp_path / str(which))
         manifest = json.loads((tmp_path / str(which) / "manifest.json").read_text())
         assert manifest["step"] == (10 if single else step)
         assert {path.name: path.read_bytes() for path in paths[:-1]} == FILES
     if single:
-        with pytest.raises(CheckpointError, match="single checkpoint"):
-            prune_checkpoints(url, keep=1, best=BEST)
-    else:
-        assert prune_checkpoints(url, keep=1, best=BEST) == [10]
+        with pytest.raises(CheckpointError, match=r"is step 10, and step 30 was asked for"):
+            choose_checkpoint(url, 30, BEST)
+    assert CheckpointStore(find_checkpoints(url)[0].store, keep=1, best=BEST).prune() == [10]
 
 
 def test_a_place_without_checkpoints_is_an_error_that_says_what_to_give(store: Store) -> None:
@@ -366,29 +373,37 @@ def test_a_place_without_checkpoints_is_an_error_that_says_what_to_give(store: S
         list_checkpoints(store.url)
 
 
-def test_a_pull_cut_short_is_finished_by_repeating_it(
+def test_a_pull_cut_short_resumes_in_the_middle_of_a_file(
     checkpoints: CheckpointStore, run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(checkpoints, 10)
-    save(checkpoints, 20, other={"weights.bin": b"H" * 1000})
-    checkpoints.pull(10, tmp_path)
-    fetched: list[str] = []
-    real = run.download
+    data = os.urandom(1000)
+    save(checkpoints, 20, other={"weights.bin": data})
+    monkeypatch.setattr(checkpoint_pull, "PART", 300)
+    monkeypatch.setattr(checkpoint_pull, "READERS", 1)
+    fetched: list[tuple[str, int]] = []
+    real, killing = run.read_range, [True]
 
-    def counting(key: str, path: Path) -> None:
-        fetched.append(key)
-        if "weights" in key and len(fetched) == 1:
+    def counting(key: str, start: int, size: int) -> bytes:
+        fetched.append((key, start))
+        if killing and start >= 600:
             raise Killed
-        real(key, path)
+        return real(key, start, size)
 
-    monkeypatch.setattr(run, "download", counting)
+    monkeypatch.setattr(run, "read_range", counting)
+    out, weights = tmp_path / "out", "step-00000020/weights.bin"
     with pytest.raises(Killed):
-        checkpoints.pull(20, tmp_path)
-    assert not (tmp_path / "manifest.json").exists()
-    checkpoints.pull(20, tmp_path)
-    assert fetched == ["step-00000020/weights.bin"] * 2  # the others were there
-    assert (tmp_path / "weights.bin").read_bytes() == b"H" * 1000
-    assert json.loads((tmp_path / "manifest.json").read_text())["step"] == 20
+        pull(checkpoints, 20, out)
+    assert not out.exists()
+    fetched.clear()
+    killing.clear()
+    paths = pull(checkpoints, 20, out)
+    assert fetched == [(weights, 600), (weights, 900), ("step-00000020/state.json", 0)]
+    assert (out / "weights.bin").read_bytes() == data
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in paths)
+    assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
+    fetched.clear()
+    assert pull(checkpoints, 20, out) == paths  # nothing is left to fetch
+    assert fetched == []
 
 
 def test_no_secret_of_the_environment_reaches_the_storage(

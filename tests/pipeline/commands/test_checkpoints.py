@@ -3,32 +3,75 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save as save_tensors
 
 from cluster.storage import open_store
 from pipeline import cli
 from pipeline.checkpoints import CheckpointStore
 
+WEIGHTS = save_tensors({"kernel": np.ones(4, np.float32)})
+
+
+def save(run: Path, errors: list[tuple[int, float]]) -> None:
+    checkpoints = CheckpointStore(open_store(str(run / "checkpoints")), keep=len(errors))
+    for step, error in errors:
+        files = {"weights.bin": b"weights %d" % step, "ema.safetensors": WEIGHTS}
+        metrics = {"val/l1_percent": error, "val/psnr_db": step + 0.5}
+        checkpoints.save(step, files, manifest={"metrics": metrics})
+    checkpoints.close()
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> str:
     """A run with three checkpoints, the second the best."""
-    checkpoints = CheckpointStore(open_store(str(tmp_path / "run/checkpoints")), keep=3)
-    for step, error in ((10, 9.0), (20, 7.5), (30, 8.0)):
-        files = {"weights.bin": b"weights %d" % step}
-        checkpoints.save(step, files, manifest={"metrics": {"val/l1_percent": error}})
-    checkpoints.close()
+    save(tmp_path / "run", [(10, 9.0), (20, 7.5), (30, 8.0)])
     return str(tmp_path / "run")
 
 
-def test_ls_lists_every_step_with_its_metrics(run, capsys):
+def test_ls_lists_every_step_with_its_metrics_and_marks_best_and_newest(run, capsys):
     assert cli.main(["checkpoints", "ls", run]) == cli.DONE
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["step", "saved", "MB", "val/l1_percent"]
-    assert [(line.split()[0], line.split()[-1]) for line in lines[1:]] == [
-        ("10", "9"),
-        ("20", "7.5"),
-        ("30", "8"),
+    assert lines[0].split() == [
+        "step",
+        "age",
+        "MB",
+        "val/l1_percent",
+        "val/psnr_db",
+        "dataset",
+        "commit",
+    ]
+    assert [line.split() for line in lines[1:]] == [
+        ["10", "0", "min", "0.0", "9", "10.5"],
+        ["20", "0", "min", "0.0", "7.5", "20.5", "best"],
+        ["30", "0", "min", "0.0", "8", "30.5", "newest"],
+    ]
+    assert cli.main(["checkpoints", "ls", run, "--json"]) == cli.DONE
+    listed = json.loads(capsys.readouterr().out)
+    assert [(found["step"], found["best"], found["newest"]) for found in listed] == [
+        (10, False, False),
+        (20, True, False),
+        (30, False, True),
+    ]
+
+
+def test_ls_of_a_storage_lists_its_runs(tmp_path, capsys):
+    for name, error in (("first", 3.0), ("second", 2.0)):
+        save(tmp_path / "runs" / name, [(10, error)])
+    (tmp_path / "datasets").mkdir()
+    assert cli.main(["checkpoints", "ls", str(tmp_path)]) == cli.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["run", "checkpoints"],
+        ["first", "1"],
+        ["second", "1"],
+    ]
+    assert cli.main(["checkpoints", "ls", str(tmp_path), "--json"]) == cli.DONE
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["run"], row["best"], row["val/l1_percent"]) for row in rows] == [
+        ("first", 10, 3.0),
+        ("second", 10, 2.0),
     ]
 
 
@@ -49,12 +92,95 @@ def test_verify_names_the_damaged_file_and_fails(run, capsys):
     assert str(damaged) in capsys.readouterr().out
 
 
-def test_prune_leaves_the_newest_and_the_best(run, capsys):
-    assert cli.main(["checkpoints", "prune", run, "--keep", "1"]) == cli.DONE
-    assert capsys.readouterr().out == "deleted step 10\n"
-    assert CheckpointStore(open_store(f"{run}/checkpoints")).steps() == [20, 30]
-    assert cli.main(["checkpoints", "prune", run, "--keep", "1"]) == cli.DONE
-    assert capsys.readouterr().out.startswith("nothing to delete")
+def test_pull_says_step_and_metric_and_takes_another_metric_for_best(run, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    wanted = ["checkpoints", "pull", run, "--out", out]
+    assert cli.main([*wanted, "--step", "best:val/psnr_db:max"]) == cli.DONE
+    assert capsys.readouterr().out.startswith("step 30, val/psnr_db 30.5, ")
+    assert cli.main([*wanted, "--step", "best:val/psnr_db"]) == cli.MISTAKE
+    assert "say also whether low or high is best" in capsys.readouterr().err
+
+
+def test_pull_over_another_step_is_refused_without_overwrite(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["checkpoints", "pull", run, "--out", str(out)]) == cli.DONE
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    wanted = ["checkpoints", "pull", run, "--step", "10", "--out", str(out)]
+    capsys.readouterr()
+    assert cli.main(wanted) == cli.MISTAKE
+    assert f"{out} holds step 30, and step 10 was asked for" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert cli.main([*wanted, "--overwrite"]) == cli.DONE
+    assert (out / "weights.bin").read_bytes() == b"weights 10"
+    assert json.loads((out / "manifest.json").read_bytes())["step"] == 10
+
+
+def test_a_pull_into_a_folder_of_something_else_is_refused(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    assert cli.main(["checkpoints", "pull", run, "--out", str(tmp_path / "out")]) == cli.MISTAKE
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("options", [[], ["--weights-only"]])
+def test_a_pulled_folder_is_a_checkpoint_for_every_command(run, tmp_path, capsys, options):
+    out = str(tmp_path / "pulled")
+    assert cli.main(["checkpoints", "pull", run, "--step", "20", "--out", out, *options]) == 0
+    names = {path.name for path in Path(out).iterdir()}
+    assert names == (
+        {"ema.safetensors", "manifest.json", "pulled.json"}
+        if options
+        else {"ema.safetensors", "weights.bin", "manifest.json"}
+    )
+    capsys.readouterr()
+    assert cli.main(["checkpoints", "ls", out, "--json"]) == cli.DONE
+    assert [found["step"] for found in json.loads(capsys.readouterr().out)] == [20]
+    assert cli.main(["checkpoints", "show", out]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["step"] == 20
+    assert cli.main(["checkpoints", "verify", out]) == cli.DONE
+    assert cli.main(["checkpoints", "pull", out, "--out", f"{out}2", *options]) == cli.DONE
+    (Path(out) / "ema.safetensors").write_bytes(WEIGHTS[:-1] + b"X")
+    assert cli.main(["checkpoints", "verify", out]) == cli.MISTAKE
+    assert "ema.safetensors is damaged" in capsys.readouterr().out
+    assert cli.main(["checkpoints", "prune", out, "--keep", "1"]) == cli.MISTAKE
+
+
+def test_a_full_pull_completes_a_folder_of_weights(run, tmp_path):
+    out = tmp_path / "pulled"
+    pull = ["checkpoints", "pull", run, "--out", str(out)]
+    assert cli.main([*pull, "--weights-only"]) == cli.DONE
+    assert cli.main(pull) == cli.DONE
+    assert {path.name for path in out.iterdir()} == {
+        "ema.safetensors",
+        "weights.bin",
+        "manifest.json",
+    }
+
+
+def test_prune_shows_what_it_would_do_and_deletes_with_yes(run, capsys):
+    checkpoints = CheckpointStore(open_store(f"{run}/checkpoints"))
+    (Path(run) / "checkpoints/step-00000015").mkdir()
+    (Path(run) / "checkpoints/step-00000015/weights.bin").write_bytes(b"cut short")
+    prune = ["checkpoints", "prune", run, "--keep", "1"]
+    assert cli.main(prune) == cli.DONE
+    assert capsys.readouterr().out.splitlines() == [
+        "keep step 20: best val/l1_percent",
+        "keep step 30: newest, newest healthy",
+        "would delete step 10: 0.0 MB",
+        "would delete step 15: never finished",
+        "nothing was deleted: repeat with --yes",
+    ]
+    assert checkpoints.steps() == [10, 20, 30]
+    assert cli.main([*prune, "--every", "10", "--json"]) == cli.DONE
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["deleted"], planned["orphans"], planned["done"]) == ([], [15], False)
+    assert cli.main([*prune, "--yes"]) == cli.DONE
+    assert "deleted step 10: 0.0 MB" in capsys.readouterr().out
+    assert checkpoints.steps() == [20, 30]
+    assert not (Path(run) / "checkpoints/step-00000015").exists()
+    assert cli.main([*prune, "--yes"]) == cli.DONE
+    assert capsys.readouterr().out.endswith("nothing to delete\n")
 
 
 @pytest.mark.parametrize(

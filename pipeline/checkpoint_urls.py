@@ -1,0 +1,115 @@
+"""Checkpoints by the URL that a person types: a storage, a run, one step, a pulled folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.storage import MissingKeyError, join, open_store
+from cluster.storage.records import RecordError
+from pipeline.checkpoint_manifest import MANIFEST, CheckpointManifest, parse_manifest
+from pipeline.checkpoints import (
+    CheckpointChoice,
+    CheckpointError,
+    CheckpointStore,
+    MetricMode,
+    step_folder,
+)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One finished checkpoint, as a listing shows it."""
+
+    step: int
+    url: str
+    saved: str
+    """UTC, as 2026-01-31T12:00:00Z."""
+    bytes: int
+    metrics: Mapping[str, float]
+    dataset_digest: str
+    git_commit: str
+
+    @classmethod
+    def of(cls, checkpoints: CheckpointStore, manifest: CheckpointManifest) -> CheckpointInfo:
+        return cls(
+            step=manifest.step,
+            url=join(checkpoints.url, checkpoints.folder(manifest.step)).rstrip("/"),
+            saved=manifest.saved,
+            bytes=manifest.total_bytes,
+            metrics=manifest.metrics,
+            dataset_digest=manifest.dataset_digest,
+            git_commit=manifest.git_commit,
+        )
+
+
+def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
+    """The checkpoints at ``url``: a run's folder, its ``checkpoints`` folder, one step's, or what
+    ``pull`` left.
+
+    The step is None unless ``url`` names one. Raises CheckpointError where there are none, and
+    StorageError for a URL with credentials in it.
+    """
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if (match := re.fullmatch(r"step-(\d+)", name)) and name == step_folder(int(match[1])):
+        return CheckpointStore(open_store(parent or ".")), int(match[1])
+    store = open_store(url)
+    try:
+        step = parse_manifest(store.get(MANIFEST)).step
+    except MissingKeyError:
+        pass
+    except RecordError as error:
+        raise CheckpointError(
+            f"{join(url, MANIFEST)} is damaged: {error}; pull it again"
+        ) from error
+    else:
+        return CheckpointStore(store, only=step), step
+    for place in (url, join(url, "checkpoints")):
+        checkpoints = CheckpointStore(open_store(place))
+        if checkpoints.steps():
+            return checkpoints, None
+    raise CheckpointError(
+        f"{url} has no finished checkpoint: give the folder of a run, as in STORAGE/runs/NAME"
+    )
+
+
+def find_runs(url: str) -> dict[str, CheckpointStore]:
+    """The runs with finished checkpoints in the storage at ``url``, by name."""
+    names = {
+        match[1]
+        for key in open_store(url).list_keys("runs/")
+        if (match := re.fullmatch(r"runs/([^/]+)/checkpoints/step-\d+/manifest\.json", key))
+    }
+    return {
+        name: CheckpointStore(open_store(join(url, "runs", name, "checkpoints")))
+        for name in sorted(names)
+    }
+
+
+def list_checkpoints(url: str) -> list[CheckpointInfo]:
+    """Every finished checkpoint at ``url``, oldest first."""
+    checkpoints, only = find_checkpoints(url)
+    manifests = checkpoints.manifests() if only is None else {only: checkpoints.manifest(only)}
+    return [CheckpointInfo.of(checkpoints, manifest) for manifest in manifests.values()]
+
+
+def choose_checkpoint(
+    url: str, which: CheckpointChoice, best: tuple[str, MetricMode]
+) -> tuple[CheckpointStore, int]:
+    """The checkpoint that ``which`` means at ``url``; a URL that names a step settles it."""
+    checkpoints, step = find_checkpoints(url)
+    if step is not None and isinstance(which, int) and which != step:
+        raise CheckpointError(f"{url} is step {step}, and step {which} was asked for")
+    if step is None:
+        if which == "newest":
+            step = checkpoints.newest()
+        elif which == "best":
+            step = checkpoints.best(*best)
+        else:
+            step = which
+    if step is None:
+        raise CheckpointError(
+            f"no checkpoint at {url} has a finite {best[0]}: give a step, or 'newest'"
+        )
+    return checkpoints, step
