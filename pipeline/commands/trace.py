@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
-from cluster.storage import StorageError, describe_error, join, open_store, without_password
+from cluster.storage import StorageError, join, open_store, without_password
 from data_prep.shards import Dataset, ShardError
 from pipeline.checkpoint_manifest import CheckpointManifest
 from pipeline.checkpoints import CheckpointStore
@@ -130,14 +130,12 @@ def _mlflow_run(manifest: CheckpointManifest) -> Link:
     )
     if not manifest.mlflow_run or not uri:
         return link
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # MLflow tries for minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    try:
-        from mlflow import MlflowClient
+    from pipeline.tracking.mlflow import run_status  # takes seconds to import
 
-        status = MlflowClient(uri).get_run(manifest.mlflow_run).info.status
-    except Exception as error:  # MLflow raises whatever its storage raises
-        return replace(link, found=f"not reached: {describe_error(error)}")
+    try:
+        status = run_status(uri, manifest.mlflow_run)
+    except ValueError as error:
+        return replace(link, found=f"not reached: {error}")
     return replace(link, found=f"{status} at {without_password(uri)}")
 
 

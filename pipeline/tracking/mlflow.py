@@ -267,6 +267,21 @@ def find_run_urls(uri: str, filter_string: str) -> list[str]:
     return [run.data.tags["project.run"] for run in runs if "project.run" in run.data.tags]
 
 
+def run_status(uri: str, run_id: str) -> str:
+    """``FINISHED`` or another of MLflow's words. Raises ValueError where it cannot be asked."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # or MLflow tries for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ValueError(f"{without_password(uri)} was not found")
+    with _importing_mlflow():
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    try:
+        return str(MlflowClient(tracking_uri=uri).get_run(run_id).info.status)
+    except MlflowException as error:
+        raise ValueError(describe_error(error)) from error
+
+
 _import_lock = threading.Lock()
 
 
