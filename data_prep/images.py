@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -14,6 +15,8 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
+
+from data_prep.color import ColorHandling, cmyk_to_srgb, to_srgb
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 Strokes = UInt8[np.ndarray, "height width"]  # 1 on a stroke, else 0
@@ -32,7 +35,13 @@ BAND_PIXELS = 2**22
 MAX_ASPECT = 16  # panoramas have up to 10; edges of longer images would not fit into memory
 # JPEG markers of metadata, as words of little-endian bytes: FF E1 opens EXIF and XMP, FF ED IPTC.
 APP1, APP13 = 0xE1FF, 0xEDFF
+PROFILE_SEGMENT = b"ICC_PROFILE\0"
+END_OF_IMAGE = b"\xff\xd9"
 ORIENTATION = 0x0112  # the EXIF tag
+# Tags of TIFF that say how large a sample can be.
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281
+DEEP_WHITE = 65535
+NEARLY_BLACK = 1 / 16  # of the range: 12 bits in 16, and 8 in more, are darker at their brightest
 GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlace
 
 
@@ -76,14 +85,16 @@ def decode(
     enough_px: int | None = None,
     max_pixels: int = MAX_PIXELS,
     background: Literal["white", "black"] = "white",
+    color: ColorHandling = "keep",
 ) -> Decoded:
     """Decode an image of any format, upright and as 8-bit RGB.
 
     EXIF orientation is applied, CMYK and palettes are converted, 16 bits are scaled to 8,
-    transparent pixels show ``background``, and the first of several frames is used. Color profiles
-    are ignored. With ``enough_px``, a JPEG may come back smaller, with neither side below it: give
-    it if you scale the short side down to at most half of it. ``max_pixels`` cannot lift Pillow's
-    own limit of 178,956,970.
+    transparent pixels show ``background``, and the first of several frames is used. With
+    ``color`` "srgb", pixels with another color profile are converted; "keep" ignores profiles.
+    With ``enough_px``, a JPEG may come back smaller, with neither side below it: give it if you
+    scale the short side down to at most half of it. ``max_pixels`` cannot lift Pillow's own limit
+    of 178,956,970.
 
     Raises ImageError with the reason ``empty``, ``unknown_format``, ``too_many_pixels``,
     ``unsupported_mode`` or ``damaged``.
@@ -92,14 +103,15 @@ def decode(
         raise ImageError("empty", "the file is empty")
     if data[:2] == b"\xff\xd8":
         try:
-            return _decode_jpeg(data, enough_px, max_pixels)
+            return _decode_jpeg(data, enough_px, max_pixels, color)
         except ValueError as error:
             if isinstance(error, ImageError):
                 raise
-            # What simplejpeg rejects goes to Pillow, which repairs more and explains better.
+            data = _undamaged(data, str(error))
+            # Other kinds and oddities of JPEG go to Pillow, which reads more and explains better.
     if data[:6] == b"\x93NUMPY":
         return _decode_npy(data, max_pixels)
-    return _decode_any(data, max_pixels, background)
+    return _decode_any(data, max_pixels, background, color)
 
 
 def fit(image: Decoded, short_px: int) -> Pixels:
@@ -222,10 +234,13 @@ def _scaled(side: int, short_px: int, short: int) -> int:
     return (side * short_px + short // 2) // short
 
 
-def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded:
+def _decode_jpeg(
+    data: bytes, enough_px: int | None, max_pixels: int, color: ColorHandling
+) -> Decoded:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _refuse_bomb(width, height, max_pixels)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
+        simplejpeg.decode_jpeg(data, _native(data))  # raises for damage, which Pillow does not
         raise ValueError(f"{colorspace} is for Pillow")
     bare = not _has_metadata(data)
     orientation = 1 if bare else _orientation(_open(data, max_pixels))
@@ -233,7 +248,37 @@ def _decode_jpeg(data: bytes, enough_px: int | None, max_pixels: int) -> Decoded
     pixels = _upright(simplejpeg.decode_jpeg(data, "RGB", **shortcuts), orientation)
     if orientation > 4:
         width, height = height, width
-    return Decoded(pixels, width, height, plain_jpeg=bare and colorspace == "YCbCr")
+    converted = pixels
+    if color == "srgb" and PROFILE_SEGMENT in data:
+        converted = to_srgb(pixels, _open(data, max_pixels).info.get("icc_profile", b""))
+    plain = bare and colorspace == "YCbCr" and converted is pixels
+    return Decoded(converted, width, height, plain_jpeg=plain)
+
+
+def _undamaged(data: bytes, warning: str) -> bytes:
+    """``data``, with a marker at the end; ImageError where libjpeg's ``warning`` is of lost pixels.
+
+    Harmless are a missing marker at the end, and filler before that marker.
+    """
+    if warning.startswith("Premature end of JPEG file"):
+        try:
+            simplejpeg.decode_jpeg(data + END_OF_IMAGE, _native(data))
+            return data + END_OF_IMAGE
+        except ValueError as error:
+            warning = str(error)
+    if not warning.startswith(("Corrupt JPEG data", "Premature end")):
+        return data
+    extra = re.match(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9", warning)
+    if extra:
+        end = data.rfind(END_OF_IMAGE)
+        if set(data[end - int(extra[1]) : end]) in ({0}, {0xFF}):
+            return data
+    raise ImageError("damaged", f"JPEG: {warning}")
+
+
+def _native(data: bytes) -> str:
+    """The colors that libjpeg can decode a JPEG to."""
+    return "CMYK" if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK") else "RGB"
 
 
 def _has_metadata(data: bytes) -> bool:
@@ -301,13 +346,19 @@ def _decode_npy(data: bytes, max_pixels: int) -> Decoded:
     return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0])
 
 
-def _decode_any(data: bytes, max_pixels: int, background: str) -> Decoded:
+def _decode_any(data: bytes, max_pixels: int, background: str, color: ColorHandling) -> Decoded:
     image = _open(data, max_pixels)
     with warnings.catch_warnings(action="ignore"):
         try:
+            deep_colors = ";16" in str(getattr(image, "tile", ""))
             image.load()
-            # After load, which has turned a TIFF already.
-            pixels = _upright(_to_rgb(image, background), _orientation(image))
+            orientation = _orientation(image)  # after load, which has turned a TIFF already
+            profile = image.info.get("icc_profile") if color == "srgb" else None
+            if profile and image.mode == "CMYK":
+                image = cmyk_to_srgb(image, profile)
+            pixels = _upright(_to_rgb(image, background, deep_colors), orientation)
+            if profile:
+                pixels = to_srgb(pixels, profile)
         except ImageError:
             raise
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ...
@@ -359,27 +410,66 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _to_rgb(image: Image.Image, background: str) -> Pixels:
-    """Convert a band of rows at a time, since a pixel takes up to 16 bytes on the way."""
+def _to_rgb(image: Image.Image, background: str, deep_colors: bool) -> Pixels:
+    """Convert a band of rows at a time, since a pixel takes up to 16 bytes on the way.
+
+    ``deep_colors`` is whether three channels had 16 bits in the file.
+    """
     width, height = image.size
+    white = _white(image) if image.mode.startswith("I") else DEEP_WHITE
     rows = max(1, BAND_PIXELS // width)
-    if rows >= height:
-        return _band_to_rgb(image, background)
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         band = image.crop((0, top, width, min(top + rows, height)))
-        pixels[top : top + rows] = _band_to_rgb(band, background)
+        pixels[top : top + rows] = _band_to_rgb(band, background, white)
+    if deep_colors and 0 < pixels.max() < 256 * NEARLY_BLACK:
+        raise ImageError("unsupported_mode", UNKNOWN_RANGE)
     return pixels
 
 
-def _band_to_rgb(image: Image.Image, background: str) -> Pixels:
-    if image.mode.startswith(
-        "I"
-    ):  # I;16, I;16B: 16 bits; I: 32 bits, which Pillow also uses for 16
-        deep = np.asarray(image).astype(np.int32)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ImageError("unsupported_mode", "one channel of 32 bits: its range is unknown")
-        gray = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+UNKNOWN_RANGE = (
+    "more bits than its values use, and it does not say how many (12 in 16, or 8 in 32?): "
+    "scale the values to the full range"
+)
+
+
+def _white(image: Image.Image) -> int:
+    """The value of white in an image of one deep channel.
+
+    Modes are I;16 and I;16B for 16 bits, and I for 32, which Pillow also uses for 16.
+    """
+    darkest, brightest = image.getextrema()
+    assert not isinstance(darkest, tuple)
+    assert not isinstance(brightest, tuple)
+    if darkest < 0 or brightest > DEEP_WHITE:
+        raise ImageError("unsupported_mode", "one channel of 32 bits: its range is unknown")
+    if stated := _stated_white(image):
+        if brightest <= stated <= DEEP_WHITE:
+            return stated
+    elif 0 < brightest < DEEP_WHITE * NEARLY_BLACK and image.format != "PPM":  # PPM says its range
+        raise ImageError("unsupported_mode", f"{image.mode}: {UNKNOWN_RANGE}")
+    return DEEP_WHITE
+
+
+def _stated_white(image: Image.Image) -> int | None:
+    """The largest value that a TIFF says it can hold, unless that is all that fits."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return None
+    for tag in (MAX_SAMPLE_VALUE, BITS_PER_SAMPLE):
+        value = tags.get(tag)
+        value = value[0] if isinstance(value, tuple) else value
+        if value and tag == BITS_PER_SAMPLE:
+            value = 2**value - 1 if value < 16 else None
+        if value:
+            return int(value)
+    return None
+
+
+def _band_to_rgb(image: Image.Image, background: str, white: int) -> Pixels:
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64)
+        gray = ((deep * 255 + white // 2) // white).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         below = Image.new("RGBA", image.size, background)

@@ -331,6 +331,7 @@ def card(
         f"    - name: {name}\n      {kind}\n" for name, kind in PROVENANCE.items()
     )
     sketches = ", ".join(f"{number:,} {kind}" for kind, number in counts["sketches"].items())
+    colors = COLORS[shaping.get("color", "keep")]
     settings = "".join(f"| {key} | {value} |\n" for key, value in sorted(shaping.items()))
     return f"""---
 license: other
@@ -372,7 +373,7 @@ A sample is `<key>.jpg`, `<key>.sketch.png` (one channel, 0 or 255) and `<key>.j
 image came from, how its sketch was made). Sketches: {sketches or "none"}; they cover
 {counts["sketch_density"]:.1%} of the pixels. Of {sum(images.values()):,} images
 {images["skipped"]:,} were skipped and {images["failed"]:,} could not be read:
-`manifest.parquet` has a row for each, with the reason.
+`manifest.parquet` has a row for each, with the reason. {colors}
 
 ## License
 
@@ -383,6 +384,13 @@ image came from, how its sketch was made). Sketches: {sketches or "none"}; they 
 | setting | value |
 | --- | --- |
 {settings}"""
+
+
+COLORS = {
+    "keep": "Color profiles were ignored: scaled images have none, and JPEGs stored as they were "
+    "keep theirs.",
+    "srgb": "Images with another color profile were converted to sRGB.",
+}
 
 
 def _size_category(samples: int) -> str:

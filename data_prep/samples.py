@@ -72,7 +72,9 @@ class SampleSettings:
     def record(self) -> dict[str, Any]:
         """As shard records and ``dataset.json`` keep it."""
         scenes = self.hed_sha256 is not None
-        return {
+        # Left out at its default, which is older than this setting.
+        color = {} if self.data.color == "keep" else {"color": self.data.color}
+        return color | {
             "stored_px": self.data.stored_px,
             "jpeg_quality": self.data.jpeg_quality,
             "max_pixels": self.data.max_pixels,
@@ -87,7 +89,12 @@ class SampleSettings:
         }
 
 
-IMAGE_SETTINGS = ("stored_px", "jpeg_quality", "max_pixels")  # a stored JPEG follows from these
+IMAGE_SETTINGS = (
+    "stored_px",
+    "jpeg_quality",
+    "max_pixels",
+    "color",
+)  # a stored JPEG follows from these
 LANDMARK_SETTINGS = ("landmarks_sha256", "face_search")
 SKETCH_SETTINGS: dict[Subject, tuple[str, ...]] = {
     "scene": ("threshold", "hed_sha256", "hed_precision", "hed_output", "hed_device"),
@@ -125,7 +132,7 @@ class EarlierSamples:
 
 
 def _equal(settings: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return all(old.get(setting) == new[setting] for setting in settings)
+    return all(old.get(setting) == new.get(setting) for setting in settings)
 
 
 @dataclass
@@ -265,7 +272,12 @@ def _decode_and_encode(work: _Work, data: bytes, settings: SampleSettings) -> No
     # Twice the size is enough to scale down well and to find faces in; a crop is in pixels of the
     # whole image.
     enough_px = None if image.crop else 2 * settings.data.stored_px
-    decoded = decode(data, enough_px=enough_px, max_pixels=settings.data.max_pixels)
+    decoded = decode(
+        data,
+        enough_px=enough_px,
+        max_pixels=settings.data.max_pixels,
+        color=settings.data.color,
+    )
     row |= {"source_width": decoded.width, "source_height": decoded.height}
     if image.crop:
         decoded = decoded.cropped(image.crop)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from data_prep.color import ColorHandling
 from data_prep.files import Subject
 from data_prep.images import JPEG_QUALITY, MAX_PIXELS
 from data_prep.sources import DATA_SOURCES
@@ -38,6 +39,9 @@ class DataSettings:
     """What becomes of training images that are, exactly or nearly, among the held-out ones."""
     stored_px: int = 256
     """Short side of a stored image, in pixels; its aspect ratio is kept."""
+    color: ColorHandling = "keep"
+    """``srgb`` converts images with another color profile. ``keep`` ignores profiles: scaled images
+    lose theirs, and JPEGs that are stored as they are keep theirs."""
     jpeg_quality: int = JPEG_QUALITY
     """Quality of the stored JPEGs, 1 to 100."""
     val_fraction: float = 0.05

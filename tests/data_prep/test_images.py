@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from data_prep.files import SourceImage
 from data_prep.images import (
@@ -161,6 +161,75 @@ def test_an_image_cut_short_is_damaged(photo: np.ndarray, kind: str) -> None:
     with pytest.raises(ImageError) as caught:
         decode(data[: len(data) // 2])
     assert caught.value.reason == "damaged"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 2}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_with_a_hole_of_zeros_is_damaged(
+    photo: np.ndarray, options: dict[str, Any], mode: str
+) -> None:
+    data = saved(Image.fromarray(photo).convert(mode), "JPEG", quality=95, **options)
+    decode(data)
+    reasons = []
+    for at in range(4096, len(data) - 4096, max(4096, len(data) // 12)):
+        try:
+            decode(data[:at] + bytes(4096) + data[at + 4096 :])
+        except ImageError as error:
+            reasons.append(error.reason)
+        else:
+            reasons.append("by chance its bits end where the image does, so libjpeg is silent")
+    assert len(reasons) > 8
+    assert reasons.count("damaged") >= len(reasons) - 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_is_odd_and_whole_is_decoded(photo: np.ndarray, mode: str) -> None:
+    image = Image.fromarray(photo).convert(mode)
+    data = saved(image, "JPEG", quality=95)
+    expected = decode(data).pixels
+    restarts = saved(image, "JPEG", quality=95, restart_marker_rows=1)
+    odd = {
+        "no end": data[:-2],
+        "garbage behind": data + b"garbage" * 99,
+        "zeros before the end": data[:-2] + bytes(300) + data[-2:],
+        "filler before the end": data[:-2] + b"\xff" * 300 + data[-2:],
+        "restarts": restarts,
+        "restarts, no end": restarts[:-2],
+    }
+    for name, changed in odd.items():
+        assert psnr_db(decode(changed).pixels, expected) > 45, name
+
+
+def test_a_deep_image_is_scaled_by_what_it_says_it_holds(photo: np.ndarray) -> None:
+    gray = np.asarray(Image.fromarray(photo).convert("L"))
+    twelve = (gray.astype(np.uint32) * 4095 // 255).astype(np.uint16)
+    stated = TiffImagePlugin.ImageFileDirectory_v2()
+    stated[281] = 4095
+    stated_255 = TiffImagePlugin.ImageFileDirectory_v2()
+    stated_255[281] = 255
+    for image, tags in (
+        (Image.fromarray(twelve), stated),
+        (Image.fromarray(gray.astype(np.int32)), stated_255),
+    ):
+        pixels = decode(saved(image, "TIFF", tiffinfo=tags)).pixels
+        assert np.abs(pixels[..., 0].astype(int) - gray).max() <= 1
+
+
+def test_a_deep_image_that_would_come_out_nearly_black_is_refused(photo: np.ndarray) -> None:
+    gray = np.asarray(Image.fromarray(photo).convert("L"))
+    twelve = (gray.astype(np.uint32) * 4095 // 255).astype(np.uint16)
+    _, colors = cv2.imencode(".png", photo.astype(np.uint16) * 15)
+    _, floats = cv2.imencode(".tiff", gray.astype(np.float32) / 255)
+    for data in (
+        saved(Image.fromarray(twelve), "PNG"),
+        saved(Image.fromarray(twelve), "TIFF"),
+        saved(Image.fromarray(gray.astype(np.int32)), "TIFF"),
+        colors.tobytes(),
+        floats.tobytes(),
+    ):
+        with pytest.raises(ImageError) as caught:
+            decode(data)
+        assert caught.value.reason == "unsupported_mode"
 
 
 @pytest.mark.slow
