@@ -35,7 +35,7 @@ from data_prep.settings import (
     requested_record,
     shaping_record,
 )
-from data_prep.shard_job import EdgeFinder, ShardJob, make_shard
+from data_prep.shard_job import EdgeFinder, ReportShard, ShardJob, make_shard, no_report
 from data_prep.shards import Dataset, ShardError, Split, plan, shard_name
 from data_prep.sources import DATA_SOURCES, list_images
 
@@ -54,10 +54,13 @@ class Scheduler(Protocol):
 
     def gpus(self) -> int: ...
 
-    def run_shards(self, jobs: Sequence[ShardJob]) -> Generator[ShardRecord, None, None]:
+    def run_shards(
+        self, jobs: Sequence[ShardJob], report: ReportShard
+    ) -> Generator[ShardRecord, None, None]:
         """Make every shard, giving each record once it is finished; closing this cancels the rest.
 
-        All jobs have the same settings.
+        All jobs have the same settings. ``report`` is called as images are done, every second or
+        so.
         """
 
 
@@ -67,7 +70,9 @@ class SerialScheduler:
     def gpus(self) -> int:
         return 0
 
-    def run_shards(self, jobs: Sequence[ShardJob]) -> Generator[ShardRecord, None, None]:
+    def run_shards(
+        self, jobs: Sequence[ShardJob], report: ReportShard
+    ) -> Generator[ShardRecord, None, None]:
         finder = EdgeFinder(jobs[0].settings) if jobs and jobs[0].settings.hed_sha256 else None
 
         def start_edges(
@@ -78,7 +83,7 @@ class SerialScheduler:
             return lambda: strokes
 
         for job in jobs:
-            yield make_shard(job, start_edges)
+            yield make_shard(job, start_edges, report=report)
 
 
 def build_dataset(
@@ -134,7 +139,7 @@ def build_dataset(
     for record in records.values():
         budget.add(record)
     missing = [job for job in jobs if job.name not in records]
-    with contextlib.closing(scheduler.run_shards(missing)) as made:
+    with contextlib.closing(scheduler.run_shards(missing, budget.report)) as made:
         for record in made:
             records[record.shard.name] = record
             budget.add(record)
@@ -148,7 +153,7 @@ def build_dataset(
         jobs = _without(jobs, found)
     # A second round for shards that held duplicates; their other samples are reused.
     changed = [job for job in jobs if job.excluded != records[job.name].excluded]
-    with contextlib.closing(scheduler.run_shards(changed)) as made:
+    with contextlib.closing(scheduler.run_shards(changed, no_report)) as made:
         records |= {record.shard.name: record for record in made}
     if not any(record.shard.samples for record in records.values()):
         counts = count(records.values())["reasons"]
@@ -359,14 +364,15 @@ class _Budget:
     def __init__(self, images: int, share: float, progress: ImageProgress | None) -> None:
         self._images, self._share, self._progress = images, share, progress
         self._done, self._failed = 0, 0
+        self._started: dict[str, tuple[int, int]] = {}
         self._errors: list[str] = []
 
     def add(self, record: ShardRecord) -> None:
         self._done += record.images
         self._failed += record.failed
         self._errors += record.errors
-        if self._progress:
-            self._progress(self._done, self._images, self._failed)
+        self._started.pop(record.shard.name, None)
+        self._show()
         if self._failed > self._share * self._images:
             raise ShardError(
                 f"{self._failed} of {self._images} images failed, more than "
@@ -374,6 +380,17 @@ class _Budget:
                 "unfinished now; repair them and run the same command with --retry-failed, or "
                 "raise data.max_failed_fraction"
             )
+
+    def report(self, shard: str, done: int, failed: int) -> None:
+        """Images of a shard that is not finished yet."""
+        self._started[shard] = done, failed
+        self._show()
+
+    def _show(self) -> None:
+        if self._progress:
+            done = self._done + sum(done for done, _ in self._started.values())
+            failed = self._failed + sum(failed for _, failed in self._started.values())
+            self._progress(done, self._images, failed)
 
     def reasons(self) -> str:
         return one_line("; ".join(self._errors[:10]))

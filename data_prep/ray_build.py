@@ -8,6 +8,7 @@ are not reproducible.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -20,11 +21,12 @@ from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 from cluster.storage import join
 from data_prep.manifest import ShardRecord
 from data_prep.samples import ImageBatch, SampleSettings
-from data_prep.shard_job import EdgeFinder, ShardJob, make_shard, peak_bytes
+from data_prep.shard_job import EdgeFinder, ReportShard, ShardJob, make_shard, peak_bytes
 from data_prep.shards import ShardError
 
 RETRIES = 5  # of a shard whose worker or node was lost; its own errors are final
 CANCEL_S = 10  # until cancelled workers have ended
+REPORT_S = 1.0
 AHEAD = 2  # shards queued beyond those that run, so that no processor waits for the driver
 
 
@@ -34,7 +36,9 @@ class RayScheduler:
     def gpus(self) -> int:
         return int(ray.cluster_resources().get("GPU", 0))
 
-    def run_shards(self, jobs: Sequence[ShardJob]) -> Generator[ShardRecord, None, None]:
+    def run_shards(
+        self, jobs: Sequence[ShardJob], report: ReportShard
+    ) -> Generator[ShardRecord, None, None]:
         """Make every shard, giving each record once it is finished; closing this cancels the rest.
 
         Raises ShardError for a shard whose worker died again and again, and its own errors.
@@ -43,6 +47,7 @@ class RayScheduler:
             return
         settings = jobs[0].settings
         processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        count: Any = ray.remote(num_cpus=0, max_restarts=-1)(CountActor).remote()
         actors = _edge_actors(settings, min(processors, len(jobs)))
         # A shard's own work is small beside HED on a processor, so the two share one.
         share = 0.5 if actors and settings.hed_device == "cpu" else 1
@@ -56,8 +61,9 @@ class RayScheduler:
                     job = waiting.popleft()
                     load = [number for _, number in running.values()]
                     least = min(range(len(actors) or 1), key=load.count)
-                    running[make.remote(job, *actors[least : least + 1])] = job, least
-                ready, _ = ray.wait(list(running), timeout=1.0)
+                    running[make.remote(job, count, *actors[least : least + 1])] = job, least
+                ready, _ = ray.wait(list(running), timeout=REPORT_S)
+                _pass_on(count, {job.name for job, _ in running.values()}, report)
                 for reference in ready:
                     job, _ = running.pop(reference)
                     yield _result(reference, job)
@@ -70,8 +76,16 @@ class RayScheduler:
                 for reference in ended:  # Ray prints errors that were not fetched, with tracebacks
                     with contextlib.suppress(RayError):
                         ray.get(reference)
-            for actor in actors:
+            for actor in (count, *actors):
                 ray.kill(actor)
+
+
+def _pass_on(count: Any, running: set[str], report: ReportShard) -> None:
+    """Report the images done of the running shards. A count that is late is left for later."""
+    with contextlib.suppress(RayError):
+        for shard, (done, failed) in ray.get(count.all.remote(), timeout=REPORT_S).items():
+            if shard in running:
+                report(shard, done, failed)
 
 
 def _result(reference: Any, job: ShardJob) -> ShardRecord:
@@ -110,8 +124,31 @@ class EdgeActor(EdgeFinder):
         return peak_bytes()
 
 
-def shard_task(job: ShardJob, actor: Any = None) -> ShardRecord:
-    """``make_shard`` on a worker, with edges from ``actor`` where there are scenes."""
+class CountActor:
+    """Holds how many images of every shard are done."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def set(self, shard: str, done: int, failed: int) -> None:
+        self._counts[shard] = done, failed
+
+    def all(self) -> dict[str, tuple[int, int]]:
+        return self._counts
+
+
+def shard_task(job: ShardJob, count: Any, actor: Any = None) -> ShardRecord:
+    """``make_shard`` on a worker, with edges from ``actor`` where there are scenes.
+
+    ``count`` gets the number of images done, every second.
+    """
+    last = time.monotonic()
+
+    def report(shard: str, done: int, failed: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_S:
+            last = time.monotonic()
+            count.set.remote(shard, done, failed)
 
     def start_edges(images: ImageBatch) -> Callable[[], UInt8[np.ndarray, "batch height width"]]:
         reference = actor.strokes.remote(images)
@@ -120,4 +157,4 @@ def shard_task(job: ShardJob, actor: Any = None) -> ShardRecord:
     def edges_peak_bytes() -> int:
         return int(ray.get(actor.peak_bytes.remote())) if actor else 0
 
-    return make_shard(job, start_edges, edges_peak_bytes)
+    return make_shard(job, start_edges, edges_peak_bytes, report)

@@ -60,6 +60,13 @@ class ShardJob:
         return hashlib.sha256(canonical_json(plan)).hexdigest()
 
 
+ReportShard = Callable[[str, int, int], None]
+"""Called with the name of a shard, how many of its images are done, and how many of them failed."""
+
+
+def no_report(shard: str, done: int, failed: int) -> None: ...
+
+
 class EdgeFinder:
     """HED on one GPU, or on one thread of a processor.
 
@@ -106,11 +113,15 @@ class EdgeFinder:
 
 
 def make_shard(
-    job: ShardJob, start_edges: StartEdges, edges_peak_bytes: Callable[[], int] = lambda: 0
+    job: ShardJob,
+    start_edges: StartEdges,
+    edges_peak_bytes: Callable[[], int] = lambda: 0,
+    report: ReportShard = no_report,
 ) -> ShardRecord:
     """Make one shard: the tar, then its rows, then the record that says it is finished.
 
     ``edges_peak_bytes`` asks how much memory the process behind ``start_edges`` has held.
+    ``report`` is called after every image.
     """
     store = open_store(job.url)
     rows: list[ManifestRow] = []
@@ -124,7 +135,9 @@ def make_shard(
             excluded=job.excluded,
         )
         path = folder / job.name
-        shard = write_shard(path, _noted(samples, job, rows), split=job.split, name=job.name)
+        shard = write_shard(
+            path, _noted(samples, job, rows, report), split=job.split, name=job.name
+        )
         store.delete(record_key(job.name))  # an older plan's record would be wrong from here on
         store.upload(path, job.name)
     record = ShardRecord.of(
@@ -172,12 +185,15 @@ def _noted(
     samples: Iterator[tuple[ManifestRow, RawSample | None]],
     job: ShardJob,
     rows: list[ManifestRow],
+    report: ReportShard,
 ) -> Iterator[RawSample]:
     """The samples of a shard; on the way, ``rows`` gets one row per image."""
-    index = 0
+    index, failed = 0, 0
     for row, sample in samples:
         row |= {"shard": job.name, "index_in_shard": None}
         rows.append(row)
+        failed += row["status"] == "failed"
+        report(job.name, len(rows), failed)
         if sample is not None:
             row["index_in_shard"] = index
             index += 1

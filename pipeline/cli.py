@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from cluster.storage import describe_error
+from cluster.storage import describe_error, one_line, open_store, scheme_of, without_password
 from pipeline import config
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -91,6 +91,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path of this machine, also of ``file://``; for any other URL, one line and exit code 1."""
+    scheme = scheme_of(text)
+    if not scheme or text.startswith("./"):
+        return Path(text)
+    if text.startswith("file://"):
+        folder = open_store(text).local_path()
+        assert folder is not None
+        return folder
+    print(
+        f"{one_line(without_password(text))} is a URL, and a file or folder of this machine "
+        "belongs there: give a path, and copy the file from or to storage",
+        file=sys.stderr,
+    )
+    raise SystemExit(MISTAKE)
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     """Help with examples as they are written, and with the names of commands beside their text."""
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
@@ -156,7 +173,7 @@ def _add_stages(commands: Commands) -> None:
         ),
     ):
         sub = _add(commands, name, text, example)
-        sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file of settings")
+        sub.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file of settings")
         _add_overrides(sub)
         sub.set_defaults(command=command)
         if name == "prepare":
@@ -166,6 +183,12 @@ def _add_stages(commands: Commands) -> None:
                 ("--retry-failed", "read the images that failed once more"),
             ):
                 sub.add_argument(flag, action="store_true", help=change)
+        if name == "run":
+            sub.add_argument(
+                "--replace",
+                action="store_true",
+                help="build over a finished dataset of other settings",
+            )
         if name == "show":
             sub.add_argument(
                 "--describe",
@@ -260,9 +283,9 @@ def _add_weights_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_image_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("image", type=Path, metavar="IMAGE", help=f"image {what}")
-    parser.add_argument("mask", type=Path, metavar="MASK", help=f"mask {what}, white in the hole")
-    parser.add_argument("--sketch", type=Path, help=f"strokes to follow, white on black; {what}")
+    parser.add_argument("image", type=_path, metavar="IMAGE", help=f"image {what}")
+    parser.add_argument("mask", type=_path, metavar="MASK", help=f"mask {what}, white in the hole")
+    parser.add_argument("--sketch", type=_path, help=f"strokes to follow, white on black; {what}")
 
 
 def _add_inpaint(commands: Commands) -> None:
@@ -276,7 +299,7 @@ def _add_inpaint(commands: Commands) -> None:
     _add_image_arguments(sub, "file or folder")
     sub.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         required=True,
         help="file or folder to write; known pixels stay exactly as they are, except in JPEG",
     )
@@ -303,16 +326,16 @@ def _add_weights(commands: Commands) -> None:
     )
     sub.add_argument(
         "file",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="a TensorFlow checkpoint, an .npz of its variables, or a .pth of nipponjo's",
     )
     sub.add_argument(
-        "--out", type=Path, required=True, help=".safetensors file to write the generator to"
+        "--out", type=_path, required=True, help=".safetensors file to write the generator to"
     )
     sub.add_argument(
         "--discriminator",
-        type=Path,
+        type=_path,
         help="second file to write, the discriminator, for train.init_discriminator_from",
     )
     orders = ("rgb", "bgr")
@@ -333,7 +356,7 @@ def _add_weights(commands: Commands) -> None:
     )
     _add_weights_argument(sub)
     sub.add_argument("--format", choices=("onnx", "pt2"), required=True, help="format to write")
-    sub.add_argument("--out", type=Path, required=True, help="file to write")
+    sub.add_argument("--out", type=_path, required=True, help="file to write")
     sub.set_defaults(command=_export_weights)
 
 
@@ -346,7 +369,7 @@ def _add_figures(commands: Commands) -> None:
     )
     _add_weights_argument(sub)
     _add_image_arguments(sub, "file")
-    sub.add_argument("--out", type=Path, required=True, help="image to write")
+    sub.add_argument("--out", type=_path, required=True, help="image to write")
     sub.set_defaults(command=_show_gates)
     sub = _add(
         commands,
@@ -356,13 +379,16 @@ def _add_figures(commands: Commands) -> None:
     )
     _add_overrides(sub)
     _add_recipe_option(sub)
-    sub.add_argument("--out", type=Path, required=True, help="image to write")
+    sub.add_argument("--out", type=_path, required=True, help="image to write")
     sub.set_defaults(command=_show_masks)
 
 
 def _add_recipe_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--recipe", type=Path, default=DEMO, help=f"a YAML file of settings; without it, {DEMO}"
+        "--recipe",
+        type=_path,
+        default=DEMO,
+        help=f"a YAML file of settings; without it, {DEMO}",
     )
 
 
@@ -410,7 +436,7 @@ def _add_checkpoints(commands: Commands) -> None:
                 help="print where the checkpoint came from, and check every link",
             )
         if name == "pull":
-            sub.add_argument("--out", type=Path, required=True, help="folder to write")
+            sub.add_argument("--out", type=_path, required=True, help="folder to write")
             sub.add_argument(
                 "--weights-only",
                 action="store_true",
@@ -476,7 +502,7 @@ def _add_dataset(commands: Commands) -> None:
     )
     _add_old_spelling(sub, "--accept-licence", "--accept-license", action="store_true")
     sub.add_argument(
-        "--out", type=Path, default=Path(), help="folder to write; without it, this one"
+        "--out", type=_path, default=Path(), help="folder to write; without it, this one"
     )
     sub.add_argument("--base-url", help="URL of a mirror of the official server")
     sub.set_defaults(command=_dataset, action="fetch")
@@ -508,7 +534,7 @@ def _add_compare(commands: Commands) -> None:
     )
     sub.add_argument("--storage", help="path or URL that has the folder runs")
     sub.add_argument("--pack", help="name or digest of the evaluation pack to compare on")
-    sub.add_argument("--out", type=Path, help="HTML file to write, for any browser, offline")
+    sub.add_argument("--out", type=_path, help="HTML file to write, for any browser, offline")
     sub.add_argument(
         "--primary",
         default="l1_percent",
@@ -535,7 +561,7 @@ def _add_demo(commands: Commands) -> None:
     _add_recipe_option(sub)
     sub.add_argument(
         "--folder",
-        type=Path,
+        type=_path,
         default=Path(".demo"),
         help="folder for datasets, checkpoints and MLflow's database; without it, .demo",
     )
@@ -628,7 +654,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from pipeline.run_storage import RunStorage
 
     cfg = _load(arguments)
-    return DONE if run(cfg, RunStorage.open(cfg)) else STOPPED
+    return DONE if run(cfg, RunStorage.open(cfg), replace=arguments.replace) else STOPPED
 
 
 def _inpaint(arguments: argparse.Namespace) -> int:

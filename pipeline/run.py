@@ -12,10 +12,13 @@ from pipeline.stop_request import sigterm_interrupts
 from pipeline.train import train
 
 
-def run(cfg: Config, storage: RunStorage) -> bool:
-    """Prepare, train, evaluate; finished stages are skipped. False: stopped on request."""
+def run(cfg: Config, storage: RunStorage, *, replace: bool = False) -> bool:
+    """Prepare, train, evaluate; finished stages are skipped. False: stopped on request.
+
+    ``replace`` builds over a dataset of other settings.
+    """
     with connect():
-        prepare(cfg, storage)
+        prepare(cfg, storage, replace=replace)
         if not train(cfg, storage):
             return False
         evaluate_run(cfg, storage)

@@ -11,6 +11,7 @@ from cluster.storage.base import (
     folder_and_name,
     join,
     one_line,
+    scheme_of,
     without_password,
 )
 from cluster.storage.files import replacing, scratch_folder
@@ -32,6 +33,7 @@ __all__ = [
     "open_version",
     "pyarrow_filesystem",
     "replacing",
+    "scheme_of",
     "scratch_folder",
     "without_password",
 ]

@@ -31,7 +31,8 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_a_wide_profile_is_converted_where_asked_for(kind: str) -> None:
-    options: dict[str, Any] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind) or {}
+    how: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+    options = how.get(kind, {})
     data = saved(blobs(), kind, icc_profile=wide_profile(), **options)
     kept = decode(data)
     source = ImageCms.ImageCmsProfile(io.BytesIO(wide_profile()))

@@ -127,6 +127,39 @@ def test_mistakes_are_reported_without_a_traceback(capsys):
     assert "Traceback" not in message
 
 
+URL_COMMANDS = [
+    "inpaint w.safetensors i.png m.png --out s3://bucket/o.png",
+    "inpaint w.safetensors s3:/bucket/i.png m.png --out o.png",
+    "inpaint w.safetensors i.png m.png --sketch models:/name/1 --out o.png",
+    "weights import runs:/id/w.pth --out o.safetensors",
+    "weights import w.pth --out http://host/o.safetensors",
+    "weights export w.safetensors --format onnx --out s3://bucket/o.onnx",
+    "checkpoints pull runs/x --out s3://bucket/x",
+    "train s3://bucket/recipe.yaml",
+]
+
+
+@pytest.mark.parametrize("command", URL_COMMANDS)
+def test_a_url_where_a_path_goes_is_refused_in_one_line(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command.split())
+    assert caught.value.code == cli.MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is a URL, and a file or folder of this machine belongs there" in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_path_of_every_command_refuses_urls():
+    for parser in PARSERS.values():
+        assert not [action.dest for action in parser._actions if action.type is Path]
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    parsed = cli.build_parser().parse_args(["show", f"file://{tmp_path}/r.yaml"])
+    assert parsed.recipe == tmp_path / "r.yaml"
+
+
 def test_settings_may_follow_flags(capsys):
     code = cli.main(["prepare", str(DEMO), "--update", "storage=http://x", "--replace", "name=a/b"])
     assert code == cli.MISTAKE
