@@ -67,7 +67,7 @@ class TrainSettings(Section):
     global_batch: PositiveInt = 16
     """Images per step over all ranks, a multiple of ``streams``."""
     streams: PositiveInt = 16
-    """Fixed readers that define the order of training; the number of ranks must divide it."""
+    """Fixed readers that define the order of training, and the largest number of ranks."""
     shuffle_block: PositiveInt = 2000
     """Samples that a stream shuffles among themselves."""
     flip: bool = False
@@ -78,7 +78,11 @@ class TrainSettings(Section):
     """``ray``: Ray Train starts the ranks. ``local``: this process is the only rank, or one of
     torchrun's, which is detected."""
     workers: PositiveInt | Literal["auto"] = "auto"
-    """Ranks under Ray Train; ``auto``: one for every GPU of the cluster, or one without GPUs."""
+    """Ranks under Ray Train, at most ``streams``; ``auto``: as many as the cluster has GPUs, or
+    CPUs where it has no GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What each rank computes on; ``auto``: a GPU where there is one. With ``cuda``, a cluster
+    without GPUs is refused, or waited for (``cluster.wait_s``)."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
     """What averages gradients and updates weights."""
     zero_stage: Literal[0, 1, 2] = 1
@@ -137,12 +141,18 @@ class TrainSettings(Section):
 
     @field_validator("workers")
     @classmethod
-    def _share_the_streams(
+    def _have_a_stream_each(
         cls, workers: int | Literal["auto"], before: ValidationInfo
     ) -> int | Literal["auto"]:
-        if workers != "auto" and (streams := before.data.get("streams", workers)) % workers:
-            raise ValueError(f"should divide streams {streams}")
+        if workers != "auto" and workers > (streams := before.data.get("streams", workers)):
+            raise ValueError(f"should be at most streams {streams}")
         return workers
+
+
+class ClusterSettings(Section):
+    wait_s: NonNegativeFloat = 0.0
+    """How long training waits for nodes that the cluster does not have yet. Leave it at 0 for a
+    cluster of fixed size; autoscaled ones need some minutes."""
 
 
 class EvaluateSettings(Section):
@@ -205,6 +215,7 @@ class Config(Section):
     masks: MaskSettings = MaskSettings()
     model: ModelOptions = ModelOptions()
     train: TrainSettings
+    cluster: ClusterSettings = ClusterSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     tracking: TrackingSettings = TrackingSettings()
 

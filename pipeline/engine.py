@@ -91,23 +91,26 @@ def build_engine(
     state: EngineState | None = None,
     zero_stage: Literal[0, 1, 2] = 1,
     batch_per_rank: int = 1,
+    weight: float = 1.0,
 ) -> Engine:
     """Wrap ``module``, which is on its device already, and resume from ``state`` if given.
 
-    ``zero_stage`` and ``batch_per_rank`` are for DeepSpeed, which needs both.
+    ``weight`` is the number of samples of this rank's batches over the average of all ranks, so
+    that every sample counts equally. ``zero_stage`` and ``batch_per_rank`` are for DeepSpeed, which
+    needs both.
     """
     if state is not None:
         module.load_state_dict(state.weights)
     if kind == "deepspeed":
-        return DeepSpeedEngine(module, adam, ranks, state, zero_stage, batch_per_rank)
-    return TorchEngine(module, adam, ranks, state)
+        return DeepSpeedEngine(module, adam, ranks, state, zero_stage, batch_per_rank, weight)
+    return TorchEngine(module, adam, ranks, state, weight)
 
 
 class _RevertibleEngine:
     """What the engines share: an update that the device can refuse, a copy to return to."""
 
-    def __init__(self, module: nn.Module, adam: torch.optim.Adam) -> None:
-        self.module, self._adam = module, adam
+    def __init__(self, module: nn.Module, adam: torch.optim.Adam, weight: float) -> None:
+        self.module, self._adam, self._weight = module, adam, weight
         self._gate: Gate | None = None
         self._copy: list[Tensor] = []
         # Where Adam steps, gradients are averaged over ranks, and partitioned under ZeRO.
@@ -153,9 +156,14 @@ class TorchEngine(_RevertibleEngine):
     """A plain module on one rank, DDP on several."""
 
     def __init__(
-        self, module: nn.Module, adam: Adam, ranks: Ranks, state: EngineState | None
+        self,
+        module: nn.Module,
+        adam: Adam,
+        ranks: Ranks,
+        state: EngineState | None,
+        weight: float = 1.0,
     ) -> None:
-        super().__init__(module, adam.over(module.parameters()))
+        super().__init__(module, adam.over(module.parameters()), weight)
         for name, parameter in module.named_parameters():
             self._adam.state[parameter] = (
                 _adam_state(
@@ -172,7 +180,7 @@ class TorchEngine(_RevertibleEngine):
     def update(self, loss: Tensor, gate: Gate) -> None:
         self._gate = gate
         self._adam.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(_weighted(loss, self._weight))
         self._adam.step()
 
     def state(self) -> EngineState:
@@ -213,6 +221,7 @@ class DeepSpeedEngine(_RevertibleEngine):
         state: EngineState | None,
         zero_stage: int,
         batch_per_rank: int,
+        weight: float = 1.0,
     ) -> None:
         on_gpu = next(module.parameters()).is_cuda
         if not on_gpu:
@@ -245,7 +254,7 @@ class DeepSpeedEngine(_RevertibleEngine):
             },
         )
         self._zero_stage = zero_stage
-        super().__init__(module, optimizer)
+        super().__init__(module, optimizer, weight)
         self._make_adam_state(state.steps if state else 0)
         if state is not None and state.steps:
             self._restore(state.moments)
@@ -255,7 +264,7 @@ class DeepSpeedEngine(_RevertibleEngine):
 
     def update(self, loss: Tensor, gate: Gate) -> None:
         self._gate = gate
-        self._engine.backward(loss)
+        self._engine.backward(_weighted(loss, self._weight))
         self._engine.step()
 
     def state(self) -> EngineState:
@@ -294,6 +303,10 @@ class DeepSpeedEngine(_RevertibleEngine):
                     safe_set_full_optimizer_state(parameter, value, moment)
                 else:
                     self._adam.state[parameter][moment].copy_(value)
+
+
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    return loss if weight == 1 else weight * loss
 
 
 def _adam_state(steps: int, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:

@@ -34,9 +34,13 @@ class IntervalValues:
 
 
 class Interval:
-    """Gathers the results of steps without waiting for the device."""
+    """Gathers the results of steps without waiting for the device.
 
-    def __init__(self) -> None:
+    ``weight`` is that of this rank's losses, see ``Ranks.weight``.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self._weight = weight
         self._steps: list[tuple[Position, tuple[str, ...]]] = []
         self._faults: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
@@ -53,7 +57,7 @@ class Interval:
 
     def read(self, device: torch.device) -> IntervalValues:
         """What was gathered since the last call; waits for the device. Collective."""
-        sums = distributed.mean(self._sums, device)
+        sums = distributed.mean(self._sums, device, weight=self._weight)
         bad, longest = [], self._streak
         for (position, keys), flags in zip(
             self._steps, torch.stack(self._faults).tolist(), strict=True

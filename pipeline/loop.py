@@ -95,7 +95,8 @@ def train_on_rank(
         adam=Adam(cfg.train.learning_rate, (cfg.train.beta1, cfg.train.beta2)),
         ranks=ranks,
         zero_stage=cfg.train.zero_stage,
-        batch_per_rank=cfg.train.global_batch // ranks.world_size,
+        batch_per_rank=-(-cfg.train.global_batch // ranks.world_size),
+        weight=ranks.weight(cfg.train.streams),
     )
     generator = engine(generator_module, state=state.generator if state else None)
     discriminator = engine(discriminator_module, state=state.discriminator if state else None)
@@ -142,7 +143,7 @@ class TrainingLoop:
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
-        clock, interval = _Clock(cfg.global_batch), Interval()
+        clock, interval = _Clock(cfg.global_batch), Interval(self.ranks.weight(cfg.streams))
         for epoch, epoch_step, batch in clock.waiting(
             loader.batches(position.epoch, position.epoch_step)
         ):

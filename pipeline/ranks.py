@@ -3,12 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import TrainingError
+
 T = TypeVar("T")
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Ranks:
     world_size: int = 1
     machine: int = 0
     """Number of the node that this rank runs on."""
+    kind: Device = "auto"
+    """What the rank computes on; ``auto``: a GPU where the node has one."""
 
     @property
     def first(self) -> bool:
@@ -27,39 +32,63 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this local rank where the node has one, else the processor."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
+        """The processor, or the GPU of this local rank. Raises TrainingError without a GPU."""
+        if self.kind == "cpu" or (self.kind == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise TrainingError(
+                "train.device=cuda and torch finds no GPU: install its CUDA build and a driver, or "
+                "set train.device=cpu"
+            )
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def share(self, streams: int) -> range:
+        """The streams that this rank serves; the ranks' shares follow one another."""
+        first, last = (number * streams // self.world_size for number in (self.rank, self.rank + 1))
+        return range(first, last)
+
+    def weight(self, streams: int) -> float:
+        """Samples of this rank over those of an average one; 1 where all have equally many.
+
+        The mean over ranks of ``weight`` times a rank's own mean is the mean over all samples.
+        """
+        return self.world_size * len(self.share(streams)) / streams
 
 
 def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def current(local_rank: int | None = None, machine: int | None = None) -> Ranks:
+def current(
+    local_rank: int | None = None, machine: int | None = None, device: Device = "auto"
+) -> Ranks:
     """Rank and world size of the process group that exists now.
 
     ``local_rank`` and ``machine`` come from Ray Train, or from torchrun's environment.
     """
     if not dist.is_initialized():
-        return Ranks()
+        return Ranks(kind=device)
     if local_rank is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if machine is None:
         machine = int(os.environ.get("GROUP_RANK", "0"))
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), machine)
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), machine, device)
 
 
-def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
+def mean(
+    values: Mapping[str, torch.Tensor | float], device: torch.device, *, weight: float = 1.0
+) -> dict[str, float]:
     """Mean of each scalar over all ranks; every rank calls it with the same names.
 
-    The values leave the device here, in one transfer.
+    ``weight`` is that of this rank's values, see ``Ranks.weight``. The values leave the device
+    here, in one transfer.
     """
     stacked = torch.stack(
         [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()]
     )
     if dist.is_initialized():
+        if weight != 1:
+            stacked *= weight
         dist.all_reduce(stacked)
         stacked /= dist.get_world_size()
     return dict(zip(values, stacked.tolist(), strict=True))

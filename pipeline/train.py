@@ -3,25 +3,25 @@
 import logging
 import os
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from cluster.session import connect
-from cluster.storage import join, pyarrow_filesystem
+from cluster.storage import join
 from data_prep.masks import MaskSampler
 from data_prep.shards import Dataset
 from pipeline import ranks as distributed
-from pipeline.checkpoints import CheckpointStore, refuse_other_model
+from pipeline.checkpoints import CheckpointError, CheckpointStore, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.sample_order import dataset_misfits
 from pipeline.errors import TrainingError
 from pipeline.loop import train_on_rank
 from pipeline.networks import starting_weights
+from pipeline.ranks import Device
 from pipeline.run_storage import RunStorage
 from pipeline.stop_request import (
     STOP_KEY,
@@ -33,6 +33,15 @@ from pipeline.stop_request import (
 )
 
 log = logging.getLogger(__name__)
+
+RESOURCE: Mapping[Device, Literal["GPU", "CPU"] | None] = {
+    "auto": None,
+    "cpu": "CPU",
+    "cuda": "GPU",
+}
+"""What a rank takes one of in a Ray cluster."""
+MISTAKES = (ValueError, CheckpointError, TrainingError)
+"""What would only happen again if a rank were started again."""
 
 
 def train(cfg: Config, storage: RunStorage) -> bool:
@@ -85,7 +94,7 @@ def _finished(cfg: Config, checkpoints: CheckpointStore) -> bool:
 
 def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     """In this process: one rank of torchrun's, or the only one."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo" if _device_here(cfg).type == "cpu" else "nccl"
     if distributed.launched_by_torchrun():
         dist.init_process_group(backend)
     elif cfg.train.engine == "deepspeed":  # needs a process group, even of one rank
@@ -94,55 +103,72 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     try:
         with SignalStop().listening() as stop:
             # By its own count: rank 0 may still be writing the last checkpoint.
-            end = train_on_rank(cfg, storage, dataset, distributed.current(), stop)
+            end = train_on_rank(
+                cfg, storage, dataset, distributed.current(device=cfg.train.device), stop
+            )
             return end.step >= cfg.train.steps
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _device_here(cfg: Config) -> torch.device:
+    """What this rank computes on. Raises TrainingError where a rank would have no GPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = distributed.Ranks(local_rank=local_rank, kind=cfg.train.device).device
+    if device.type == "cuda" and local_rank >= (gpus := torch.cuda.device_count()):
+        raise TrainingError(
+            f"local rank {local_rank} has no GPU, the node has {gpus}: start one rank per GPU, or "
+            "set train.device=cpu"
+        )
+    return device
+
+
 def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
     """Under Ray Train, which replaces lost workers; they resume from the newest checkpoint."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    # Paths in recipes, and mlflow.db, are relative to this folder: workers have to stay in it.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     with connect():
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        workers = max(gpus, 1) if cfg.train.workers == "auto" else cfg.train.workers
-        if cfg.train.streams % workers:
-            raise ValueError(
-                f"{workers} workers cannot share train.streams={cfg.train.streams}: "
-                "set train.workers to a divisor of it"
-            )
-        filesystem, path = pyarrow_filesystem(join(storage.run_url, "ray"))
-        storage.run.delete(STOP_KEY)
-        trainer = TorchTrainer(
-            _train_in_ray_worker,
-            train_loop_config={"config": cfg.model_dump(mode="json")},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(
-                # A new name each time: the state is in our checkpoints, so Ray resumes nothing.
-                name=time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=cfg.train.max_failures),
-            ),
-        )
-        failure: list[BaseException] = []
+        from cluster import ray_train
 
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except BaseException as error:
-                failure.append(error)
-
-        # In a thread of its own: in the main one Ray's handler of Ctrl-C aborts the workers, and
-        # ours lets them save first.
         with SignalStop().listening() as stop:
+            try:
+                workers = ray_train.find_room(
+                    cfg.train.workers,
+                    RESOURCE[cfg.train.device],
+                    most=cfg.train.streams,
+                    wait_s=cfg.cluster.wait_s,
+                    waiting=log.info,
+                    interrupted=lambda: stop.requested,
+                )
+            except ray_train.RoomError as error:
+                raise TrainingError(
+                    f"{error}: set train.workers=auto or a smaller number, or cluster.wait_s where "
+                    "the cluster still grows"
+                ) from error
+            if workers is None:
+                return
+            log.info("training on %d rank(s), one %s each", workers.count, workers.resource)
+            storage.run.delete(STOP_KEY)
+            failure: list[BaseException] = []
+
+            def fit() -> None:
+                try:
+                    ray_train.run_workers(
+                        _train_in_ray_worker,
+                        {
+                            "config": cfg.model_dump(mode="json"),
+                            "device": "cuda" if workers.resource == "GPU" else "cpu",
+                        },
+                        workers,
+                        storage_url=join(storage.run_url, "ray"),
+                        max_failures=cfg.train.max_failures,
+                        timeout_s=1800,
+                        mistakes=MISTAKES,
+                    )
+                except BaseException as error:
+                    failure.append(error)
+
+            # In a thread of its own: in the main one Ray's handler of Ctrl-C aborts the workers,
+            # and ours lets them save first.
             thread = threading.Thread(target=fit, name="ray-train", daemon=True)
             thread.start()
             passed_on = False
@@ -152,29 +178,19 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                     request_stop(storage.run)
                     passed_on = True
         storage.run.delete(STOP_KEY)
-        if failure and isinstance(failure[0], TrainingFailedError):
-            raise TrainingError(_reason(failure[0])) from failure[0]
+        if failure and isinstance(failure[0], ray_train.WorkersError):
+            raise TrainingError(str(failure[0])) from failure[0]
         if failure:
             raise failure[0]
 
 
-def _reason(error: BaseException) -> str:
-    """The error of the first rank that failed, in one line."""
-    workers: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    for rank, failure in sorted(workers.items()):
-        cause = getattr(failure, "cause", None) or failure
-        return f"rank {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
-    return str(error).strip().splitlines()[-1]
-
-
 def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
-    import ray.train
+    from cluster import ray_train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     cfg = Config.model_validate(loop_config["config"])
     storage = RunStorage.open(cfg)
-    context = ray.train.get_context()
-    ranks = distributed.current(context.get_local_rank(), context.get_node_rank())
+    ranks = distributed.current(*ray_train.place_in_node(), device=loop_config["device"])
     with ExitStack() as stack:
         stop: StopRequest = NoStop()
         if ranks.first:

@@ -13,6 +13,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.reader import BatchReader, StoredSample, View, read_batch
 from pipeline.data.sample_order import SampleOrder, SampleRef
 from pipeline.data.shard_cache import CACHE_BYTES
+from pipeline.ranks import Ranks
 
 
 class TrainLoader:
@@ -28,7 +29,8 @@ class TrainLoader:
     Crops are squares of ``size_px``, as ``read_batch`` cuts them. ``cache`` and ``cache_bytes`` as
     in ``ShardCache``.
 
-    Raises ValueError where the numbers do not divide. ``batches`` raises ShardError for a damaged
+    Ranks serve equally many streams, or one more, so their batches may differ in size. Raises
+    ValueError where there are more ranks than streams. ``batches`` raises ShardError for a damaged
     shard and StorageError where storage fails: no sample is skipped silently.
     """
 
@@ -50,10 +52,9 @@ class TrainLoader:
         cache: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        if streams % world_size:
+        if world_size > streams:
             raise ValueError(
-                f"{world_size} ranks cannot share {streams} streams: "
-                "the world size must divide the number of streams"
+                f"{world_size} ranks cannot share {streams} streams: start at most {streams}"
             )
         self._order = SampleOrder(
             [shard.samples for shard in dataset.shards("train")],
@@ -62,8 +63,7 @@ class TrainLoader:
             shuffle_block=shuffle_block,
             seed=seed,
         )
-        share = streams // world_size
-        self._streams = range(rank * share, (rank + 1) * share)
+        self._streams = Ranks(rank, world_size=world_size).share(streams)
         self._size_px, self._seed, self._flip = size_px, seed, flip
         self._masks, self._mask_per_sample = masks, mask_per_sample
         self._reader = BatchReader(

@@ -259,7 +259,7 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
         ("nothing=1", r"nothing: this setting does not exist \(got 1\)"),
         ("model=3", r"model: should be a section of settings \(got 3\)"),
         ("train.streams=3", r"train\.streams: should divide global_batch 4 \(got 3\)"),
-        ("train.workers=3", r"train\.workers: should divide streams 2 \(got 3\)"),
+        ("train.workers=3", r"train\.workers: should be at most streams 2 \(got 3\)"),
         ("train.size_px=512", "should be at most data.stored_px"),
         ("data.source=folder", "needs data.root"),
         ("masks.mixture={folder: 1}", "needs masks.folder"),

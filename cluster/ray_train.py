@@ -1,0 +1,204 @@
+"""Ranks under Ray Train: room for them first, machines are retried, mistakes are not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import ray
+from ray.autoscaler import sdk as autoscaler
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cluster.storage import join, pyarrow_filesystem
+
+Resource = Literal["GPU", "CPU"]
+
+BUSY_S = 15.0  # what ended a moment ago may still hold its place
+CONTROLLER_FAILURES = 3  # Ray Train's default is to try for ever
+
+_leaving = threading.Event()
+
+
+class RoomError(RuntimeError):
+    """The cluster has less room than training asks for."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many ranks, and what each of them takes one of."""
+
+    count: int
+    resource: Resource
+
+
+def find_room(
+    wanted: int | Literal["auto"],
+    resource: Resource | None,
+    *,
+    most: int,
+    wait_s: float,
+    waiting: Callable[[str], None],
+    interrupted: Callable[[], bool],
+) -> Workers | None:
+    """The ranks that fit the connected cluster now; each takes one ``resource``.
+
+    Without a ``resource``: a GPU where the cluster has some, else a CPU. ``auto`` is one rank for
+    each that exists, and ``most`` at most. A cluster that is too small has ``wait_s`` to grow, and
+    one that is busy at least ``BUSY_S`` to become free; ``waiting`` gets one line about it. Raises
+    RoomError afterwards. None where ``interrupted`` came first.
+    """
+    started, reported = time.monotonic(), False
+    while True:
+        exists, free = ray.cluster_resources(), ray.available_resources()
+        kind: Resource = resource or ("GPU" if exists.get("GPU") else "CPU")
+        there, unused = int(exists.get(kind, 0)), int(free.get(kind, 0))
+        count = max(min(there, most), 1) if wanted == "auto" else wanted
+        if count <= unused:
+            return Workers(count, kind)
+        have = f"the cluster has {there}" + (f", {unused} of them free" if there else "")
+        asked = f"{count} rank{'s' * (count > 1)} need one {kind} each, and {have}"
+        patience_s = max(wait_s, BUSY_S) if count <= there else wait_s
+        if time.monotonic() - started >= patience_s:
+            raise RoomError(asked)
+        if interrupted():
+            return None
+        if not reported:
+            waiting(f"{asked}: waiting for up to {patience_s:.0f} s")
+            reported = True
+            autoscaler.request_resources(bundles=[{kind: 1}] * count)
+        time.sleep(0.5)
+
+
+def run_workers(
+    function: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    workers: Workers,
+    *,
+    storage_url: str,
+    max_failures: int,
+    timeout_s: float,
+    mistakes: tuple[type[BaseException], ...],
+) -> None:
+    """Run ``function(config)`` on every rank of a process group, until all ranks have returned.
+
+    Ranks that are lost start again together, ``max_failures`` times; so does whatever fails with
+    an exception that is none of ``mistakes``. One of ``mistakes`` ends all ranks at once. Raises
+    the exception of the first rank that failed, or RoomError where the ranks could not start.
+    """
+    # Paths in recipes are relative to this folder: workers have to stay in it.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    filesystem, path = pyarrow_filesystem(join(storage_url))
+    on_gpus = workers.resource == "GPU"
+    trainer = _Trainer(
+        function,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=on_gpus),
+        torch_config=_Torch(backend="nccl" if on_gpus else "gloo", timeout_s=int(timeout_s)),
+        run_config=RunConfig(
+            # A new name each time: the state is in our checkpoints, so Ray resumes nothing.
+            name=time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+        ),
+    )
+    trainer.mistakes = mistakes
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise WorkersError(_reason(error, mistakes)) from error
+
+
+class WorkersError(RuntimeError):
+    """The ranks ended with an error; the message is that of the rank where it began."""
+
+
+def place_in_node() -> tuple[int, int]:
+    """The local rank of this worker, and the number of its node."""
+    context = ray.train.get_context()
+    return context.get_local_rank(), context.get_node_rank()
+
+
+def is_leaving() -> bool:
+    """Whether this worker was asked to end: by SIGTERM, or because Ray's node is to go."""
+    return _leaving.is_set() or get_train_context().preemption_context.preemption_info is not None
+
+
+def _listen() -> None:
+    """Handle SIGTERM in this worker; runs in its main thread, unlike the training."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        _leaving.set()
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+class _Torch(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_listen)
+        super().on_start(worker_group, backend_config)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    mistakes: tuple[type[BaseException], ...] = ()
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        policy = _RetryMachines(self.run_config.failure_config, self.mistakes)
+        return super()._initialize_and_run_controller(**(kwargs | {"failure_policy": policy}))
+
+
+class _RetryMachines(DefaultFailurePolicy):  # type: ignore[misc]
+    """Ray's own policy, except that a mistake would only be repeated."""
+
+    def __init__(self, config: FailureConfig, mistakes: tuple[type[BaseException], ...]) -> None:
+        super().__init__(config)
+        self._mistakes = mistakes
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if _mistake(training_failed_error, self._mistakes) is not None:
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def _failures(error: TrainingFailedError) -> Mapping[int, BaseException]:
+    """The exceptions of the ranks that failed, as they were raised there."""
+    if not isinstance(error, WorkerGroupError):
+        return {}
+    return {
+        rank: getattr(failure, "_base_exc", failure)
+        for rank, failure in sorted(error.worker_failures.items())
+    }
+
+
+def _mistake(
+    error: TrainingFailedError, mistakes: tuple[type[BaseException], ...]
+) -> BaseException | None:
+    return next((e for e in _failures(error).values() if isinstance(e, mistakes)), None)
+
+
+def _reason(error: TrainingFailedError, mistakes: tuple[type[BaseException], ...]) -> str:
+    """The worker's own line for a mistake, else rank and kind of the first error."""
+    if (mistake := _mistake(error, mistakes)) is not None:
+        return str(mistake)
+    for rank, failure in _failures(error).items():
+        last_line = (str(failure).strip() or "without a message").splitlines()[-1]
+        return f"rank {rank}: {type(failure).__name__}: {last_line}"
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,115 @@
+"""Room for ranks on a cluster with pretended GPUs; what Ray Train repeats and what it does not."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.ray_train import RoomError, Workers, WorkersError, find_room, is_leaving, run_workers
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_pretended_gpus():
+    """A local Ray that schedules on GPUs which do not exist."""
+    ray.init(num_cpus=3, num_gpus=2, include_dashboard=True, _node_ip_address="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+def room(wanted: Any, resource: Any = None, **changes: Any) -> Workers | None:
+    lines: list[str] = []
+    settings = {"most": 16, "wait_s": 0, "waiting": lines.append, "interrupted": lambda: False}
+    return find_room(wanted, resource, **(settings | changes))
+
+
+def test_auto_takes_the_smaller_of_gpus_and_streams_else_cpus():
+    assert room("auto") == Workers(2, "GPU")
+    assert room("auto", most=1) == Workers(1, "GPU")
+    assert room("auto", "CPU") == Workers(3, "CPU")
+
+
+def test_more_ranks_than_gpus_are_refused_at_once_with_both_numbers():
+    started = time.monotonic()
+    with pytest.raises(RoomError, match="3 ranks need one GPU each, and the cluster has 2"):
+        room(3)
+    assert time.monotonic() - started < 2
+
+
+def test_a_cluster_that_may_grow_is_waited_for_and_a_stop_ends_the_wait():
+    lines: list[str] = []
+    asked = iter([False, False, True])
+    found = room(3, wait_s=600, waiting=lines.append, interrupted=lambda: next(asked))
+    assert found is None
+    assert lines == [
+        "3 ranks need one GPU each, and the cluster has 2, 2 of them free: waiting for up to 600 s"
+    ]
+
+
+def test_gpus_that_are_busy_for_a_moment_are_waited_for():
+    @ray.remote(num_gpus=2)
+    def busy() -> None:
+        time.sleep(3)
+
+    task = busy.remote()
+    time.sleep(1.5)
+    assert room(2) == Workers(2, "GPU")
+    ray.get(task)
+
+
+def mistaken(config: dict[str, Any]) -> None:
+    with Path(config["tries"]).open("a") as file:
+        file.write("x")
+    raise ValueError("the mask folder is empty: add masks")
+
+
+def killed_once(config: dict[str, Any]) -> None:
+    tries = Path(config["tries"])
+    tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+    if tries.read_text() == "x":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def asked_to_leave(config: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while not is_leaving():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    Path(config["tries"]).write_text("left")
+
+
+def run(function: Any, tmp_path: Path) -> str:
+    tries = tmp_path / "tries"
+    try:
+        run_workers(
+            function,
+            {"tries": str(tries)},
+            Workers(1, "CPU"),
+            storage_url=str(tmp_path / "ray"),
+            max_failures=3,
+            timeout_s=60,
+            mistakes=(ValueError,),
+        )
+    finally:
+        tried = tries.read_text()
+    return tried
+
+
+def test_a_mistake_is_tried_once_and_reported_in_the_worker_s_words(tmp_path):
+    with pytest.raises(WorkersError, match=r"^the mask folder is empty: add masks$"):
+        run(mistaken, tmp_path)
+    assert (tmp_path / "tries").read_text() == "x"
+
+
+def test_a_lost_worker_is_started_again(tmp_path):
+    assert run(killed_once, tmp_path) == "xx"
+
+
+def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):
+    assert run(asked_to_leave, tmp_path) == "left"
