@@ -24,7 +24,12 @@ def two_pretended_gpus():
 
 def room(wanted: Any, resource: Any = None, **changes: Any) -> Workers | None:
     lines: list[str] = []
-    settings = {"most": 16, "wait_s": 0, "waiting": lines.append, "interrupted": lambda: False}
+    settings: dict[str, Any] = {
+        "most": 16,
+        "wait_s": 0,
+        "waiting": lines.append,
+        "interrupted": lambda: False,
+    }
     return find_room(wanted, resource, **(settings | changes))
 
 
@@ -52,11 +57,7 @@ def test_a_cluster_that_may_grow_is_waited_for_and_a_stop_ends_the_wait():
 
 
 def test_gpus_that_are_busy_for_a_moment_are_waited_for():
-    @ray.remote(num_gpus=2)
-    def busy() -> None:
-        time.sleep(3)
-
-    task = busy.remote()
+    task = ray.remote(num_gpus=2)(time.sleep).remote(3)
     time.sleep(1.5)
     assert room(2) == Workers(2, "GPU")
     ray.get(task)
