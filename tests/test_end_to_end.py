@@ -98,6 +98,7 @@ def test_the_job_leaves_a_dataset_checkpoints_and_an_evaluation(left_alone):
     assert (Path(RunStorage.open(left_alone).dataset_url) / "dataset.json").exists()
     manifest = json.loads((checkpoints(left_alone) / f"step-{STEPS:08d}/manifest.json").read_text())
     assert manifest["metrics"]["val/psnr_db"] > 5
+    assert manifest["validation"]["masks"]["mixture"] == {"corrected": 1, "box": 1}
     assert len(manifest["dataset_digest"]) == 64
     (evaluated,) = (Path(RunStorage.open(left_alone).run_url) / "evaluation").iterdir()
     assert json.loads((evaluated / "metrics.json").read_text())["pictures"] == 4

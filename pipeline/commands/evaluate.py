@@ -22,7 +22,6 @@ from pipeline.evaluation.baselines import BASELINES
 from pipeline.evaluation.feature_metrics import FeatureNetwork
 from pipeline.evaluation.pack_evaluation import (
     Contestant,
-    NotFirstRank,
     StoredEvaluation,
     check_against_stored,
     code_sha256,
@@ -31,7 +30,7 @@ from pipeline.evaluation.pack_evaluation import (
 from pipeline.evaluation.pack_metrics import PackMetrics
 from pipeline.evaluation.packs import Pack
 from pipeline.evaluation.published import beside
-from pipeline.ranks import Ranks, launched_by_torchrun
+from pipeline.ranks import Ranks, current, launched_by_torchrun
 from pipeline.run_storage import RunStorage
 from pipeline.tracking import open_run_tracker
 
@@ -69,15 +68,15 @@ def evaluate_pack(arguments: PackArguments) -> bool:
         )
     pack = Pack.open(arguments.pack)
     measured = _metrics(arguments, pack)
-    with _ranks():
-        try:
-            contestants = list(_contestants(arguments, cfg))
-            if arguments.check:
-                checks = [_check(pack, who, measured, store) for who, store in contestants]
-                return all(checks)
-            found = [evaluate_on_pack(pack, who, measured, store) for who, store in contestants]
-        except NotFirstRank:
+    with _ranks() as ranks:
+        contestants = list(_contestants(arguments, cfg))
+        if arguments.check:
+            checks = [_check(pack, who, measured, store, ranks) for who, store in contestants]
+            return all(checks)
+        everywhere = [evaluate_on_pack(pack, who, measured, store) for who, store in contestants]
+        if not ranks.first:
             return True
+        found = [evaluation for evaluation in everywhere if evaluation is not None]
         if cfg is not None and not found[0].again:
             _track(cfg, pack, contestants[0][0], found[0])
     _print_results(pack, found)
@@ -86,19 +85,19 @@ def evaluate_pack(arguments: PackArguments) -> bool:
 
 
 @contextlib.contextmanager
-def _ranks() -> Iterator[None]:
+def _ranks() -> Iterator[Ranks]:
     """Torchrun's ranks, or the cluster of the environment, or this process alone."""
     if launched_by_torchrun():
         dist.init_process_group("gloo")  # it carries the results alone
         try:
-            yield
+            yield current()
         finally:
             dist.destroy_process_group()
     elif os.environ.get("RAY_ADDRESS"):
         with connect():
-            yield
+            yield Ranks()
     else:
-        yield
+        yield Ranks()
 
 
 def _metrics(arguments: PackArguments, pack: Pack) -> PackMetrics:
@@ -166,8 +165,12 @@ def _track(cfg: config.Config, pack: Pack, contestant: Contestant, found: Stored
         tracker.finish("FINISHED" if newest >= cfg.train.steps else "KILLED")
 
 
-def _check(pack: Pack, contestant: Contestant, measured: PackMetrics, store: Store) -> bool:
+def _check(
+    pack: Pack, contestant: Contestant, measured: PackMetrics, store: Store, ranks: Ranks
+) -> bool:
     same, lines = check_against_stored(pack, contestant, measured, store)
+    if not ranks.first:
+        return True
     for line in lines:
         print(f"{contestant.name}: {line}")
     print(f"{contestant.name}: {'reproduced' if same else 'NOT reproduced'}")

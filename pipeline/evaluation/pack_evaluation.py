@@ -47,10 +47,6 @@ TOLERANCE = 1e-6
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "pillow")
 
 
-class NotFirstRank(Exception):
-    """This process is a rank that measured its share; the first rank has the result."""
-
-
 @dataclass(frozen=True)
 class Contestant:
     """What fills the holes: weights, a baseline, or the coarse stage of weights."""
@@ -106,13 +102,13 @@ class StoredEvaluation:
 
 def evaluate_on_pack(
     pack: Pack, contestant: Contestant, measured: PackMetrics, store: Store
-) -> StoredEvaluation:
+) -> StoredEvaluation | None:
     """Measure ``contestant`` on every image of ``pack``, and keep the result in ``store``.
 
     Files are those of ``evaluation/<pack>/step-<step>/``, ``metrics.json`` last. An evaluation of
     the same settings and definitions is not repeated. Every image is filled on its own, so the
-    values are the same for any number of ranks. Under torchrun this is collective, and raises
-    NotFirstRank on all ranks except the first.
+    values are the same for any number of ranks. Under torchrun this is collective, and None on all
+    ranks except the first.
     """
     folder = evaluation_folder(pack, contestant)
     settings = _settings(pack, contestant)
@@ -120,9 +116,10 @@ def evaluate_on_pack(
     known = stored_record(store, folder)
     url = join(store.url, folder)
     if known and known["settings"] == settings and known["definitions"] == definitions:
-        _only_first()
         return StoredEvaluation(contestant.name, url, known, again=True)
     rows = measure_on_pack(pack, contestant, measured)
+    if rows is None:
+        return None
     record = make_record(pack, settings, definitions, rows)
     store.delete(f"{folder}/metrics.json")
     _write_images(store, folder, pack, rows)
@@ -143,8 +140,13 @@ def stored_record(store: Store, folder: str) -> dict[str, Any] | None:
     return record
 
 
-def measure_on_pack(pack: Pack, contestant: Contestant, measured: PackMetrics) -> list[PackRow]:
-    """Every image measured, by key: on the GPUs of the cluster, on torchrun's ranks, or here."""
+def measure_on_pack(
+    pack: Pack, contestant: Contestant, measured: PackMetrics
+) -> list[PackRow] | None:
+    """Every image measured, by key: on the GPUs of the cluster, on torchrun's ranks, or here.
+
+    None on all ranks except the first.
+    """
     shown = frozenset(item.key for item in _spread(pack.items, KEPT_IMAGES)) | frozenset(
         item.key for item in sheet_items(pack)
     )
@@ -156,16 +158,11 @@ def measure_on_pack(pack: Pack, contestant: Contestant, measured: PackMetrics) -
         )
         dist.gather_object(share(ranks.rank, ranks.world_size), gathered, dst=0)
         if gathered is None:
-            raise NotFirstRank
+            return None
         parts = gathered
     else:
         parts = run_on_gpus(share)
     return sorted((row for part in parts for row in part), key=lambda row: row.item.key)
-
-
-def _only_first() -> None:
-    if dist.is_initialized() and dist.get_rank() > 0:
-        raise NotFirstRank
 
 
 def _measure_share(
@@ -178,6 +175,8 @@ def _measure_share(
 ) -> list[PackRow]:
     """Each ``shares``-th image from number ``share`` on."""
     device = distributed.current().device if dist.is_initialized() else distributed.Ranks().device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # What is fastest may differ in the last digits from one group of images to the next.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
@@ -252,6 +251,7 @@ def make_record(
         real = np.stack([row.real_features for row in rows if row.real_features is not None])
         fake = np.stack([row.fake_features for row in rows if row.fake_features is not None])
         metrics["fid"] = frechet_distance(real, fake)
+        metrics["fid_floor"] = frechet_distance(real[::2], real[1::2])
         u_ids, p_ids = inception_discriminability(real, fake)
         metrics |= {"u_ids_percent": u_ids, "p_ids_percent": p_ids}
     groups = {}
@@ -320,8 +320,9 @@ def check_against_stored(
 ) -> tuple[bool, list[str]]:
     """Measure again, and compare every image's values with those on storage.
 
-    Returns whether all are within ``TOLERANCE``, and a line for each thing that changed. Raises
-    FileNotFoundError where nothing is stored.
+    Returns whether all are within ``TOLERANCE``, and a line for each thing that changed. Collective
+    under torchrun, where all ranks except the first return (True, []). Raises FileNotFoundError
+    where nothing is stored.
     """
     folder = evaluation_folder(pack, contestant)
     known = stored_record(store, folder)
@@ -337,6 +338,8 @@ def check_against_stored(
         *_changes("", known["environment"], environment()),
     ]
     rows = measure_on_pack(pack, contestant, measured)
+    if rows is None:
+        return True, []
     record = make_record(pack, settings, definitions, rows)
     wrong = _other_values(store, folder, rows)
     for name, value in known["metrics"].items():

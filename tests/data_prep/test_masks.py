@@ -5,6 +5,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from cluster.storage import Store
 from data_prep import masks
 from data_prep.masks import (
+    LAMA,
     BoxSettings,
     BrushSettings,
     Mask,
@@ -24,6 +26,7 @@ from data_prep.masks import (
     MaskSettings,
     brush_mask,
     corrected_mask,
+    lama_mask,
     official_mask,
 )
 
@@ -173,6 +176,31 @@ def test_every_kind_draws_a_binary_hole_of_the_asked_size_and_repeats_it(
     assert mask.any()
     again = pickle.loads(pickle.dumps(sampler))(height, width, random.Random(seed))
     np.testing.assert_array_equal(mask, again)
+
+
+@pytest.mark.parametrize(("name", "coverage"), [("thin", 0.29), ("medium", 0.23), ("thick", 0.39)])
+def test_lamas_masks_cover_as_much_at_every_size(name: str, coverage: float) -> None:
+    for size, near in ((256, 0.05), (64, 0.06)):
+        drawn = draw(partial(lama_mask, lama=LAMA[name]), (size, size), 300)
+        assert drawn.mean() == pytest.approx(coverage, abs=near)
+
+
+def test_lamas_masks_differ_in_the_width_of_their_strokes() -> None:
+    def thickness(name: str) -> float:
+        """The largest distance of a pixel of the hole from the known ones; the median of masks."""
+        drawn = draw(partial(lama_mask, lama=LAMA[name]), (256, 256), 200)
+        inside = [cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for mask in drawn]
+        return float(np.median([distance.max() for distance in inside]))
+
+    assert thickness("thin") < 16 < thickness("medium") < 40 < thickness("thick")
+
+
+def test_lamas_boxes_keep_their_distance_from_the_border() -> None:
+    boxes = replace(LAMA["thick"], box_share=1.0)
+    drawn = draw(partial(lama_mask, lama=boxes), (256, 256), 200)
+    assert drawn[:, 10:-10, 10:-10].sum() == drawn.sum() > 0
+    sides = [int(mask.any(axis=axis).sum()) for mask in drawn for axis in (0, 1)]
+    assert min(sides) >= 30
 
 
 def test_a_mixture_draws_its_kinds_in_proportion() -> None:

@@ -16,13 +16,14 @@ from data_prep.images import decode
 from data_prep.shards import Dataset
 from models.options import ModelOptions
 from pipeline import networks
+from pipeline.checkpoints import CheckpointStore
 from pipeline.cli import DONE, MISTAKE, main
 from pipeline.evaluation.baselines import BASELINES, Filled, GeneratorFiller
 from pipeline.evaluation.metrics import METRICS, measure
 from pipeline.evaluation.pack_evaluation import (
     KEPT_IMAGES,
     Contestant,
-    NotFirstRank,
+    StoredEvaluation,
     check_against_stored,
     evaluate_on_pack,
     evaluation_folder,
@@ -60,6 +61,14 @@ def trained(weights: Path) -> Contestant:
     return Contestant("ours", weights.read_bytes(), step=7)
 
 
+def evaluated(
+    pack: Pack, contestant: Contestant, measured: PackMetrics, store: Store
+) -> StoredEvaluation:
+    found = evaluate_on_pack(pack, contestant, measured, store)
+    assert found is not None  # this is the only rank
+    return found
+
+
 def rows_of(store: Store, folder: str) -> dict[str, list[Any]]:
     table = parquet.read_table(BytesIO(store.get(f"{folder}/rows.parquet")))
     rows: dict[str, list[Any]] = table.to_pydict()
@@ -70,7 +79,7 @@ def test_values_are_those_of_each_filled_image_and_means_are_those_of_the_table(
     pack: Pack, trained: Contestant, tmp_path: Path
 ) -> None:
     store = open_store(str(tmp_path))
-    found = evaluate_on_pack(pack, trained, PackMetrics(), store)
+    found = evaluated(pack, trained, PackMetrics(), store)
     rows = rows_of(store, "evaluation/pack/step-00000007")
     assert rows["key"] == [item.key for item in pack.items]
     assert rows["mask_family"] == [item.mask_family for item in pack.items]
@@ -94,7 +103,7 @@ def test_the_record_holds_definitions_intervals_groups_digests_and_code(
     pack: Pack, trained: Contestant, tmp_path: Path
 ) -> None:
     measured = PackMetrics(inception=inception(), vgg=vgg())
-    record = evaluate_on_pack(pack, trained, measured, open_store(str(tmp_path))).record
+    record = evaluated(pack, trained, measured, open_store(str(tmp_path))).record
     assert record["settings"]["pack_digest"] == pack.digest
     assert record["settings"]["weights_sha256"] == trained.weights_sha256
     assert set(record["definitions"]) == set(record["metrics"])
@@ -106,6 +115,7 @@ def test_the_record_holds_definitions_intervals_groups_digests_and_code(
     low, high = record["intervals"]["l1_percent"]
     assert low < record["metrics"]["l1_percent"] < high
     assert sum(g["images"] for g in record["groups"]["coverage_bin"].values()) == 12
+    assert 0 < record["metrics"]["fid_floor"] < record["metrics"]["fid"]
     assert set(record["environment"]) == {"git_commit", "code_sha256", "device", "packages"}
 
 
@@ -113,7 +123,7 @@ def test_files_are_kept_for_people_and_for_comparisons(
     pack: Pack, trained: Contestant, tmp_path: Path
 ) -> None:
     run = open_store(str(tmp_path / "run"))
-    evaluate_on_pack(pack, trained, PackMetrics(), run)
+    evaluated(pack, trained, PackMetrics(), run)
     (evaluation,) = read_evaluations(run)
     assert (evaluation.pack, evaluation.step) == (pack.name, 7)
     assert list(evaluation.values) == list(METRICS)
@@ -126,17 +136,17 @@ def test_files_are_kept_for_people_and_for_comparisons(
             assert f"images/{item.key}{layer}.png" in evaluation.files
     height = decode(run.get(evaluation.files["samples.png"])).pixels.shape[0]
     assert height > 160 * len(sheet_items(pack))
-    evaluate_on_pack(pack, GRAY, PackMetrics(), open_store(str(tmp_path / "grey")))
+    evaluated(pack, GRAY, PackMetrics(), open_store(str(tmp_path / "grey")))
     (other,) = read_evaluations(open_store(str(tmp_path / "grey")))
     assert incomparable(evaluation, other) is None
 
 
 def _on_rank(pack: Pack, contestant: Contestant, url: str) -> dict[str, float | None] | None:
     measured = PackMetrics(inception=inception(), vgg=vgg())
-    try:
-        return dict(evaluate_on_pack(pack, contestant, measured, open_store(url)).metrics)
-    except NotFirstRank:
-        return None
+    baseline = evaluate_on_pack(pack, GRAY, measured, open_store(f"{url}-grey"))
+    found = evaluate_on_pack(pack, contestant, measured, open_store(url))
+    assert (baseline is None) == (found is None)
+    return dict(found.metrics) if found else None
 
 
 @pytest.mark.slow
@@ -144,17 +154,18 @@ def test_any_number_of_ranks_gives_the_same_numbers(
     pack: Pack, trained: Contestant, tmp_path: Path
 ) -> None:
     alone = _on_rank(pack, trained, str(tmp_path / "1"))
-    for ranks in (2, 3):
-        url = str(tmp_path / str(ranks))
-        first, *others = on_ranks(ranks, _on_rank, pack, trained, url)
-        assert others == [None] * (ranks - 1)
-        assert first == pytest.approx(alone, rel=1e-6)
-        for name, column in rows_of(open_store(url), "evaluation/pack/step-00000007").items():
-            expected = rows_of(open_store(str(tmp_path / "1")), "evaluation/pack/step-00000007")
-            if name in METRICS:
-                np.testing.assert_allclose(column, expected[name], rtol=1e-6)
-            else:
-                assert column == expected[name]
+    first, *others = on_ranks(3, _on_rank, pack, trained, str(tmp_path / "3"))
+    assert others == [None, None]
+    assert first == pytest.approx(alone, rel=1e-6)
+    expected, found = (
+        rows_of(open_store(str(tmp_path / ranks)), "evaluation/pack/step-00000007")
+        for ranks in ("1", "3")
+    )
+    for name, column in found.items():
+        if name in METRICS:
+            np.testing.assert_allclose(column, expected[name], rtol=1e-6)
+        else:
+            assert column == expected[name]
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -187,9 +198,9 @@ def test_an_evaluation_is_not_repeated_until_something_changes(
     pack: Pack, trained: Contestant, tmp_path: Path
 ) -> None:
     store = open_store(str(tmp_path))
-    assert not evaluate_on_pack(pack, trained, PackMetrics(), store).again
-    assert evaluate_on_pack(pack, trained, PackMetrics(), store).again
-    with_vgg = evaluate_on_pack(pack, trained, PackMetrics(vgg=vgg()), store)
+    assert not evaluated(pack, trained, PackMetrics(), store).again
+    assert evaluated(pack, trained, PackMetrics(), store).again
+    with_vgg = evaluated(pack, trained, PackMetrics(vgg=vgg()), store)
     assert not with_vgg.again
     assert "lpips" in with_vgg.metrics
 
@@ -200,7 +211,7 @@ def test_a_check_reproduces_what_is_stored_and_says_what_changed(
     store, folder = open_store(str(tmp_path)), evaluation_folder(pack, trained)
     with pytest.raises(FileNotFoundError, match="no evaluation to check"):
         check_against_stored(pack, trained, PackMetrics(), store)
-    evaluate_on_pack(pack, trained, PackMetrics(), store)
+    evaluated(pack, trained, PackMetrics(), store)
     assert check_against_stored(pack, trained, PackMetrics(), store) == (True, [])
     record = json.loads(store.get(f"{folder}/metrics.json"))
     record["environment"]["code_sha256"] = "of other code"
@@ -231,8 +242,9 @@ def test_a_value_that_is_not_a_number_is_counted_and_never_averaged_away(
 
     monkeypatch.setattr(Contestant, "filler", lambda self, device: Broken())
     measured, store = PackMetrics(inception=inception(), vgg=vgg()), open_store(str(tmp_path))
-    found = evaluate_on_pack(pack, GRAY, measured, store)
-    assert all(value is None for value in found.metrics.values())
+    found = evaluated(pack, GRAY, measured, store)
+    of_the_images = {name: v for name, v in found.metrics.items() if name != "fid_floor"}
+    assert all(value is None for value in of_the_images.values())
     assert found.record["not_finite"] == dict.fromkeys([*METRICS, "lpips"], 1)
     assert all(interval is None for interval in found.record["intervals"].values())
     rows = rows_of(store, evaluation_folder(pack, GRAY))
@@ -291,6 +303,33 @@ def test_weights_and_baselines_are_evaluated_into_one_table_and_replayed_by_a_fr
     open_store(out).put(telea, json.dumps(record).encode())
     assert main([*command, "--check"]) == MISTAKE
     assert "telea: NOT reproduced" in capsys.readouterr().out
+
+
+def test_a_recipe_is_evaluated_at_its_best_checkpoint_into_its_run_also_on_s3(
+    pack: Pack, weights: Path, tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = open_store(join(s3_url, "packs", "frozen"))
+    for key in pack.store.list_keys():
+        copied.put(key, pack.store.get(key))
+    write_dataset(join(s3_url, "datasets", "tiny"), tmp_path / "scratch", shards_of([2], "val"))
+    checkpoints = CheckpointStore(open_store(join(s3_url, "runs", "toy", "checkpoints")))
+    for step, l1 in ((10, 4.0), (20, 3.0), (30, 5.0)):
+        files = {"ema.safetensors": weights.read_bytes()}
+        checkpoints.save(step, files, manifest={"metrics": {"val/l1_percent": l1}})
+    checkpoints.close()
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(
+        f"{{name: toy, storage: '{s3_url}', data: {{name: tiny, source: folder, root: x}}, "
+        "train: {steps: 30}, tracking: {backend: jsonl}}"
+    )
+    assert main(["evaluate", str(recipe), "--pack", copied.url, "--baseline", "coarse"]) == DONE
+    run = open_store(join(s3_url, "runs", "toy"))
+    (evaluation,) = read_evaluations(run)
+    assert (evaluation.pack, evaluation.step) == (pack.name, 20)
+    assert run.exists("baselines/coarse/evaluation/pack/step-00000020/metrics.json")
+    (logged,) = [key for key in run.list_keys() if key.endswith(".jsonl")]
+    assert b'"evaluation/pack/l1_percent"' in run.get(logged)
+    assert "coarse" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
