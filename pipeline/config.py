@@ -168,7 +168,7 @@ class EvaluateSettings(Section):
 
 class TrackingSettings(Section):
     backend: Literal["mlflow", "jsonl", "none"] = "mlflow"
-    """``jsonl``: a file in the run's folder; ``none``: log lines alone."""
+    """Besides the metrics in the run's folder. ``jsonl``: images there too; ``none``: nothing."""
     experiment: str = "deepfill"
     """MLflow experiment of the run."""
     uri: str | None = None

@@ -1,4 +1,4 @@
-"""Metrics and images of a run: to MLflow, to a JSON-lines file, or to nobody."""
+"""Metrics and images of a run: in its folder on storage, and on MLflow."""
 
 from pipeline.tracking.opening import open_run_tracker, open_tracker, open_training_tracker
 from pipeline.tracking.protocol import RunInfo, Tracker

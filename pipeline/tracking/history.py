@@ -34,7 +34,7 @@ PIECE_BYTES = 2**20
 CLOSE_S = 20.0  # the end of a run waits so long for storage that does not answer
 MS_PER_HOUR = 3.6e6
 READERS = 8  # pieces on their way at the same time
-LEGACY = "tracking/metrics.jsonl"  # what runs before this format have, without times
+LEGACY = "tracking/metrics.jsonl"  # written by version 0.1, without times
 
 _STEP, _MS = "step", "ms"
 _HEAD = b'["step",'
@@ -182,7 +182,7 @@ class HistoryTracker:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the run, as its record and its lines tell."""
+    """One start of the run, from its record and its lines."""
 
     number: int
     info: AttemptInfo
@@ -245,7 +245,7 @@ def read_history(store: Store) -> History:
     """The history in the run's folder ``store``, also while the run is training.
 
     Whatever is torn or foreign there is passed over and counted. Steps from before this format are
-    those of the run's JSON-lines tracker, without times.
+    those of the file ``LEGACY``, without times.
     """
     records: dict[int, Mapping[str, Any]] = {}
     pieces: dict[int, list[str]] = {}
@@ -464,7 +464,7 @@ def _existing(store: Store, key: str) -> bytes:
 
 
 def _legacy_sections(text: bytes) -> tuple[list[_Section], int]:
-    """One section for each metric of the JSON-lines tracker's file."""
+    """One section for each metric of the file ``LEGACY``."""
     points: dict[str, dict[int, float]] = {}
     damaged = 0
     for line in text.splitlines():

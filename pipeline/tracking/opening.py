@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import AttemptInfo, HistoryTracker, HistoryWriter
-from pipeline.tracking.jsonl import JsonLinesTracker
+from pipeline.tracking.image_tracker import ImageFileTracker
 from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
 from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
 
@@ -93,7 +93,7 @@ def open_tracker(
     if backend == "none" or (backend == "jsonl" and node):
         return NullTracker()
     if backend == "jsonl":
-        return JsonLinesTracker(store, resume_from_step)
+        return ImageFileTracker(store)
     uri = resolve_uri(uri)
     if uri == DEFAULT_URI and "_ray_pkg_" in os.getcwd():
         log.warning(
