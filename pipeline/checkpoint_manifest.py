@@ -40,6 +40,8 @@ class CheckpointManifest:
     """UTC, as 2026-01-31T12:00:00Z."""
     files: Mapping[str, StoredFile]
     metrics: Mapping[str, float]
+    validation: Mapping[str, Any]
+    """Masks, seed, size and number of the images behind ``metrics``; empty in older ones."""
     dataset_digest: str
     config: Mapping[str, Any]
     """The recipe of the run, without passwords; empty where the writer left it out."""
@@ -85,6 +87,7 @@ def parse_manifest(data: bytes) -> CheckpointManifest:
         saved=typed(record, "saved", str, ""),
         files=files,
         metrics={name: typed(metrics, name, float) for name in metrics},
+        validation=typed(record, "validation", dict, {}),
         dataset_digest=typed(record, "dataset_digest", str, ""),
         config=config,
         config_digest=typed(record, "config_digest", str, ""),

@@ -292,8 +292,9 @@ class CheckpointStore:
         for step in finished[-self._keep :]:
             reasons[step].append("newest" if self._keep == 1 else f"newest {self._keep}")
         if self._best:
-            if (best := best_of(manifests, *self._best)) is not None:
-                reasons[best].append(f"best {self._best[0]}")
+            for alike in _validated_alike(manifests):
+                if (best := best_of(alike, *self._best)) is not None:
+                    reasons[best].append(f"best {self._best[0]}")
             for step in finished:
                 if step not in manifests:  # it may have been the best one
                     reasons[step].append("its manifest cannot be read")
@@ -463,13 +464,33 @@ class Pruning:
 def best_of(
     manifests: Mapping[int, CheckpointManifest], metric: str, mode: MetricMode
 ) -> int | None:
-    """The step with the best finite value of ``metric``; the later one of equals."""
+    """The step with the best finite value of ``metric``; the later one of equals.
+
+    Where a run was validated in several ways, the steps that were validated like the newest one
+    compete.
+    """
     if mode not in ("min", "max"):
         raise ValueError(f"mode {mode!r} is neither 'min' nor 'max'")
     sign = 1 if mode == "max" else -1
-    values = {step: m.metrics.get(metric, math.nan) for step, m in manifests.items()}
-    finite = {step: sign * value for step, value in values.items() if math.isfinite(value)}
-    return max(finite, key=lambda step: (finite[step], step), default=None)
+    for alike in reversed(_validated_alike(manifests)):
+        values = {step: m.metrics.get(metric, math.nan) for step, m in alike.items()}
+        finite = {step: sign * value for step, value in values.items() if math.isfinite(value)}
+        if finite:
+            return max(finite, key=lambda step: (finite[step], step))
+    return None
+
+
+def _validated_alike(
+    manifests: Mapping[int, CheckpointManifest],
+) -> list[dict[int, CheckpointManifest]]:
+    """The manifests whose metrics are comparable, together; those of the newest step last."""
+    groups: list[dict[int, CheckpointManifest]] = []
+    for step, manifest in sorted(manifests.items()):
+        same = [g for g in groups if next(iter(g.values())).validation == manifest.validation]
+        group = same[0] if same else {}
+        groups = [other for other in groups if other is not group]
+        groups.append({**group, step: manifest})
+    return groups
 
 
 def _tensors_fault(files: Mapping[str, bytes]) -> str | None:

@@ -263,6 +263,16 @@ def test_the_newest_and_the_best_stay(run: Store) -> None:
     }
 
 
+def test_checkpoints_that_were_validated_in_another_way_do_not_compete(run: Store) -> None:
+    checkpoints = CheckpointStore(run, keep=1, best=BEST)
+    for step, l1, masks in [(10, 0.1, "a"), (20, 0.2, "a"), (30, 0.4, "b"), (40, 0.5, "b")]:
+        manifest = {"metrics": {"val/l1": l1}, "validation": {"masks": masks}}
+        checkpoints.save(step, FILES, manifest=manifest)
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 30, 40]  # the best of each, and the newest
+    assert checkpoints.best(*BEST) == 30
+
+
 def test_of_equals_the_later_one_is_best(checkpoints: CheckpointStore) -> None:
     save(checkpoints, 10)
     save(checkpoints, 20)
