@@ -239,13 +239,20 @@ def test_run_on_gpu_uses_a_gpu_of_the_cluster_and_otherwise_this_process() -> No
     program = """
 import os
 import ray
-from cluster.session import run_on_gpu
+from cluster.session import run_on_gpu, run_on_gpus
 
 def process() -> int:
     return os.getpid()
 
-ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, _node_ip_address="127.0.0.2")
+def share(number: int, shares: int) -> tuple[int, int, int]:
+    return number, shares, os.getpid()
+
+assert run_on_gpus(share) == [(0, 1, os.getpid())]
+ray.init("local", num_cpus=1, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.2")
 assert run_on_gpu(process) != process()
+shares = run_on_gpus(share)
+assert [each[:2] for each in shares] == [(0, 2), (1, 2)]
+assert os.getpid() not in [each[2] for each in shares]
 print("elsewhere")
 """
     ran = subprocess.run(

@@ -19,7 +19,7 @@ from data_prep.shards import Dataset
 from models.options import ModelOptions
 from pipeline import networks
 from pipeline.checkpoints import CheckpointStore
-from pipeline.cli import DONE, MISTAKE, main
+from pipeline.cli import DONE, MISTAKE, build_parser, main
 from pipeline.evaluation.baselines import BASELINES, Filled, GeneratorFiller
 from pipeline.evaluation.metrics import METRICS, measure
 from pipeline.evaluation.pack_evaluation import (
@@ -32,7 +32,7 @@ from pipeline.evaluation.pack_evaluation import (
     sheet_items,
 )
 from pipeline.evaluation.pack_metrics import PackMetrics
-from pipeline.evaluation.packs import Pack, PackContent, make_pack
+from pipeline.evaluation.packs import MASK_FAMILIES, Pack, PackContent, make_pack
 from pipeline.evaluation.published import PublishedValue, beside
 from pipeline.evaluation.record import incomparable, read_evaluations
 from tests.distributed import on_ranks
@@ -168,6 +168,19 @@ def test_any_number_of_ranks_gives_the_same_numbers(
             np.testing.assert_allclose(column, expected[name], rtol=1e-6)
         else:
             assert column == expected[name]
+
+
+def test_the_command_line_offers_every_baseline_and_every_family() -> None:
+    def choices(words: list[str], flag: str) -> list[str]:
+        parser = build_parser()
+        for word in words:
+            (commands,) = (a for a in parser._actions if isinstance(a.choices, dict))
+            parser = commands.choices[word]  # type: ignore[index]
+        (action,) = (a for a in parser._actions if flag in a.option_strings)
+        return list(action.choices or ())
+
+    assert choices(["evaluate"], "--baseline") == list(BASELINES)
+    assert choices(["evalpack", "make"], "--family") == list(MASK_FAMILIES)
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
