@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Store, scratch_folder
+from cluster.storage.records import RecordError, read_insisting, seal, typed, unseal
 from data_prep.contact_sheet import contact_sheet
 from data_prep.shards import (
     FORMAT,
+    FORMAT_VERSION,
     Dataset,
     Shard,
     damage_as_shard_error,
@@ -142,19 +144,27 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, data: bytes) -> ShardRecord:
-        """Raises ValueError, KeyError or TypeError where ``data`` is something else."""
-        stored = json.loads(data)
-        changed = {
-            "sample_settings": stored.pop("recipe"),
-            "shard": shard_from_index(stored["shard"]),
-        }
-        return cls(**(stored | changed))
+        """Raises RecordError, which is a ValueError, where ``data`` is something else."""
+        stored = unseal(data, version=FORMAT_VERSION)
+        return cls(
+            plan=typed(stored, "plan", str),
+            root=None if stored.get("root") is None else typed(stored, "root", str),
+            sample_settings=typed(stored, "recipe", dict),
+            excluded=typed(stored, "excluded", dict),
+            shard=shard_from_index(typed(stored, "shard", dict)),
+            statuses=typed(stored, "statuses", dict),
+            reasons=typed(stored, "reasons", dict),
+            sketches=typed(stored, "sketches", dict),
+            density_sum=typed(stored, "density_sum", float),
+            errors=typed(stored, "errors", list),
+            peak_bytes=typed(stored, "peak_bytes", int, 0),
+        )
 
     def to_json(self) -> bytes:
         """As it lies on storage, where the settings are called ``recipe``."""
         stored = dict(vars(self)) | {"shard": index_entry(self.shard)}
         stored["recipe"] = stored.pop("sample_settings")
-        return json.dumps(stored).encode()
+        return seal(stored, version=FORMAT_VERSION)
 
     @property
     def images(self) -> int:
@@ -179,12 +189,12 @@ def write_record(store: Store, record: ShardRecord, rows: Sequence[ManifestRow])
 
 
 def read_record(store: Store, shard: str) -> ShardRecord:
-    """Raises ValueError where the record is not one of this version."""
-    data = store.get(record_key(shard))
+    """Raises ValueError where the record is damaged, or not one of this version."""
+    key = record_key(shard)
     try:
-        return ShardRecord.from_json(data)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{record_key(shard)} is a record of another version: {error}") from error
+        return read_insisting(store, lambda store: ShardRecord.from_json(store.get(key)), key=key)
+    except RecordError as error:
+        raise ValueError(f"{key} is damaged, or of another version: {error}") from error
 
 
 def read_rows(
@@ -253,7 +263,7 @@ def publish(
         "files": written,
         "made_with": _versions(),
     }
-    store.put("dataset.json", _json(record))
+    store.put("dataset.json", seal(record, version=FORMAT_VERSION))
 
 
 def count(records: Iterable[ShardRecord]) -> dict[str, Any]:

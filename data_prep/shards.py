@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from cluster.storage import MIB, MissingKeyError, StorageError, Store, join, one_line, open_store
+from cluster.storage.records import (
+    NewerReleaseError,
+    RecordError,
+    read_insisting,
+    typed,
+    unseal,
+)
 
-FORMAT = 1
+FORMAT = 1  # part of every digest
+FORMAT_VERSION = 2  # of dataset.json and parts/*.json; 1 had no digest of their own
 FIELDS = ("jpg", "sketch.png", "json")
 KEY = re.compile(r"[A-Za-z0-9_+=/-]{1,89}")  # with its longest field a name fits a USTAR header
 BLOCK = 512
@@ -215,21 +223,35 @@ class Dataset:
     @classmethod
     def open(cls, url: str) -> Dataset:
         """Read ``dataset.json``; ShardError where it is missing, so that nothing is finished."""
+        place = join(url, "dataset.json")
         try:
-            data = open_store(url).get("dataset.json")
+            record = read_insisting(
+                open_store(url),
+                lambda store: unseal(store.get("dataset.json"), version=FORMAT_VERSION),
+                key="dataset.json",
+            )
         except MissingKeyError:
             raise ShardError(
                 f"{url} holds no finished dataset (dataset.json is missing): prepare it first"
             ) from None
+        except NewerReleaseError as error:
+            raise ShardError(f"{place}: {error}") from None
+        except RecordError as error:
+            raise ShardError(f"{place} is not one of our datasets, or damaged: {error}") from None
+        found = record.get("format")
+        if isinstance(found, int) and found > FORMAT:
+            raise ShardError(f"{url} has dataset format {found}; this program reads {FORMAT}")
         try:
-            record = json.loads(data)
-            found = record["format"]
-            if found == FORMAT:
-                fields = [field for field in cls.__dataclass_fields__ if field != "url"]
-                return cls(url=url, **{field: record[field] for field in fields})
-        except (ValueError, KeyError, TypeError):
-            raise ShardError(f"{join(url, 'dataset.json')} is not one of our datasets") from None
-        raise ShardError(f"{url} has dataset format {found}; this program reads {FORMAT}")
+            return cls(
+                url=url,
+                name=typed(record, "name", str),
+                digest=typed(record, "digest", str),
+                settings=typed(record, "settings", dict),
+                counts=typed(record, "counts", dict),
+                files=typed(record, "files", dict),
+            )
+        except RecordError as error:
+            raise ShardError(f"{place} is not one of our datasets, or damaged: {error}") from None
 
     @cached_property
     def store(self) -> Store:
@@ -238,11 +260,22 @@ class Dataset:
     @cached_property
     def index(self) -> list[Shard]:
         """Every shard of every split, ordered by name."""
-        data = self.store.get("index.json")
         try:
-            return [shard_from_index(entry) for entry in json.loads(data)["shardlist"]]
-        except (ValueError, KeyError, TypeError):
-            raise ShardError(f"{join(self.url, 'index.json')} is not one of our indexes") from None
+            return read_insisting(self.store, self._read_index, key="index.json")
+        except RecordError as error:
+            place = join(self.url, "index.json")
+            raise ShardError(f"{place} is not one of our indexes, or damaged: {error}") from None
+
+    def _read_index(self, store: Store) -> list[Shard]:
+        data = store.get("index.json")
+        expected = self.files.get("index.json", {}).get("sha256")
+        if expected and hashlib.sha256(data).hexdigest() != expected:
+            raise RecordError("its sha256 differs from the one in dataset.json")
+        try:
+            entries = json.loads(data)["shardlist"]
+            return [shard_from_index(entry) for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{type(error).__name__}: {error}") from error
 
     def shards(self, split: Split) -> list[Shard]:
         return [shard for shard in self.index if shard.split == split]
@@ -270,14 +303,18 @@ def index_entry(shard: Shard) -> dict[str, Any]:
 
 
 def shard_from_index(entry: dict[str, Any]) -> Shard:
+    """Raises RecordError, which names a value that is missing or of another kind."""
+    split = typed(entry, "split", str)
+    if split not in ("train", "val"):
+        raise RecordError(f"split should be train or val, not {split!r}")
     return Shard(
-        name=entry["url"],
-        split=entry["split"],
-        samples=entry["nsamples"],
-        bytes=entry["filesize"],
-        sha256=entry["sha256"],
-        first_key=entry["first_key"],
-        last_key=entry["last_key"],
+        name=typed(entry, "url", str),
+        split="train" if split == "train" else "val",
+        samples=typed(entry, "nsamples", int),
+        bytes=typed(entry, "filesize", int),
+        sha256=typed(entry, "sha256", str),
+        first_key=typed(entry, "first_key", str),
+        last_key=typed(entry, "last_key", str),
     )
 
 
@@ -298,11 +335,13 @@ def canonical_json(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def damage_as_shard_error() -> Iterator[None]:
-    """Turn a KeyError inside, from keys that ``Dataset.open`` does not check, into ShardError."""
+    """Turn what values raise that ``Dataset.open`` does not check into ShardError."""
     try:
         yield
     except KeyError as error:
         raise ShardError(f"dataset.json is damaged: {error} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise ShardError(f"dataset.json is damaged: {error}") from None
 
 
 @damage_as_shard_error()

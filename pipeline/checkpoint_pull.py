@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +19,7 @@ from cluster.storage import (
     join,
     replacing,
 )
-from cluster.storage.records import RecordError
-from pipeline import checkpoints as stored
+from cluster.storage.records import RecordError, read_insisting
 from pipeline.checkpoint_manifest import (
     MANIFEST,
     PULLED,
@@ -171,24 +169,23 @@ class _Fetch:
         """Raises CheckpointError where every reading, each over new connections, differs."""
         if not self._noted.exists() and _is_whole(self._path, self._file):
             return
-        store = self._store
-        for pause_s in (*stored.REREAD_PAUSES_S, None):
-            try:
-                self._read(store)
-            except MissingKeyError as error:
-                raise self._damaged("it is missing") from error
-            except (RecordError, CorruptedTransferError) as error:
-                self._path.unlink(missing_ok=True)
-                self._noted.unlink(missing_ok=True)
-                if pause_s is None:
-                    raise self._damaged(str(error)) from error
-                time.sleep(pause_s)
-                store = store.reconnected()
-            else:
-                self._noted.unlink(missing_ok=True)
-                return
+        try:
+            read_insisting(self._store, self._read, key=self._key)
+        except MissingKeyError as error:
+            raise self._damaged("it is missing") from error
+        except RecordError as error:
+            raise self._damaged(str(error)) from error
+        self._noted.unlink(missing_ok=True)
 
     def _read(self, store: Store) -> None:
+        try:
+            self._read_parts(store)
+        except (RecordError, CorruptedTransferError):
+            self._path.unlink(missing_ok=True)
+            self._noted.unlink(missing_ok=True)
+            raise
+
+    def _read_parts(self, store: Store) -> None:
         size = self._file.bytes
         if (found := store.size(self._key)) != size:
             raise RecordError(f"{found} of {size} bytes")

@@ -17,13 +17,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from cluster.storage import (
-    CorruptedTransferError,
     MissingKeyError,
     StorageError,
     Store,
     join,
 )
-from cluster.storage.records import NewerReleaseError, RecordError
+from cluster.storage.records import NewerReleaseError, RecordError, read_insisting
 from models.options import ModelOptions
 from pipeline.background_saves import BackgroundSaves
 from pipeline.checkpoint_manifest import (
@@ -45,7 +44,6 @@ TENSORS = ".safetensors"
 SET_ASIDE = "manifest.set-aside.json"
 TRANSFERS = 4  # files in transfer at the same time; large ones also go in parallel parts
 MANIFESTS = 16  # small requests at the same time
-REREAD_PAUSES_S = (0.2, 1.0)  # before a damaged file is read again
 SAVE_DEADLINE_S = 600.0
 MetricMode = Literal["min", "max"]
 CheckpointChoice = int | Literal["newest", "best"]
@@ -369,19 +367,12 @@ class CheckpointStore:
 
         Raises CheckpointError where every reading fails.
         """
-        store = self._store
-        for pause_s in (*REREAD_PAUSES_S, None):
-            try:
-                return parse(store.get(key))
-            except NewerReleaseError:
-                raise
-            except (RecordError, CorruptedTransferError) as error:
-                if pause_s is None:
-                    raise CheckpointError(_damaged(join(self.url, key), str(error))) from error
-                log.warning("reading again url=%s: %s", join(self.url, key), error)
-                time.sleep(pause_s)
-                store = store.reconnected()
-        raise AssertionError  # the last reading returns or raises
+        try:
+            return read_insisting(self._store, lambda store: parse(store.get(key)), key=key)
+        except NewerReleaseError:
+            raise
+        except RecordError as error:
+            raise CheckpointError(_damaged(join(self.url, key), str(error))) from error
 
     def _existing(self, step: int, name: str, use: Callable[[str], T]) -> T:
         try:

@@ -1,13 +1,20 @@
-"""JSON records on storage that carry their own digest and the version of their format."""
+"""JSON records on storage that carry their digest and version, and reading that insists."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
+from cluster.storage.base import CorruptedTransferError, Store, join
+
+log = logging.getLogger(__name__)
+
 VERSION, DIGEST = "format_version", "record_sha256"
+REREAD_PAUSES_S = (0.2, 1.0)  # before a damaged value is read again
 T = TypeVar("T")
 
 
@@ -17,6 +24,27 @@ class RecordError(ValueError):
 
 class NewerReleaseError(RecordError):
     """A record is whole, and a newer release wrote it."""
+
+
+def read_insisting(store: Store, read: Callable[[Store], T], *, key: str) -> T:
+    """What ``read`` gives; where it finds damage, it is repeated over new connections.
+
+    ``key`` is for the log. Raises RecordError where every reading finds damage, and all else at
+    once.
+    """
+    for pause_s in REREAD_PAUSES_S:
+        try:
+            return read(store)
+        except NewerReleaseError:
+            raise
+        except (RecordError, CorruptedTransferError) as error:
+            log.warning("reading again url=%s: %s", join(store.url, key), error)
+            time.sleep(pause_s)
+            store = store.reconnected()
+    try:
+        return read(store)
+    except CorruptedTransferError as error:
+        raise RecordError(str(error)) from error
 
 
 def seal(record: Mapping[str, Any], *, version: int) -> bytes:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from cluster.ports import LOOPBACK
 from cluster.services import S3Server
-from cluster.storage import StorageError, open_store
+from cluster.storage import StorageError, open_store, records
 from data_prep.build import SerialScheduler
 from data_prep.hed import PACKAGED_SHA256, packaged_weights
 from data_prep.images import decode, encode_jpeg, fit
@@ -30,6 +30,7 @@ from tests.data_prep.processes import below
 from tests.data_prep.processes import kill as end
 from tests.data_prep.settings import build as settings_build
 from tests.data_prep.settings import list_source, read_listed
+from tests.records import read_record_file, write_unsealed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,9 +212,9 @@ def test_a_setting_newer_than_the_dataset_counts_as_its_default(
 ) -> None:
     url = tmp_path / "copy"
     shutil.copytree(undisturbed, url)
-    record = json.loads((url / "dataset.json").read_bytes())
+    record = read_record_file(url / "dataset.json")
     assert record["settings"]["requested"].pop("duplicates") == "drop"
-    (url / "dataset.json").write_text(json.dumps(record))
+    write_unsealed(url / "dataset.json", record)
     assert build(url, album).digest == record["digest"]
     with pytest.raises(ShardError, match=r"\(duplicates drop there, keep requested\)"):
         build(url, album, duplicates="keep")
@@ -382,12 +383,12 @@ def test_hardware_has_no_part_in_a_dataset_that_has_its_sketches(
         assert build(url, album, subject="scene", update=True).digest == digest
 
     def made_on_a_gpu(path: Path, *names: str) -> None:
-        record = json.loads(path.read_text())
+        record = read_record_file(path)
         place = record
         for name in names:
             place = place[name]
         place["hed_device"] = "cuda"
-        path.write_text(json.dumps(record))
+        write_unsealed(path, record)
 
     def update() -> None:
         with pytest.raises(ShardError, match=r"made on a GPU.* set sketch\.hed_device=cpu"):
@@ -468,15 +469,47 @@ def test_what_is_held_out_is_reported_and_dropped_from_train(
     ("read", "word"),
     [(verify, "sha256"), (verify, "shaping"), (describe, "requested"), (describe, "samples")],
 )
-def test_a_dataset_json_with_a_damaged_word_is_reported_in_one_line(
+def test_an_old_dataset_json_with_a_damaged_word_is_reported_in_one_line(
     undisturbed: Path, tmp_path: Path, read: Callable[[Dataset], object], word: str
 ) -> None:
     url = tmp_path / "set"
     shutil.copytree(undisturbed, url)
+    write_unsealed(url / "dataset.json", read_record_file(url / "dataset.json"))
     record = (url / "dataset.json").read_text()
     (url / "dataset.json").write_text(record.replace(f'"{word}"', f'"_{word}"', 1))
     with pytest.raises(ShardError, match=rf"^dataset\.json is damaged: '{word}' is missing$"):
         read(Dataset.open(str(url)))
+
+
+def test_every_flipped_bit_of_dataset_json_and_of_a_record_of_a_shard_is_found(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "REREAD_PAUSES_S", ())
+    part = sorted((undisturbed / "parts").glob("*.json"))[0]
+    (tmp_path / "parts").mkdir()
+    store = open_store(str(tmp_path))
+    reads: list[tuple[Path, Callable[[], object]]] = [
+        (undisturbed / "dataset.json", lambda: Dataset.open(store.url)),
+        (part, lambda: read_record(store, part.name.removesuffix(".json"))),
+    ]
+    for source, read in reads:
+        data = source.read_bytes()
+        path = tmp_path / source.relative_to(undisturbed)
+        path.write_bytes(data)
+        read()
+        for position in range(0, len(data), 3):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << position % 8
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match=r"damaged|newer"):
+                read()
+
+
+def test_a_dataset_of_a_newer_release_is_one_line(undisturbed: Path, tmp_path: Path) -> None:
+    record = read_record_file(undisturbed / "dataset.json")
+    (tmp_path / "dataset.json").write_bytes(records.seal(record, version=99))
+    with pytest.raises(ShardError, match="written by a newer release"):
+        Dataset.open(str(tmp_path))
 
 
 def test_a_damaged_dataset_is_reported_file_by_file(undisturbed: Path, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from cluster.storage import (
     Store,
     join,
     open_store,
+    records,
 )
 from cluster.storage.records import seal
 from pipeline import background_saves
-from pipeline import checkpoints as stored
 from pipeline.checkpoint_manifest import manifest_bytes
 from pipeline.checkpoint_pull import pull
 from pipeline.checkpoint_urls import list_checkpoints
@@ -37,7 +37,7 @@ MANIFEST = "step-00000020/manifest.json"
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "REREAD_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(records, "REREAD_PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr(background_saves, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(background_saves, "LONGEST_PAUSE_S", 0.1)
 
@@ -213,7 +213,10 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
     return patch
 
 
-def test_every_single_bit_flip_of_a_manifest_is_found(tmp_path: Path) -> None:
+def test_every_single_bit_flip_of_a_manifest_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "REREAD_PAUSES_S", ())  # one reading finds it
     store = open_store(str(tmp_path))
     checkpoints = CheckpointStore(store)
     config = {"train": {"learning_rate": 1e-05}, "name": "caf\u00e9"}  # 1E-05 is equal

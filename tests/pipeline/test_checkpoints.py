@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_tensors
 
-from cluster.storage import StorageRefusedError, Store, join, open_store
+from cluster.storage import StorageRefusedError, Store, join, open_store, records
 from pipeline import background_saves, checkpoint_pull
-from pipeline import checkpoints as stored
 from pipeline.checkpoint_pull import pull
 from pipeline.checkpoint_urls import choose_checkpoint, find_checkpoints, list_checkpoints
 from pipeline.checkpoints import (
@@ -33,7 +32,7 @@ BEST: tuple[str, MetricMode] = ("val/l1", "min")
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "REREAD_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(records, "REREAD_PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr(background_saves, "FIRST_PAUSE_S", 0.01)
 
 
