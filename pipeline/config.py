@@ -46,6 +46,8 @@ def _name(value: str) -> str:
     return value
 
 
+LARGEST_RECIPE, MOST_VALUES = 2**20, 10_000
+
 Name = Annotated[str, AfterValidator(_name)]
 
 
@@ -360,7 +362,8 @@ class _StoredModel(Section):
 def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """What recipe and overrides give, under the new names, and the names that overrides set."""
     try:
-        tree = yaml.safe_load(recipe.read_text()) or {}
+        with recipe.open() as file:
+            tree = _load_yaml(file.read(LARGEST_RECIPE + 1)) or {}
     except OSError as error:
         raise ConfigError(
             f"{recipe}: {error.strerror or error}: give the path of a recipe"
@@ -385,6 +388,40 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
             _log_renamed(old, name)
         _set_in(tree, name if "=" not in override else f"{name}={value}")
     return tree, list(typed)
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, also where its aliases would fill the memory."""
+    if len(text) > LARGEST_RECIPE:
+        raise yaml.YAMLError(f"it is longer than {LARGEST_RECIPE:,} characters")
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if (values := _expanded(root, {}, frozenset())) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases make {values:,} values, a recipe has at most {MOST_VALUES:,}"
+            )
+        return loader.construct_document(root)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, int], above: frozenset[int]) -> int:
+    """How many values ``node`` has where each alias counts as a copy."""
+    if id(node) in above:
+        raise yaml.YAMLError("an alias contains itself")
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [each for pair in node.value for each in pair]
+        known[id(node)] = 1 + sum(_expanded(each, known, above | {id(node)}) for each in inner)
+    return known[id(node)]
 
 
 def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,7 +458,7 @@ def _set_in(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
     try:
-        tree[key] = yaml.safe_load(text)
+        tree[key] = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{override!r}: the value is not YAML: {' '.join(str(error).split())}"

@@ -338,3 +338,41 @@ def test_flat_names_settings_as_overrides_do():
     flat = load(DEMO).flat()
     assert flat["train.steps"] == 80
     assert flat["masks.box.min_side"] == 0.25
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, r"its aliases make [\d,]+ values"),
+        ("train: &train [*train]", "contains itself"),
+        ("[" * 5000, "nested too deeply"),
+        ("name: " + "x" * 2**20, "is longer than"),
+    ],
+)
+def test_a_recipe_that_would_fill_the_memory_is_refused_at_once(tmp_path, text, reason):
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load(tmp_path / "bomb.yaml")
+    assert len(str(caught.value)) < 500
+
+
+def test_a_recipe_may_use_aliases(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text() + "\nevaluate: {sheet: &few 3, batch: *few}\n")
+    assert load(recipe).evaluate.batch == 3
+
+
+def test_what_is_recorded_of_a_recipe_has_no_password():
+    uri = "postgresql://user:plan/ted@s@host:5432/db"
+    cfg, same = (
+        load(DEMO, [f"tracking.uri={each}"]) for each in (uri, "postgresql://host:5432/db")
+    )
+    assert cfg.tracking.uri == uri  # the run itself can use it
+    assert cfg.recorded()["tracking"]["uri"] == "postgresql://host:5432/db"
+    assert "ted" not in str(cfg.flat()["tracking.uri"])
+    assert cfg.digest() == same.digest()
