@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import ray
 from ray.autoscaler import sdk as autoscaler
+from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.context import get_train_context
@@ -119,6 +120,29 @@ def run_workers(
         trainer.fit()
     except TrainingFailedError as error:
         raise WorkersError(_reason(error, mistakes)) from error
+
+
+class Mailbox:
+    """A few short values that a driver and its workers share, under names of ``owner``.
+
+    Ray's head keeps them, so they arrive also while storage is away.
+    """
+
+    NAMES = ("stop", "safe step")
+
+    def __init__(self, owner: str) -> None:
+        self._prefix = f"{owner}/"
+
+    def put(self, name: str, value: str) -> None:
+        kv._internal_kv_put(self._prefix + name, value, overwrite=True)
+
+    def get(self, name: str) -> str | None:
+        value = kv._internal_kv_get(self._prefix + name)
+        return None if value is None else value.decode()
+
+    def clear(self) -> None:
+        for name in self.NAMES:
+            kv._internal_kv_del(self._prefix + name)
 
 
 class WorkersError(RuntimeError):

@@ -109,6 +109,11 @@ class CheckpointStore:
         """Raise the failure of a save that has ended; returns at once otherwise."""
         self._saves.raise_failure()
 
+    @property
+    def safe_step(self) -> int | None:
+        """The newest step that was loaded or saved here, and is whole on storage."""
+        return self._saves.safe_step
+
     def wait(self) -> None:
         """Wait until every save is committed. Raises the failure of one."""
         self._saves.wait()

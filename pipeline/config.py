@@ -122,6 +122,8 @@ class TrainSettings(Section):
     max_bad_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is not finite, after which a run ends. Such steps
     change no weights."""
+    max_hours: PositiveFloat | None = None
+    """End as a request to stop does, after so many hours; the same command resumes."""
     max_failures: NonNegativeInt = 3
     """How often Ray Train restarts the workers after losing one."""
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -51,9 +52,8 @@ def train_on_rank(
 ) -> Position:
     """What every rank runs, whoever launched it; collective from the first line to the last.
 
-    Resumes from the newest checkpoint and ends at ``cfg.train.steps``, or at a log interval after
-    ``stop`` was requested on any rank. Everything is saved in both cases. Returns the last
-    position.
+    Resumes from the newest checkpoint and ends at ``cfg.train.steps``, or two steps after ``stop``
+    was requested on any rank. Everything is saved in both cases. Returns the last position.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -143,6 +143,8 @@ class TrainingLoop:
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
+        vote = distributed.Vote(timedelta(seconds=1800))
+        left = False
         clock, interval = _Clock(cfg.global_batch), Interval(self.ranks.weight(cfg.streams))
         for epoch, epoch_step, batch in clock.waiting(
             loader.batches(position.epoch, position.epoch_step)
@@ -163,27 +165,37 @@ class TrainingLoop:
 
             if self.ranks.first:
                 self.checkpoints.raise_failure()
+                self._note_safe(stop)
             last = position.step >= cfg.steps
-            stopping = False
-            if last or position.step % cfg.log_every_steps == 0:
-                stopping = self._report(position, interval, clock, stop)
-            if last or stopping or position.step % cfg.save_every_steps == 0:
-                self._save(position)
+            stopping, leaving = vote.ask(stop.requested, stop.leaving)
+            if last or stopping or position.step % cfg.log_every_steps == 0:
+                self._report(position, interval, clock)
+            if last or position.step % cfg.save_every_steps == 0:
+                self._save(position, stop, validate=last or not stopping)
                 clock.restart()  # the speed of training leaves saving out
+            elif stopping or (leaving and not left):
+                # Somebody counts the seconds until this process is killed.
+                log.warning("saving step=%d: %s", position.step, "stop" if stopping else "leave")
+                self._save(position, stop, validate=False)
+                clock.restart()
+            left = left or leaving
             if last or stopping:
                 break
+        vote.close()
         if self.ranks.first:
             self.checkpoints.wait()  # a run is finished once its last checkpoint is committed
+            self._note_safe(stop)
         self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")
         return position
 
-    def _report(
-        self, position: Position, interval: Interval, clock: "_Clock", stop: StopRequest
-    ) -> bool:
-        """Log what the last steps did; whether a stop was requested on any rank."""
+    def _note_safe(self, stop: StopRequest) -> None:
+        if (step := self.checkpoints.safe_step) is not None:
+            stop.note_safe(step)
+
+    def _report(self, position: Position, interval: Interval, clock: "_Clock") -> None:
+        """Log what the last steps did."""
         device = self.ranks.device
         values = interval.read(device)
-        stopping = distributed.mean({"stop": float(stop.requested)}, device)["stop"] > 0
         means = values.means | clock.read()
         means["lr/generator"] = means["lr/discriminator"] = self.cfg.train.learning_rate
         means["health/bad_steps"] = float(len(values.bad))
@@ -203,7 +215,6 @@ class TrainingLoop:
         )
         if values.bad:
             self._report_bad_steps(values)
-        return stopping
 
     def _report_bad_steps(self, values: IntervalValues) -> None:
         """Write down the samples of bad steps. Raises TrainingError after too many in a row."""
@@ -259,11 +270,13 @@ class TrainingLoop:
             settings.append("set train.precision=fp32")
         return " or ".join(settings)
 
-    def _save(self, position: Position) -> None:
-        """Validate the averaged generator and write a checkpoint that carries the metrics."""
+    def _save(self, position: Position, stop: StopRequest, *, validate: bool) -> None:
+        """Write a checkpoint; ``validate`` the averaged generator first, unless a stop comes."""
         started = time.perf_counter()
-        evaluation = self._validate()
-        metrics = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
+        evaluation = self._validate(stop) if validate else None
+        metrics = {}
+        if evaluation is not None:
+            metrics = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
         # Collective at ZeRO stages 1 and 2, so on every rank; only rank 0 writes.
         state = TrainingState(
             position, self.generator.state(), self.discriminator.state(), self.average.weights()
@@ -292,26 +305,31 @@ class TrainingLoop:
                     "ray_submission": job.get("job_submission_id") or "",
                 },
             )
-            self.tracker.log_metrics(position.step, metrics)
-            self.tracker.log_image("samples", position.step, evaluation.sheet())
+            if evaluation is not None:
+                self.tracker.log_metrics(position.step, metrics)
+                self.tracker.log_image("samples", position.step, evaluation.sheet())
             log.info(
                 "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stall_s=%.1f",
                 position.step,
-                metrics["val/l1_percent"],
-                metrics["val/psnr_db"],
+                metrics.get("val/l1_percent", math.nan),
+                metrics.get("val/psnr_db", math.nan),
                 time.perf_counter() - started,
             )
 
-    def _validate(self) -> Evaluation:
+    def _validate(self, stop: StopRequest) -> Evaluation | None:
+        """None where a stop was requested meanwhile, on any rank."""
         batches = validation_batches(
             self.cfg, self.dataset, self.ranks, self.cfg.evaluate.samples_while_training
         )
-        return evaluate(
+        evaluation = evaluate(
             self.average.module,
-            batches,
+            itertools.takewhile(lambda _: not stop.requested, batches),
             device=self.ranks.device,
             keep=self.cfg.evaluate.sheet if self.ranks.first else 0,
         )
+        if any(distributed.gathered(stop.requested)):
+            return None
+        return evaluation
 
 
 class _Clock:

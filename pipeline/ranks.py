@@ -1,8 +1,10 @@
 """Which rank this process is, and the few things that ranks do together."""
 
 import os
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -73,6 +75,42 @@ def current(
     if machine is None:
         machine = int(os.environ.get("GROUP_RANK", "0"))
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), machine, device)
+
+
+class Vote:
+    """Yes-or-no questions that all ranks put at every step; any rank's yes is the answer.
+
+    The answer is that of two steps ago, the same on every rank. It travels between processors
+    while training continues, so nobody waits for a device, and hardly for other ranks. Collective:
+    all ranks make one, and ask equally often.
+    """
+
+    DELAY = 2
+
+    def __init__(self, timeout: timedelta) -> None:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
+        self._open: deque[tuple[torch.Tensor, dist.Work]] = deque()
+
+    def ask(self, *mine: bool) -> tuple[bool, ...]:
+        if self._group is None:
+            return mine
+        votes = torch.tensor(mine, dtype=torch.int32)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._open.append((votes, work))
+        if len(self._open) <= self.DELAY:
+            return tuple(False for _ in mine)
+        return self._answer()
+
+    def close(self) -> None:
+        """Wait for the answers that nobody has read."""
+        while self._open:
+            self._answer()
+
+    def _answer(self) -> tuple[bool, ...]:
+        votes, work = self._open.popleft()
+        work.wait()
+        return tuple(bool(vote) for vote in votes)
 
 
 def mean(

@@ -1,46 +1,87 @@
-"""Requests to stop with everything saved: Ctrl-C, SIGTERM, or a key in the run's folder."""
+"""Requests to stop with everything saved, and what is true where there was no time for that."""
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Protocol
 
-from cluster.storage import Store
-
 log = logging.getLogger(__name__)
 
-STOP_KEY = "stop"
-POLL_INTERVAL_S = 2.0
+POLL_INTERVAL_S = 1.0
+RESERVE_S = 20.0  # of the grace, for the end of all processes
+GRACE_S = 120.0  # as ray_job.yaml and ray_cluster.yaml give
 
 
 class StopRequest(Protocol):
-    """Whether the run was asked to stop."""
+    """What somebody asked of the run, as one rank knows it; reading it never waits."""
 
     @property
-    def requested(self) -> bool: ...
+    def requested(self) -> bool:
+        """Save and end."""
 
+    @property
+    def leaving(self) -> bool:
+        """Save and continue: the node of this rank is about to go."""
 
-class NoStop:
-    """Never requested: for ranks that hear of a stop through rank 0."""
-
-    requested = False
+    def note_safe(self, step: int) -> None:
+        """Remember that the checkpoint of ``step`` is whole on storage."""
 
 
 class SignalStop:
-    """Requested by the first SIGINT or SIGTERM; a second one interrupts as usual."""
+    """Requested by the first SIGINT or SIGTERM, or after ``max_hours``.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A second signal calls ``at_once``, which by default interrupts as usual. ``give_up`` is called
+    in a thread of its own where the block of ``listening`` still runs ``time_to_save_s`` after the
+    first signal.
+    """
+
+    leaving = False
+
+    def __init__(
+        self,
+        *,
+        max_hours: float | None = None,
+        at_once: Callable[[], None] | None = None,
+        give_up: Callable[[], None] | None = None,
+    ) -> None:
+        self.safe_step: int | None = None
+        self._signaled_at: float | None = None
+        self._until = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._at_once, self._give_up = at_once, give_up
+        self._done = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._signaled_at is not None or (
+            self._until is not None and time.monotonic() >= self._until
+        )
+
+    @property
+    def too_late(self) -> bool:
+        """Whether the time for saving is over."""
+        return (
+            self._signaled_at is not None
+            and time.monotonic() - self._signaled_at >= time_to_save_s()
+        )
+
+    def note_safe(self, step: int) -> None:
+        self.safe_step = step
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+        if self._signaled_at is not None:
+            if self._at_once is None:
+                raise KeyboardInterrupt
+            self._at_once()
+            return
+        self._signaled_at = time.monotonic()
         log.warning("stop requested: saving a checkpoint first (a second signal stops at once)")
+        if self._give_up is not None:
+            threading.Thread(target=self._watch, name="stop-grace", daemon=True).start()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["SignalStop"]:
@@ -49,8 +90,14 @@ class SignalStop:
         try:
             yield self
         finally:
+            self._done.set()
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+    def _watch(self) -> None:
+        assert self._give_up is not None
+        if not self._done.wait(time_to_save_s()):
+            self._give_up()
 
 
 @contextlib.contextmanager
@@ -67,31 +114,63 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class StoredStop:
-    """Whether the run's folder holds the key ``stop``: how a driver reaches its ranks.
+class PolledStop:
+    """Whether ``poll`` has said so: how a driver reaches its ranks.
 
-    A thread polls the storage every ``POLL_INTERVAL_S``, so training never waits for it.
+    A thread calls it every ``POLL_INTERVAL_S``, so training never waits for the answer, and passes
+    safe steps to ``tell_safe``. ``is_leaving`` has to answer at once.
     """
 
-    def __init__(self, run: Store) -> None:
+    def __init__(
+        self,
+        poll: Callable[[], bool],
+        is_leaving: Callable[[], bool],
+        tell_safe: Callable[[int], None],
+    ) -> None:
         self.requested = False
-        self._run = run
+        self._poll, self._is_leaving, self._tell_safe = poll, is_leaving, tell_safe
+        self._safe_step: int | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
+
+    @property
+    def leaving(self) -> bool:
+        return self._is_leaving()
+
+    def note_safe(self, step: int) -> None:
+        self._safe_step = step
 
     def close(self) -> None:
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
+        told: int | None = None
         while not self._done.wait(POLL_INTERVAL_S):
             try:
-                self.requested = self.requested or self._run.exists(STOP_KEY)
-            except OSError as error:  # training continues while storage is away
+                self.requested = self.requested or self._poll()
+                if (step := self._safe_step) is not None and step != told:
+                    self._tell_safe(step)
+                    told = step
+            except Exception as error:  # training continues while the driver is out of reach
                 log.warning("stop request could not be read: %s", error)
 
 
-def request_stop(run: Store) -> None:
-    """Write the key ``stop`` into the run's folder; :class:`StoredStop` reads it."""
-    run.put(STOP_KEY, time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()).encode())
+def time_to_save_s() -> float:
+    """Seconds between a signal and the moment at which a save has to be given up.
+
+    ``RESERVE_S`` less than what the launcher gives, or half of that where it gives little.
+    """
+    grace_s = GRACE_S
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        grace_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    elif "RAY_JOB_STOP_WAIT_TIME_S" in os.environ:
+        grace_s = float(os.environ["RAY_JOB_STOP_WAIT_TIME_S"])
+    return max(grace_s - RESERVE_S, grace_s / 2)
+
+
+def not_saved(safe_step: int | None) -> str:
+    """What is true of a run that ended before its last steps were saved."""
+    safe = "no step is safe" if safe_step is None else f"step {safe_step} is safe"
+    return f"stopped before the last steps were saved; {safe}: run the same command to resume"

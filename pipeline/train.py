@@ -1,10 +1,10 @@
 """Where training runs: under Ray Train, under torchrun, or in one plain process."""
 
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -23,14 +23,7 @@ from pipeline.loop import train_on_rank
 from pipeline.networks import starting_weights
 from pipeline.ranks import Device
 from pipeline.run_storage import RunStorage
-from pipeline.stop_request import (
-    STOP_KEY,
-    NoStop,
-    SignalStop,
-    StopRequest,
-    StoredStop,
-    request_stop,
-)
+from pipeline.stop_request import PolledStop, SignalStop, not_saved
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +93,20 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     elif cfg.train.engine == "deepspeed":  # needs a process group, even of one rank
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+    def end_now() -> None:
+        # Whatever waits for storage or other ranks would keep the interpreter from its end.
+        if ranks.first:
+            log.error(not_saved(stop.safe_step))
+        logging.shutdown()
+        os._exit(1)
+
+    ranks = distributed.current(device=cfg.train.device)
+    stop = SignalStop(max_hours=cfg.train.max_hours, at_once=end_now, give_up=end_now)
     try:
-        with SignalStop().listening() as stop:
+        with stop.listening():
             # By its own count: rank 0 may still be writing the last checkpoint.
-            end = train_on_rank(
-                cfg, storage, dataset, distributed.current(device=cfg.train.device), stop
-            )
+            end = train_on_rank(cfg, storage, dataset, ranks, stop)
             return end.step >= cfg.train.steps
     finally:
         if dist.is_initialized():
@@ -129,7 +130,8 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
     with connect():
         from cluster import ray_train
 
-        with SignalStop().listening() as stop:
+        mailbox = ray_train.Mailbox(storage.run_url)
+        with SignalStop(max_hours=cfg.train.max_hours).listening() as stop:
             try:
                 workers = ray_train.find_room(
                     cfg.train.workers,
@@ -147,7 +149,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
             if workers is None:
                 return
             log.info("training on %d rank(s), one %s each", workers.count, workers.resource)
-            storage.run.delete(STOP_KEY)
+            mailbox.clear()
             failure: list[BaseException] = []
 
             def fit() -> None:
@@ -171,13 +173,16 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
             # and ours lets them save first.
             thread = threading.Thread(target=fit, name="ray-train", daemon=True)
             thread.start()
-            passed_on = False
-            while thread.is_alive():
-                thread.join(0.5)
-                if stop.requested and not passed_on:
-                    request_stop(storage.run)
-                    passed_on = True
-        storage.run.delete(STOP_KEY)
+            try:
+                while thread.is_alive():
+                    thread.join(0.5)
+                    if stop.requested and mailbox.get("stop") is None:
+                        mailbox.put("stop", "1")
+                    if stop.too_late:
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                safe = mailbox.get("safe step")
+                raise TrainingError(not_saved(int(safe) if safe else None)) from None
         if failure and isinstance(failure[0], ray_train.WorkersError):
             raise TrainingError(str(failure[0])) from failure[0]
         if failure:
@@ -191,9 +196,11 @@ def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
     cfg = Config.model_validate(loop_config["config"])
     storage = RunStorage.open(cfg)
     ranks = distributed.current(*ray_train.place_in_node(), device=loop_config["device"])
-    with ExitStack() as stack:
-        stop: StopRequest = NoStop()
-        if ranks.first:
-            stop = StoredStop(storage.run)
-            stack.callback(stop.close)
+    mailbox = ray_train.Mailbox(storage.run_url)
+    stop = PolledStop(
+        lambda: mailbox.get("stop") is not None,
+        ray_train.is_leaving,
+        lambda step: mailbox.put("safe step", str(step)),
+    )
+    with contextlib.closing(stop):
         train_on_rank(cfg, storage, storage.open_dataset(), ranks, stop)

@@ -1,13 +1,26 @@
-"""Requests to stop: signals, and the key in the run's folder."""
+"""Requests to stop: signals, time, a poll of the driver; and ends of runs that had no time."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+import tarfile
+import threading
 import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cluster.storage import open_store
-from pipeline.stop_request import STOP_KEY, SignalStop, StoredStop, request_stop
+from pipeline.cli import MISTAKE, STOPPED
+from pipeline.ranks import Vote
+from pipeline.stop_request import PolledStop, SignalStop, time_to_save_s
+from tests.distributed import on_ranks
+
+FIXTURE = Path("tests/fixtures/before_1.0").absolute()
+RARE = ("train.log_every_steps=5000", "train.save_every_steps=5000", "train.steps=5000")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -22,16 +35,149 @@ def test_the_first_signal_asks_and_the_second_interrupts(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_request_in_the_runs_folder_reaches_a_worker(tmp_path):
-    run = open_store(str(tmp_path))
-    stop = StoredStop(run)
+def test_a_save_is_given_up_while_there_is_still_time_to_say_so(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "0.4")
+    given_up = threading.Event()
+    with SignalStop(give_up=given_up.set).listening() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop.too_late
+        assert given_up.wait(10)
+        assert stop.too_late
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({}, 100),
+        ({"RAY_JOB_STOP_WAIT_TIME_S": "300"}, 280),
+        ({"TORCHELASTIC_RUN_ID": "x"}, 15),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}, 100),
+    ],
+)
+def test_the_time_for_saving_ends_before_the_launcher_kills(monkeypatch, environment, seconds):
+    for name in ("RAY_JOB_STOP_WAIT_TIME_S", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert time_to_save_s() == seconds
+
+
+def test_hours_that_are_over_are_a_request():
+    assert not SignalStop(max_hours=1).requested
+    assert SignalStop(max_hours=1e-9).requested
+
+
+def test_a_poll_of_the_driver_reaches_a_worker_and_safe_steps_reach_the_driver():
+    asked: list[bool] = []
+    safe: list[int] = []
+    stop = PolledStop(lambda: bool(asked), lambda: False, safe.append)
     try:
+        stop.note_safe(7)
         assert not stop.requested
-        request_stop(run)
+        asked.append(True)
         deadline = time.monotonic() + 30
-        while not stop.requested and time.monotonic() < deadline:
+        while not (stop.requested and safe) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert stop.requested
+        assert safe == [7]
     finally:
         stop.close()
-    assert run.exists(STOP_KEY)
+
+
+def votes(steps: int, asking_rank: int, asking_step: int) -> list[tuple[bool, ...]]:
+    from torch import distributed as dist
+
+    vote = Vote(timedelta(seconds=60))
+    found = [
+        vote.ask(dist.get_rank() == asking_rank and step == asking_step, False)
+        for step in range(steps)
+    ]
+    vote.close()
+    return found
+
+
+@pytest.mark.parametrize("asking_rank", [0, 2])
+def test_every_rank_hears_of_a_request_at_the_same_step(asking_rank):
+    expected = [(step == 3 + Vote.DELAY, False) for step in range(8)]
+    assert on_ranks(3, votes, 8, asking_rank, 3) == [expected] * 3
+
+
+def test_a_rank_alone_hears_itself_at_once():
+    assert Vote(timedelta(seconds=1)).ask(True, False) == (True, False)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """A storage with a small dataset."""
+    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
+        archive.extractall(tmp_path, members, filter="data")
+    return tmp_path / "storage"
+
+
+def stopped(
+    storage: Path, *overrides: str, ranks: int = 1, program: str = "", signals: int = 1
+) -> list[str]:
+    """What a run logs that gets SIGTERM soon after its start, and again; last comes its code."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    lines = []
+    with subprocess.Popen(
+        [
+            sys.executable,
+            *(launcher if ranks > 1 else []),
+            *(["-c", program] if program else ["-m", "pipeline"]),
+            *("train", str(FIXTURE / "recipe.yaml"), f"storage={storage}", "name=run"),
+            *("train.launcher=local", *RARE, *overrides),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line.strip())
+            if signals and ("starting run=" in line or "stop requested" in line):
+                time.sleep(3)
+                signals -= 1
+                process.send_signal(signal.SIGTERM)
+    return [*lines, f"exit code {process.returncode}"]
+
+
+def manifests(storage: Path) -> list[dict[str, Any]]:
+    found = sorted((storage / "runs/run/checkpoints").glob("*/manifest.json"))
+    return [json.loads(path.read_text()) for path in found]
+
+
+def test_sigterm_is_heard_within_steps_and_saves_without_a_validation(storage):
+    lines = stopped(storage)
+    assert lines[-1] == f"exit code {STOPPED}"
+    (manifest,) = manifests(storage)
+    assert 0 < manifest["step"] < 5000
+    assert manifest["metrics"] == {}
+
+
+def test_every_rank_of_torchrun_saves_on_its_sigterm(storage):
+    stopped(storage, "train.streams=2", ranks=2)
+    assert len(manifests(storage)) == 1
+
+
+HANGING = """
+import sys, time
+from cluster.storage import files
+put = files.FileStore.put
+files.FileStore.put = lambda self, key, data: (
+    time.sleep(1000) if "step-" in key else put(self, key, data)
+)
+from pipeline.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_save_that_hangs_or_a_second_signal_ends_with_the_truth(storage, monkeypatch, signals):
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "16" if signals == 1 else "120")
+    lines = stopped(storage, program=HANGING, signals=signals)
+    assert lines[-1] == f"exit code {MISTAKE}"
+    assert "stopped before the last steps were saved; no step is safe" in lines[-2]
+    assert manifests(storage) == []
