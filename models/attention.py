@@ -40,13 +40,12 @@ def contextual_attention(
     features: Features,
     mask: Mask,
     *,
-    fuse: bool = True,
     preset: AttentionPreset = "official",
     max_bytes: int | None = None,
 ) -> Features:
     """``features`` rebuilt from patches of their known part; zeros where a mask leaves no key.
 
-    ``mask`` has the size of ``features``, whose sides are even. ``fuse`` prefers coherent patches.
+    ``mask`` has the size of ``features``, whose sides are even.
     "official" is the authors' code: a masked score becomes 0 before the softmax, the weight that it
     attracts is lost, and overlapping patches are divided by 4 even at the border where fewer meet.
     "renormalized" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory of
@@ -64,9 +63,9 @@ def contextual_attention(
     with torch.autocast(features.device.type, enabled=False):
         if in_cache:
             samples = zip(torch.split(features, 1), torch.split(valid, 1), strict=True)
-            mixed = torch.cat([_attend(*sample, fuse, preset, rows) for sample in samples])
+            mixed = torch.cat([_attend(*sample, preset, rows) for sample in samples])
         else:
-            mixed = _attend(features, valid, fuse, preset, rows)
+            mixed = _attend(features, valid, preset, rows)
         return mixed / _overlaps(mixed, preset)
 
 
@@ -97,7 +96,6 @@ def attention_bytes(height: int, width: int, rows: int) -> int:
 def _attend(
     features: Features,
     valid: Bool[Tensor, "batch keys"],
-    fuse: bool,
     preset: AttentionPreset,
     rows: int,
 ) -> Features:
@@ -113,7 +111,7 @@ def _attend(
     painted = features.new_zeros(batch, 2, 2, channels, height, width + 1)
     keep = valid[:, None].float()  # (N, 1, L)
     for first, last in _bands(height, rows):
-        scores = _scores(pixels, inverse_norms, first, last, fuse)
+        scores = _scores(pixels, inverse_norms, first, last)
         scores = _masked(scores, valid, preset)
         scores = scores.softmax(
             dim=2
@@ -149,10 +147,8 @@ def _inverse_norms(small: Features) -> Float[Tensor, "batch 1 keys"]:
     return squares.clamp_min(SMALLEST_NORM**2).rsqrt().flatten(2)
 
 
-def _scores(pixels: Features, inverse_norms: Tensor, first: int, last: int, fuse: bool) -> Pairs:
-    """Scores of the query rows ``first`` to ``last``."""
-    if not fuse:
-        return _similarity(pixels, inverse_norms, first, last)
+def _scores(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> Pairs:
+    """Scores of the query rows ``first`` to ``last``; coherent patches score higher."""
     height, width = pixels.shape[2], pixels.shape[3] - 1
     start, stop = max(first - 1, 0), min(last + 1, height)
     middle = _fused_along_rows(pixels, inverse_norms, start, stop)

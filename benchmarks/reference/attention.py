@@ -7,17 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def contextual_attention(
-    features: Tensor, mask: Tensor, fuse: bool = True, renormalized: bool = False
-) -> Tensor:
+def contextual_attention(features: Tensor, mask: Tensor, renormalized: bool = False) -> Tensor:
     """``features`` (N, C, h, w) rebuilt from its known patches; ``mask`` (N, 1, h, w)."""
-    samples = [
-        _one(features[n, None], mask[n, None], fuse, renormalized) for n in range(len(features))
-    ]
+    samples = [_one(features[n, None], mask[n, None], renormalized) for n in range(len(features))]
     return torch.cat(samples)
 
 
-def _one(features: Tensor, mask: Tensor, fuse: bool, renormalized: bool) -> Tensor:
+def _one(features: Tensor, mask: Tensor, renormalized: bool) -> Tensor:
     _, channels, height, width = features.shape
     raw = F.unfold(features, 4, padding=1, stride=2)  # (1, 16 C, L)
     raw = raw.view(channels, 4, 4, -1).permute(3, 0, 1, 2)  # (L, C, 4, 4)
@@ -32,13 +28,12 @@ def _one(features: Tensor, mask: Tensor, fuse: bool, renormalized: bool) -> Tens
     norms = patches.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
     scores = F.conv2d(small, patches / norms.clamp_min(1e-4), padding=1)  # (1, key, row, column)
 
-    if fuse:
-        diagonal = torch.eye(3).view(1, 1, 3, 3).to(scores)
-        pairs = scores.view(keys, keys).T.reshape(1, 1, keys, keys)  # (query, key)
-        pairs = F.conv2d(pairs, diagonal, padding=1).view(height, width, height, width)
-        pairs = pairs.permute(1, 0, 3, 2).reshape(1, 1, keys, keys)  # both by columns
-        pairs = F.conv2d(pairs, diagonal, padding=1).view(width, height, width, height)
-        scores = pairs.permute(1, 0, 3, 2).reshape(height, width, keys).permute(2, 0, 1)[None]
+    diagonal = torch.eye(3).view(1, 1, 3, 3).to(scores)
+    pairs = scores.view(keys, keys).T.reshape(1, 1, keys, keys)  # (query, key)
+    pairs = F.conv2d(pairs, diagonal, padding=1).view(height, width, height, width)
+    pairs = pairs.permute(1, 0, 3, 2).reshape(1, 1, keys, keys)  # both by columns
+    pairs = F.conv2d(pairs, diagonal, padding=1).view(width, height, width, height)
+    scores = pairs.permute(1, 0, 3, 2).reshape(height, width, keys).permute(2, 0, 1)[None]
 
     holes = F.unfold(small_mask, 3, padding=1).mean(dim=1)  # (1, L)
     valid = (holes == 0).to(scores).view(1, keys, 1, 1)

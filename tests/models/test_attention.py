@@ -22,21 +22,16 @@ def rectangle(batch: int, height: int, width: int, rows: slice, columns: slice) 
 SQUARE = rectangle(1, 16, 16, slice(5, 11), slice(4, 12))
 TALL = rectangle(2, 24, 16, slice(9, 15), slice(2, 11))
 CASES = {
-    "fuse": (
-        *(SQUARE, 4, True, 5.378741, 557.408483),
+    "one sample": (
+        *(SQUARE, 4, 5.378741, 557.408483),
         *(BORDER, [-0.3984454, -0.7908559, 0.5858960, 0.6215048]),
     ),
-    "no fuse": (
-        *(SQUARE, 4, False, 6.826768, 521.981669),
-        [0.0624912, 0.2816806, -0.0898844, -0.2933261],
-        [-0.300636, -0.7609572, 0.4934217, 0.5043527],
-    ),
     "no hole": (
-        *(torch.zeros(1, 1, 16, 16), 4, True, -2.605715, 581.542004),
+        *(torch.zeros(1, 1, 16, 16), 4, -2.605715, 581.542004),
         *(BORDER, [-0.6446512, -0.8463604, 0.8535737, 0.9028744]),
     ),
     "two samples": (
-        *(TALL, 6, True, -0.619872, 2573.926953),
+        *(TALL, 6, -0.619872, 2573.926953),
         [*BORDER, 0.0826756, 0.2173507],
         [-0.2765306, -0.8940406, 0.4713065, 0.7633147, -0.6424188, -0.5608473],
     ),
@@ -45,10 +40,10 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_authors_numbers(case: str) -> None:
-    mask, channels, fuse, total, magnitude, corner, inside = CASES[case]
+    mask, channels, total, magnitude, corner, inside = CASES[case]
     batch, _, height, width = mask.shape
     features = wavy_features(batch, height, width, channels)
-    mixed = contextual_attention(features, mask, fuse=fuse)
+    mixed = contextual_attention(features, mask)
     assert mixed.double().sum().item() == pytest.approx(total, abs=1e-4)
     assert mixed.double().abs().sum().item() == pytest.approx(magnitude, abs=1e-4)
     torch.testing.assert_close(mixed[0, :, 0, 0], torch.tensor(corner), atol=1e-5, rtol=0)
@@ -124,22 +119,21 @@ def test_autocast_keeps_scores_in_float32() -> None:
     height=st.integers(1, 6),
     width=st.integers(1, 6),
     batch=st.integers(1, 2),
-    fuse=st.booleans(),
     holes=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
     rows=st.integers(1, 13),
     seed=st.integers(0, 99),
 )
 def test_it_equals_the_slow_reference_whole_and_in_bands(
-    height: int, width: int, batch: int, fuse: bool, holes: float, rows: int, seed: int
+    height: int, width: int, batch: int, holes: float, rows: int, seed: int
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
     features = torch.randn(batch, 3, 4 * height, 4 * width, generator=rng)
     mask = (torch.rand(batch, 1, 4 * height, 4 * width, generator=rng) < holes).float()
-    expected = reference.contextual_attention(features, mask, fuse)
-    whole = contextual_attention(features, mask, fuse=fuse)
+    expected = reference.contextual_attention(features, mask)
+    whole = contextual_attention(features, mask)
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
     enough = attention_bytes(2 * height, 2 * width, rows)
-    banded = contextual_attention(features, mask, fuse=fuse, max_bytes=enough)
+    banded = contextual_attention(features, mask, max_bytes=enough)
     torch.testing.assert_close(banded, expected, atol=1e-5, rtol=1e-5)
 
 
