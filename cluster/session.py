@@ -108,11 +108,11 @@ def local_ray(
 
 
 @contextlib.contextmanager
-def connect(*, cpus: int | None = None) -> Iterator[None]:
+def connect() -> Iterator[None]:
     """Connect this process to the cluster at RAY_ADDRESS, or else to a new local one.
 
-    In a submitted job RAY_ADDRESS is set. A local cluster ends with the block and has ``cpus``
-    CPUs, by default all. Raises SessionError where RAY_ADDRESS does not answer.
+    In a submitted job RAY_ADDRESS is set. A local cluster ends with the block and has all CPUs.
+    Raises SessionError where RAY_ADDRESS does not answer.
     """
     import ray
 
@@ -125,7 +125,6 @@ def connect(*, cpus: int | None = None) -> Iterator[None]:
             f"no Ray cluster answers at RAY_ADDRESS={address}: start one, or unset RAY_ADDRESS"
         )
     local: dict[str, Any] = {
-        "num_cpus": cpus,
         "object_store_memory": OBJECT_STORE_BYTES,
         "include_dashboard": True,  # Ray Train asks it whether its controller is alive
         "_node_ip_address": LOOPBACK,

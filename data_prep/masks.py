@@ -23,7 +23,7 @@ from cluster.storage import open_store
 from data_prep.image_grid import image_grid
 from data_prep.images import IMAGE_SUFFIXES, ImageError, Pixels, read_mask
 
-Mask: TypeAlias = UInt8[np.ndarray, "height width"]  # 1 in the hole, 0 where pixels are known
+MaskPixels: TypeAlias = UInt8[np.ndarray, "height width"]  # 1 in the hole, 0 where pixels are known
 
 # Of the square of 256 pixels that the authors' constants, and ours, are made for.
 _REFERENCE_DIAGONAL_PX = math.hypot(256, 256)
@@ -117,7 +117,7 @@ class MaskSettings:
             raise ValueError("; ".join(faults))
 
 
-def official_mask(height: int, width: int, rng: random.Random) -> Mask:
+def official_mask(height: int, width: int, rng: random.Random) -> MaskPixels:
     """A rectangle and 1 to 3 strokes, as the authors' release draws them (v2, inpaint_ops.py).
 
     Kept with its peculiarities: strokes are never flipped, so the pen always drifts to the right
@@ -131,7 +131,7 @@ def official_mask(height: int, width: int, rng: random.Random) -> Mask:
     return mask
 
 
-def corrected_mask(height: int, width: int, rng: random.Random) -> Mask:
+def corrected_mask(height: int, width: int, rng: random.Random) -> MaskPixels:
     """``official_mask`` without its peculiarities, at any size and aspect ratio.
 
     Strokes start anywhere, reach every side, are flipped left-right and top-bottom at random, and
@@ -151,7 +151,7 @@ def corrected_mask(height: int, width: int, rng: random.Random) -> Mask:
     return mask
 
 
-def brush_mask(height: int, width: int, rng: random.Random, brush: BrushSettings) -> Mask:
+def brush_mask(height: int, width: int, rng: random.Random, brush: BrushSettings) -> MaskPixels:
     """Several strokes of the paper's Algorithm 1, each flipped at random; never empty."""
     mask = np.zeros((height, width), np.uint8)
     scale = _scale(height, width)
@@ -173,7 +173,7 @@ def brush_mask(height: int, width: int, rng: random.Random, brush: BrushSettings
     return mask
 
 
-def box_mask(height: int, width: int, rng: random.Random, box: BoxSettings) -> Mask:
+def box_mask(height: int, width: int, rng: random.Random, box: BoxSettings) -> MaskPixels:
     """One rectangular hole inside the image."""
     box_height = max(1, round(rng.uniform(box.min_side, box.max_side) * height))
     box_width = max(1, round(rng.uniform(box.min_side, box.max_side) * width))
@@ -229,7 +229,7 @@ LAMA: Mapping[str, LamaSettings] = {
 """LaMa's narrow, medium and wide masks (Suvorov et al. 2022), as its repository generates them."""
 
 
-def lama_mask(height: int, width: int, rng: random.Random, lama: LamaSettings) -> Mask:
+def lama_mask(height: int, width: int, rng: random.Random, lama: LamaSettings) -> MaskPixels:
     """Strokes or boxes as LaMa draws them: turns of 0 to 3 radians, a new width at each vertex."""
     mask = np.zeros((height, width), np.uint8)
     scale = _scale(height, width)
@@ -280,7 +280,7 @@ class FolderMasks:
                 f"{settings.folder} holds no mask images ({' '.join(sorted(IMAGE_SUFFIXES))})"
             )
 
-    def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
+    def __call__(self, height: int, width: int, rng: random.Random) -> MaskPixels:
         name = self._files[_below(len(self._files), rng)]
         if name not in self._contents:  # kept as files: a few KB, and decoded 64 KB or more
             self._contents[name] = self._store.get(name)
@@ -298,7 +298,7 @@ class FolderMasks:
         return mask
 
 
-DrawMask = Callable[[int, int, random.Random], Mask]
+DrawMask = Callable[[int, int, random.Random], MaskPixels]
 """Draws one mask of this height and width; equal states of the generator give equal masks."""
 
 
@@ -348,7 +348,7 @@ class MaskSampler:
         self._drawers = [MASK_KINDS[kind].drawer(settings) for kind in used]
         self._weights = list(accumulate(settings.mixture[kind] for kind in used))
 
-    def __call__(self, height: int, width: int, rng: random.Random) -> Mask:
+    def __call__(self, height: int, width: int, rng: random.Random) -> MaskPixels:
         """One mask; which kind is the first draw from ``rng``."""
         drawn = bisect_right(self._weights, self._weights[-1] * rng.random())
         return self._drawers[drawn](height, width, rng)
@@ -372,7 +372,7 @@ def mask_sheet(
 
 
 def _draw_zigzags(
-    mask: Mask,
+    mask: MaskPixels,
     rng: random.Random,
     *,
     limit_x: int,
@@ -417,7 +417,7 @@ def _segment_lengths(radius: float) -> list[float]:
     return [min(max(radius + radius // 2 * z, 0.0), 2 * radius) for z in quantiles]
 
 
-def _draw_stroke(mask: Mask, vertices: list[int], brush_width: float) -> None:
+def _draw_stroke(mask: MaskPixels, vertices: list[int], brush_width: float) -> None:
     """Draw a line of round ends and joints through ``vertices``, which are x, y, x, y ...
 
     The authors draw a line and a disc at every vertex; OpenCV does it in one call. A flat list and
@@ -427,7 +427,7 @@ def _draw_stroke(mask: Mask, vertices: list[int], brush_width: float) -> None:
     cv2.polylines(mask, [points], False, 1, max(1, int(brush_width)))
 
 
-def _draw_rectangle(mask: Mask, rng: random.Random) -> None:
+def _draw_rectangle(mask: MaskPixels, rng: random.Random) -> None:
     """Fill the authors' rectangle: half the image's sides, less up to an eighth at either end."""
     height, width = mask.shape
     box_height, box_width = height // 2, width // 2

@@ -33,7 +33,7 @@ from pipeline.checkpoints import CheckpointStore
 WEIGHTS = "ema.safetensors"
 PART = 16 * MIB
 READERS = 8
-Advance = Callable[[int, int], None]
+PullProgress = Callable[[int, int], None]
 
 
 def pull(
@@ -43,7 +43,7 @@ def pull(
     *,
     weights_only: bool = False,
     overwrite: bool = False,
-    advance: Advance = lambda done, total: None,
+    advance: PullProgress = lambda done, total: None,
 ) -> list[Path]:
     """Copy ``step`` into the folder ``to``, each byte checked; returns its files, manifest last.
 
@@ -156,7 +156,7 @@ class _Fetch:
         work: Path,
         there: int,
         total: int,
-        advance: Advance,
+        advance: PullProgress,
     ) -> None:
         self._store, self._key = checkpoints.store, checkpoints.key(step, name)
         self._url = join(checkpoints.url, self._key)

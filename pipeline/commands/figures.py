@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_prep.image_grid import Cell, image_grid
 from data_prep.images import Pixels
-from data_prep.masks import Mask, MaskSampler, mask_sheet
+from data_prep.masks import MaskPixels, MaskSampler, mask_sheet
 from models import Generator
 from models.generator import STRIDE
 from models.inspection import gate_activations, partial_masks
@@ -108,7 +108,7 @@ def show_masks(
 
 @torch.no_grad()
 def layer_gates(
-    generator: Generator, pixels: Pixels, hole: Mask, strokes: Mask
+    generator: Generator, pixels: Pixels, hole: MaskPixels, strokes: MaskPixels
 ) -> list[LayerGates]:
     """Gates of every gated layer while ``generator`` fills ``pixels``, in the layers' order.
 
@@ -137,8 +137,8 @@ def _shown_size(height: int, width: int, *, smallest: int) -> tuple[int, int]:
 
 
 def _resized(
-    pixels: Pixels, hole: Mask, strokes: Mask, size: tuple[int, int]
-) -> tuple[Pixels, Mask, Mask]:
+    pixels: Pixels, hole: MaskPixels, strokes: MaskPixels, size: tuple[int, int]
+) -> tuple[Pixels, MaskPixels, MaskPixels]:
     shape = size[1], size[0]  # Pillow's order
     image = np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling.LANCZOS))
     planes = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_prep.images import ImageError, Pixels, decode, read_mask
-from data_prep.masks import Mask
+from data_prep.masks import MaskPixels
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def read_image(path: Path) -> Pixels:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def read_mask_of(image: Path, shape: tuple[int, ...], path: Path) -> Mask:
+def read_mask_of(image: Path, shape: tuple[int, ...], path: Path) -> MaskPixels:
     """The mask or sketch at ``path`` for ``image`` of ``shape`` (height, width, ...), 1 in white.
 
     What is transparent counts as black. ValueError where it is not readable, of another size, or
@@ -61,6 +61,6 @@ def read_mask_of(image: Path, shape: tuple[int, ...], path: Path) -> Mask:
     return mask
 
 
-def as_plane(mask: Mask, device: torch.device) -> Tensor:
+def as_plane(mask: MaskPixels, device: torch.device) -> Tensor:
     """``mask`` as the networks take it: (1, 1, height, width), float32."""
     return torch.tensor(mask, dtype=torch.float32, device=device)[None, None]

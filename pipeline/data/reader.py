@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 
 from data_prep.images import ImageError, Pixels, Strokes, decode_sketch
-from data_prep.masks import Mask
+from data_prep.masks import MaskPixels
 from data_prep.shards import Dataset, RawSample, ShardError, Split
 from pipeline.data.batch import Batch
 from pipeline.data.sample_order import SampleRef
@@ -28,7 +28,7 @@ class View(NamedTuple):
     top: int
     left: int
     mirrored: bool
-    mask: Mask
+    mask: MaskPixels
 
 
 ChooseView = Callable[[str, int, int], View]

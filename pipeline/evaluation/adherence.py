@@ -11,7 +11,7 @@ import torch
 
 from data_prep.hed import EdgeDetector, load_network, packaged_weights
 from data_prep.images import Pixels, Strokes
-from data_prep.masks import Mask
+from data_prep.masks import MaskPixels
 from data_prep.settings import HedOutput, HedPrecision
 from data_prep.sketches import edge_strokes
 
@@ -65,12 +65,12 @@ class Adherence:
             batch=1,
         )
 
-    def __call__(self, completed: Pixels, sketch: Strokes, mask: Mask) -> float:
+    def __call__(self, completed: Pixels, sketch: Strokes, mask: MaskPixels) -> float:
         found = edge_strokes(self._detect(completed[None]), self._threshold)[0]
         return edge_f_percent(found, sketch, mask)
 
 
-def edge_f_percent(found: Strokes, sketch: Strokes, mask: Mask) -> float:
+def edge_f_percent(found: Strokes, sketch: Strokes, mask: MaskPixels) -> float:
     """F-measure, in percent, of the edges ``found`` inside the hole against the sketch there.
 
     An edge is right, and a stroke is found, where the other is within ``TOLERANCE_PX`` of it, also

@@ -24,7 +24,7 @@ PRIMARY_SHARE = 0.8
 BINS = (0, 10, 20, 30, 40, 50, 60, 100)  # percent of the image that the hole takes
 ALL = "all images"
 NAMED = 3  # so many images, or claims, are written out
-Split = Literal["all", "family", "coverage"]
+PartKind = Literal["all", "family", "coverage"]
 Way = Literal["better", "worse", "different"]
 Outcome = Literal["better", "worse", "mixed", "none", "unknown"]
 
@@ -58,7 +58,7 @@ class Finding:
 
     group: str
     metric: MetricInfo
-    split: Split
+    kind: PartKind
     part: str
     """``all images``, the family of masks, or the bin of coverage."""
     baseline_mean: float
@@ -307,7 +307,7 @@ def _findings(
 def _corrected(findings: Sequence[Finding], primary: str) -> list[Finding]:
     """One family of tests for the whole comparison, most of its weight on the primary metric."""
     asked = [finding for finding in findings if finding.estimate.images >= MIN_IMAGES]
-    decisive = [finding.metric.name == primary and finding.split == "all" for finding in asked]
+    decisive = [finding.metric.name == primary and finding.kind == "all" for finding in asked]
     shares = {True: PRIMARY_SHARE, False: 1 - PRIMARY_SHARE}
     weights = [shares[is_first] / decisive.count(is_first) for is_first in decisive]
     found = iter(corrected([finding.estimate.p for finding in asked], weights))
@@ -336,7 +336,9 @@ def _refused(
                 )
 
 
-def _parts(record: EvaluationRecord, places: np.ndarray) -> Iterator[tuple[Split, str, np.ndarray]]:
+def _parts(
+    record: EvaluationRecord, places: np.ndarray
+) -> Iterator[tuple[PartKind, str, np.ndarray]]:
     """All images, then each family of masks and each bin of coverage that holds some."""
     yield "all", ALL, np.ones(len(places), bool)
     if record.families is not None:
@@ -354,7 +356,7 @@ def _verdict(
     group: Group, baseline: Group, findings: Sequence[Finding], primary: MetricInfo
 ) -> Verdict:
     mine = [finding for finding in findings if finding.group == group.label]
-    first = next((f for f in mine if f.metric.name == primary.name and f.split == "all"), None)
+    first = next((f for f in mine if f.metric.name == primary.name and f.kind == "all"), None)
     if first is None:
         text = f"{primary.label} cannot be compared between {group.label} and {baseline.label}."
         return Verdict(group.label, "unknown", text, "")
@@ -399,7 +401,7 @@ def _listed(claims: Sequence[Finding], primary: MetricInfo) -> str:
     def rank(finding: Finding) -> tuple[bool, bool, float]:
         return (
             finding.metric.name != primary.name,
-            finding.split != "all",
+            finding.kind != "all",
             finding.corrected_p,
         )
 
@@ -413,9 +415,9 @@ def _listed(claims: Sequence[Finding], primary: MetricInfo) -> str:
 
 
 def _where(finding: Finding) -> str:
-    if finding.split == "family":
+    if finding.kind == "family":
         return f"on {finding.part} holes"
-    if finding.split == "coverage":
+    if finding.kind == "coverage":
         return f"on holes of {finding.part}"
     return "over all images"
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64, UInt8
 from cluster.storage import MissingKeyError, folder_and_name, open_store
 from pipeline.evaluation.metrics import UnitImage
 
-Features = Float[np.ndarray, "images features"]
+FeatureRows = Float[np.ndarray, "images features"]
 FEW_IMAGES = 10_000  # below, FID is biased upwards, and U-IDS and P-IDS jump
 _NEWTON_STEPS = 100
 NetworkKind = Literal["inception", "vgg"]
@@ -111,7 +111,7 @@ def _called(
     return features
 
 
-def frechet_distance(real: Features, fake: Features) -> float:
+def frechet_distance(real: FeatureRows, fake: FeatureRows) -> float:
     """Between normal distributions fitted to both (Heusel et al. 2017); NaN where one holds NaN.
 
     The trace of the root of the covariances' product is the sum of the roots of the eigenvalues of
@@ -132,7 +132,7 @@ def frechet_distance(real: Features, fake: Features) -> float:
     return float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * trace)
 
 
-def inception_discriminability(real: Features, fake: Features) -> tuple[float, float]:
+def inception_discriminability(real: FeatureRows, fake: FeatureRows) -> tuple[float, float]:
     """U-IDS and P-IDS in percent (Zhao et al. 2021, section 4); row i of both is the same image.
 
     U-IDS is the share of images that a linear support vector machine takes for the other kind,
@@ -147,7 +147,7 @@ def inception_discriminability(real: Features, fake: Features) -> tuple[float, f
 
 
 def linear_svm(
-    features: Features, labels: Sequence[float], *, weight: float = 1.0
+    features: FeatureRows, labels: Sequence[float], *, weight: float = 1.0
 ) -> Float64[np.ndarray, " images"]:
     """Decisions about its own training set, labels 1 and -1; ``weight`` is liblinear's C.
 

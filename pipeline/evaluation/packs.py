@@ -24,7 +24,7 @@ from data_prep.images import (
     encode_png,
     encode_sketch,
 )
-from data_prep.masks import LAMA, BoxSettings, Mask, box_mask, lama_mask, official_mask
+from data_prep.masks import LAMA, BoxSettings, MaskPixels, box_mask, lama_mask, official_mask
 from data_prep.shards import Dataset, Shard, Split, canonical_json
 from pipeline.data.reader import decode_sample, resized_to_at_least
 from pipeline.data.shard_cache import ShardCache
@@ -39,7 +39,7 @@ TRANSFERS = 16  # images that are read or written at the same time
 OFFICIAL_PX = 256  # where the authors' constants apply
 MULTIPLE = 8  # of pixels, which the networks ask for
 
-DrawSquareMask = Callable[[int, random.Random], Mask]
+DrawSquareMask = Callable[[int, random.Random], MaskPixels]
 
 
 class PackError(ValueError):
@@ -55,13 +55,13 @@ class MaskFamily:
     draw: DrawSquareMask
 
 
-def _official(size_px: int, rng: random.Random) -> Mask:
+def _official(size_px: int, rng: random.Random) -> MaskPixels:
     mask = official_mask(OFFICIAL_PX, OFFICIAL_PX, rng)
     if size_px == OFFICIAL_PX:
         return mask
     how = cv2.INTER_AREA if size_px < OFFICIAL_PX else cv2.INTER_LINEAR
     scaled = cv2.resize(mask * 255, (size_px, size_px), interpolation=how)
-    result: Mask = (scaled > 127).astype(np.uint8)
+    result: MaskPixels = (scaled > 127).astype(np.uint8)
     return result
 
 
@@ -106,7 +106,7 @@ class PackContent(NamedTuple):
     """The pixels of an item, all of ``size_px`` a side."""
 
     image: Pixels
-    mask: Mask
+    mask: MaskPixels
     """1 in the hole."""
     sketch: Strokes
     """1 on a stroke, anywhere in the image."""
@@ -354,7 +354,7 @@ def _open(cache: ShardCache, shard: Shard) -> Sequence[Any]:
 
 def _holes(
     count: int, size_px: int, seed: int, families: Sequence[str]
-) -> Iterator[tuple[str, Mask]]:
+) -> Iterator[tuple[str, MaskPixels]]:
     """Family and mask for each of ``count`` places; any first part of them is even."""
     names = bin_names()
     drawn = {family: _DrawnMasks(family, size_px, seed) for family in families}
@@ -378,10 +378,10 @@ class _DrawnMasks:
     def __init__(self, family: str, size_px: int, seed: int) -> None:
         self._family, self._size_px, self._seed = family, size_px, seed
         self._count = 0
-        self._waiting: dict[str, list[Mask]] = {name: [] for name in bin_names()}
+        self._waiting: dict[str, list[MaskPixels]] = {name: [] for name in bin_names()}
         self._out_of_reach: set[str] = set()
 
-    def take(self, bin_name: str) -> Mask | None:
+    def take(self, bin_name: str) -> MaskPixels | None:
         """The next mask in this bin; None, from then on, where ``TRIES`` of them missed it."""
         if self._waiting[bin_name]:
             return self._waiting[bin_name].pop(0)
@@ -400,7 +400,7 @@ class _DrawnMasks:
         return None
 
 
-def _bin(mask: Mask) -> str:
+def _bin(mask: MaskPixels) -> str:
     """The bin of a mask's coverage; empty for one above the last bin, or without a hole."""
     percent = 100 * float(mask.mean(dtype=np.float64))
     for low, high in pairwise(COVERAGE_BINS):

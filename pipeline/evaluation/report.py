@@ -140,7 +140,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
     return {
         "group": finding.group,
         "metric": finding.metric.name,
-        "split": finding.split,
+        "kind": finding.kind,
         "part": finding.part,
         "a": finding.baseline_mean,
         "b": finding.mean,

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.image_grid import image_grid
 from data_prep.images import Pixels, Strokes
-from data_prep.masks import Mask
+from data_prep.masks import MaskPixels
 from pipeline.evaluation.metrics import UnitImage
 
 WHITE, INK = 255, 20
@@ -31,7 +31,7 @@ class SamplePanel:
 
 def sample_panel(
     original: UnitImage,
-    mask: Mask,
+    mask: MaskPixels,
     strokes: Strokes | None,
     coarse: UnitImage | None,
     completed: UnitImage,

@@ -21,7 +21,7 @@ from data_prep.masks import (
     LAMA,
     BoxSettings,
     BrushSettings,
-    Mask,
+    MaskPixels,
     MaskSampler,
     MaskSettings,
     brush_mask,
@@ -33,13 +33,16 @@ from data_prep.masks import (
 DRAWS = 2000
 
 
-def draw(generator: Callable[..., Mask], size: tuple[int, int], draws: int) -> np.ndarray:
+def draw(generator: Callable[..., MaskPixels], size: tuple[int, int], draws: int) -> np.ndarray:
     rng = random.Random(7)
     return np.stack([generator(*size, rng) for _ in range(draws)])  # (draws, H, W)
 
 
 def strokes_alone(
-    monkeypatch: pytest.MonkeyPatch, generator: Callable[..., Mask], size: tuple[int, int], n: int
+    monkeypatch: pytest.MonkeyPatch,
+    generator: Callable[..., MaskPixels],
+    size: tuple[int, int],
+    n: int,
 ) -> np.ndarray:
     monkeypatch.setattr(masks, "_draw_rectangle", lambda mask, rng: None)
     return draw(generator, size, n)
@@ -47,7 +50,7 @@ def strokes_alone(
 
 @pytest.mark.parametrize("generator", [official_mask, corrected_mask])
 def test_coverage_at_256_is_the_one_measured_on_the_authors_generator(
-    generator: Callable[..., Mask],
+    generator: Callable[..., MaskPixels],
 ) -> None:
     coverage = draw(generator, (256, 256), DRAWS).mean((1, 2))
     assert 0.29 <= coverage.mean() <= 0.33

@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 
-from data_prep.masks import MASK_KINDS, Mask, MaskKind
+from data_prep.masks import MASK_KINDS, MaskKind, MaskPixels
 
 
-def stripe_mask(height: int, width: int, rng: random.Random) -> Mask:
+def stripe_mask(height: int, width: int, rng: random.Random) -> MaskPixels:
     left = rng.randrange(width - width // 4 + 1)
     mask = np.zeros((height, width), np.uint8)
     mask[:, left : left + width // 4] = 1

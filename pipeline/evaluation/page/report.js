@@ -161,7 +161,7 @@ function findings(id, chosen, label) {
   ];
   place(id).append(table(columns, rows.map((f) => {
     const kind = f.claimed ? f.way : "";
-    const primary = f.metric === DATA.primary.name && f.split === "all";
+    const primary = f.metric === DATA.primary.name && f.kind === "all";
     return { cells: [
       titled(metric(f.metric)) + (primary ? " – primary" : ""), ...(several ? [f.group] : []), f.part,
       { text: number(f.a), sort: f.a }, { text: number(f.b), sort: f.b },
@@ -619,9 +619,9 @@ document.getElementById("theme").addEventListener("click", () => theme(themes.fi
 document.getElementById("subtitle").textContent = `${DATA.runs.map((run) => run.label).join(", ")} on ${DATA.pack}; primary metric ${titled(DATA.primary)}`;
 verdicts();
 differs();
-findings("metrics", (f) => f.split === "all", "metrics over all images");
+findings("metrics", (f) => f.kind === "all", "metrics over all images");
 means();
-findings("parts", (f) => f.split !== "all", "parts of the images");
+findings("parts", (f) => f.kind !== "all", "parts of the images");
 curves();
 images();
 costs();

@@ -115,7 +115,7 @@ def test_a_difference_on_one_kind_of_holes_alone_is_claimed_there_alone() -> Non
     thick = np.array(TABLE["mask_family"]) == "thick"
     second["psnr_db"] = second["psnr_db"] + np.where(thick, rng.normal(0.4, 0.1, 150), 0)
     comparison = compare([run_of("A", first), run_of("B", second, recipe="x")])
-    families = [f for f in comparison.findings if f.split == "family" and f.claimed]
+    families = [f for f in comparison.findings if f.kind == "family" and f.claimed]
     assert [(f.metric.name, f.part) for f in families] == [("psnr_db", "thick")]
     (verdict,) = comparison.verdicts
     assert "B better than A" in verdict.text
