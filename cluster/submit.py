@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 PACKAGE_LIMIT_BYTES = 50 * 10**6
 INTERRUPTED = 3
+NOT_SAVED = "stopped before the last steps were saved"
+"""In the log of a job that had no time to save."""
 # Names of settings that are secrets: Ray stores and shows runtime_env in clear (ray#28276).
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL|API_KEY", re.IGNORECASE)
 # Ray logs every .gitignore that it obeys, several times.
@@ -45,9 +47,10 @@ def submit(
 ) -> int:
     """Run ``entrypoint`` as a Ray job with the files of ``runtime_env``, and wait for its end.
 
-    Every line of the job's log goes to ``on_line``. Returns 0 for success, 1 for failure. Ctrl-C
-    stops the job, waits until it has saved its state, and returns 3. ``environment`` is added to
-    the environment of Ray's command line, for example the token of a head. Raises SubmitError.
+    Every line of the job's log goes to ``on_line``. Ctrl-C stops the job, and waits until it has
+    saved its state. Returns 0 for success, 1 for failure, 3 for a job that was stopped, by
+    whomever, unless its log says ``NOT_SAVED``: then 1. ``environment`` is added to the environment
+    of Ray's command line, for example the token of a head. Raises SubmitError.
     """
     files = package_files(runtime_env)
     log.info("package files=%d megabytes=%.1f", len(files), sum(files.values()) / 1e6)
@@ -56,20 +59,40 @@ def submit(
     command = [ray, "job", "submit", "--address", dashboard_url, "--submission-id", job]
     command += ["--runtime-env", str(runtime_env), "--metadata-json", json.dumps(_metadata())]
     command += ["--", *entrypoint]
+    end = _End(job, on_line)
     with _start(command, environment) as process:
         try:
-            _stream(process, on_line)
-            return process.wait()
+            _stream(process, end)
+            return end.code(process.wait())
         except KeyboardInterrupt:
             on_line(f"Stopping {job} once it has saved")
             command = [ray, "job", "stop", "--no-wait", "--address", dashboard_url, job]
             stopper = threading.Thread(target=_stop, args=(command, environment, process))
             stopper.start()
-            _stream(process, on_line)
+            _stream(process, end)
             stopper.join()
-            return INTERRUPTED
+            return end.code(process.wait())
         finally:
             process.terminate()
+
+
+class _End:
+    """Passes the lines of a job on, and keeps what they say about its end."""
+
+    def __init__(self, job: str, on_line: Callable[[str], None]) -> None:
+        self._job, self._on_line = job, on_line
+        self._stopped = self._unsaved = False
+
+    def __call__(self, line: str) -> None:
+        self._stopped |= f"Job '{self._job}' was stopped" in line
+        self._unsaved |= NOT_SAVED in line
+        self._on_line(line)
+
+    def code(self, rays_own: int) -> int:
+        """Ray's command returns 0 for a job that was stopped."""
+        if rays_own or self._unsaved:
+            return 1
+        return INTERRUPTED if self._stopped else 0
 
 
 def package_files(runtime_env: Path) -> dict[Path, int]:

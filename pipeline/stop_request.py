@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Protocol
 
+from cluster.submit import NOT_SAVED
+
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
@@ -173,4 +175,4 @@ def time_to_save_s() -> float:
 def not_saved(safe_step: int | None) -> str:
     """What is true of a run that ended before its last steps were saved."""
     safe = "no step is safe" if safe_step is None else f"step {safe_step} is safe"
-    return f"stopped before the last steps were saved; {safe}: run the same command to resume"
+    return f"{NOT_SAVED}; {safe}: run the same command to resume"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from cluster.session import RayHead, SessionError, connect, local_ray, run_on_gpu
-from cluster.submit import INTERRUPTED, SubmitError, package_files, submit
+from cluster.submit import INTERRUPTED, NOT_SAVED, SubmitError, package_files, submit
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,6 +123,41 @@ def test_ctrl_c_lets_the_job_save(head: RayHead, job: Path) -> None:
     )
     assert code == INTERRUPTED
     assert "saved" in lines
+
+
+def test_a_job_that_somebody_else_stops_is_no_success(head: RayHead, job: Path) -> None:
+    (job.parent / "code" / "program.py").write_text(
+        "import signal, sys, time\n"
+        "def unsaved(*_):\n"
+        f"    print({NOT_SAVED!r}, flush=True)\n"
+        "    sys.exit(1)\n"
+        "if 'unsaved' in sys.argv:\n"
+        "    signal.signal(signal.SIGTERM, unsaved)\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+
+    def run(name: str) -> int:
+        def stop_once_begun(line: str) -> None:
+            if line == "begun":
+                stop = [str(Path(sys.executable).with_name("ray")), "job", "stop", "--no-wait"]
+                subprocess.run(
+                    [*stop, "--address", head.dashboard_url, name],
+                    env=os.environ | dict(head.environment),
+                    check=True,
+                )
+
+        return submit(
+            ["python", "program.py", name],
+            runtime_env=job,
+            dashboard_url=head.dashboard_url,
+            environment=head.environment,
+            on_line=stop_once_begun,
+            submission_id=name,
+        )
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(run, ["plain", "unsaved"])) == [INTERRUPTED, 1]
 
 
 def test_only_those_with_the_token_may_submit(head: RayHead, folder: Path, job: Path) -> None:
