@@ -2,7 +2,7 @@
 
     python -m benchmarks [NAME ...]        all of them, or some: step masks loader ...
 
-Each runs in a process of its own and leaves ``results/<name>.json``; one that lacks a GPU or a
+Each runs in a separate process and leaves ``results/<name>.json``; one that lacks a GPU or a
 package is skipped and says so. The table in benchmarks/README.md is brought up to date.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]}: choose from {', '.join(ON_CPU)}")
     if not _has_amx():
-        print("note: a processor without AMX; the goals for bf16 are for one that has it")
+        print("note: a CPU without AMX; the goals for bf16 are for one that has it")
     failed = [command for command in commands(names) if not _succeeds(command)]
     write_table()
     print(table())

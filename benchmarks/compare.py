@@ -6,7 +6,7 @@ writers. Then ``python -m pipeline compare`` runs in a fresh process: imports, r
 the table and the page count. Files are in the page cache, as right after training.
 
 Run: ``python -m benchmarks.compare [--runs 20] [--steps 100000]``, a minute or two. Written to
-``results/compare.json``. The goal is held against the CPU time, the least of three runs; the clock
+``results/compare.json``. The goal is for the CPU time, the least of three runs; the clock
 on the wall is beside it, which says less on a machine that others use.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Seconds of the wall clock and of the processor, and the peak memory so far."""
+    """Wall time and CPU time in seconds, and the peak memory so far."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started

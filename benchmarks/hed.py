@@ -3,7 +3,7 @@
 Plain is the same network in eager mode, fp32, contiguous, one image at a time. Ours is
 ``data_prep.hed.EdgeDetector``, from bytes to edges: channels-last, in the batches that
 ``data_prep.samples`` sends, on a GPU also larger ones. ``bf16 whole batch`` passes
-the batch through the network at once on a processor; ``bf16 compiled`` adds Inductor, where a C++
+the batch through the network at once on a CPU; ``bf16 compiled`` adds Inductor, where a C++
 compiler is installed. The weights are random, which does not change the time.
 
 CPU time of one thread; on a GPU wall time, with the cores that decode and write for it, worked out

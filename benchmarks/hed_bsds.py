@@ -70,7 +70,7 @@ def thin_to_ridges(edges: np.ndarray) -> np.ndarray:
 
 
 def match(edges: np.ndarray, boundary: np.ndarray, distance: float) -> np.ndarray:
-    """Which edge pixels, in scan order, have a boundary pixel of their own within ``distance``.
+    """Which edge pixels, in scan order, have their own boundary pixel within ``distance``.
 
     The closest pairs first, then as many more as rearranging them allows.
     """
@@ -190,7 +190,7 @@ def f_measure(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def best_f(counts: Counts) -> dict[str, float]:
     """Of (image, threshold, 4): the threshold with the largest F over the whole set (ODS), its
-    parts, and F where each image has a threshold of its own (OIS).
+    parts, and F where each image has its own threshold (OIS).
     """
     f, precision, recall = f_measure(counts.sum(axis=0))
     best = int(f.argmax())

@@ -1,14 +1,14 @@
 """Images from a web server to shards: img2dataset against our code, CPU time per image.
 
 Both sides fetch the same JPEGs of 512 x 512 pixels with 16 threads from one server on loopback, in
-a process of its own whose time does not count. Both store the center at 256 x 256 pixels and
+a separate process whose time does not count. Both store the center at 256 x 256 pixels and
 quality 95 in tars, with the source's SHA-256 and sizes as JSON and as a parquet table. img2dataset
 runs with one process and its own defaults otherwise; it opens a connection for each image, ours
 one for each thread. The result is the CPU time of all its processes for each further image,
 without the time to start.
 
 img2dataset needs older versions of OpenCV, pandas and webdataset than ours, so it lives in an
-environment of its own, whose interpreter is named:
+separate environment, whose interpreter is named:
 
     python3 -m venv /tmp/img2dataset && /tmp/img2dataset/bin/pip install img2dataset==1.47.0
     python -m benchmarks.img2dataset --img2dataset-python /tmp/img2dataset/bin/python
@@ -185,7 +185,7 @@ def _ahead(
 
 
 class _server:
-    """A web server of ``files`` in a process of its own; entering it gives its address."""
+    """A web server of ``files`` in a separate process; entering it gives its address."""
 
     def __init__(self, files: list[bytes]) -> None:
         ours, theirs = multiprocessing.Pipe()

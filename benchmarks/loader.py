@@ -1,4 +1,4 @@
-"""Images per second and core of the training loader: image, sketch and a mask of its own each.
+"""Images per second and core of the training loader: image, sketch and a mask for each.
 
 The anchor is the usual way: webdataset with ``decode("rgb")`` (Pillow, floats), a Pillow mask for
 every image (``benchmarks/reference/masks.py``), a random crop, a DataLoader. Both read the same

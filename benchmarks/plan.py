@@ -9,7 +9,7 @@ manifest, sizes, card and ``dataset.json``: its seconds count from the list of n
 file. Ray's start does not count.
 
 Run: ``python -m benchmarks.plan [--images 2000000]``, some two minutes. Written to
-``results/plan.json``. Seconds are of the clock on the wall.
+``results/plan.json``. Seconds are wall time.
 """
 
 import argparse

@@ -11,7 +11,7 @@ again, the generator's first weights larger by a millionth.
 
 Run: ``python -m benchmarks.precision [FOLDER] [--device cpu|cuda] [--size 128] [--batch 4]``; the
 folder of images is ``$DEEPFILL_DATA/scenes`` unless given. Written to
-``results/precision_<device>.json`` and, as an image, to ``docs/bf16.png``. On a processor it takes
+``results/precision_<device>.json`` and, as an image, to ``docs/bf16.png``. On a CPU it takes
 most of an hour.
 """
 
@@ -125,7 +125,7 @@ def read_photographs(folder: Path, size: int) -> list[np.ndarray]:
 def training_batches(
     photographs: Sequence[np.ndarray], size: int, batch: int, steps: int, rng: np.random.Generator
 ) -> Iterator[Batch]:
-    """Random crops of images in random order, each with a mask of its own."""
+    """Random crops of images in random order, each with a different mask."""
     order: list[int] = []
     for _ in range(steps):
         images, masks, keys = [], [], []

@@ -3,7 +3,7 @@
 Both sides do the same mathematics on the same images. The anchor is ``benchmarks/reference``:
 eager, contiguous, one sample at a time in the attention, nothing frozen in the generator's half,
 plain Adam. Ours is what training runs: ``pipeline.step`` with fused Adam, and a moving average on
-top. On a processor the clock counts the CPU time of one thread; on a GPU it counts wall time with
+top. On a CPU the clock counts the CPU time of one thread; on a GPU it counts wall time with
 the work done, TF32 allowed on both sides, and our networks are compiled.
 
 Run: ``python -m benchmarks.step [--size 256] [--batch 4] [--device cpu|cuda]``. Written to
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def random_batch(batch: int, size: int) -> Batch:
-    """Smooth noise, and a mask of its own for every image."""
+    """Smooth noise, and a different mask for every image."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (batch, 3, size // 8, size // 8)))
     image = nn.functional.interpolate(coarse.float(), size=(size, size), mode="bilinear")

@@ -74,7 +74,7 @@ def write_result(name: str, result: Mapping[str, Any], *, packages: Sequence[str
     """Keep ``result`` as ``results/<name>.json`` with the machine and the versions; print it."""
     record = {
         "benchmark": name,
-        "device": processor(),
+        "device": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in packages},
@@ -87,8 +87,8 @@ def write_result(name: str, result: Mapping[str, Any], *, packages: Sequence[str
     return path
 
 
-def processor() -> str:
-    """The processor's name, as Linux reports it."""
+def cpu_name() -> str:
+    """The CPU's name, as Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 """Two workers against one on this machine, and the memory that a worker takes.
 
-Whole builds by ``data_prep.build`` on a local Ray: scenes with HED on the processor, faces with
+Whole builds by ``data_prep.build`` on a local Ray: scenes with HED on the CPU, faces with
 dlib's landmarks, from JPEGs of 512 x 512 pixels on disk. Wall time. Starting workers and networks
 takes the same few seconds for any number of images, so each build runs with few and with many: the
 result is the ratio of the time for each further image, and beside it that of the larger builds as a

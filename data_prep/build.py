@@ -65,7 +65,7 @@ class Scheduler(Protocol):
 
 
 class SerialScheduler:
-    """Makes one shard after another in this process, with edges on the processor."""
+    """Makes one shard after another in this process, with edges on the CPU."""
 
     def gpus(self) -> int:
         return 0

@@ -282,7 +282,7 @@ def _refuse_data_behind(rest: Any, url: str) -> None:
             raise ValueError(
                 one_line(
                     f"{url} has data behind its end, as tars joined by cat have, or tars with a "
-                    "hole of zeros: give the parts as files of their own, or fetch it again"
+                    "hole of zeros: give the parts as separate files, or fetch it again"
                 )
             )
 

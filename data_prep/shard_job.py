@@ -68,7 +68,7 @@ def no_report(shard: str, done: int, failed: int) -> None: ...
 
 
 class EdgeFinder:
-    """HED on one GPU, or on one thread of a processor.
+    """HED on one GPU, or on one thread of a CPU.
 
     Limits torch to one thread in the whole process. If the weights cannot be loaded, ``strokes``
     raises the reason: an error of the constructor would end a Ray actor, and Ray prints that in

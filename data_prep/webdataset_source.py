@@ -26,7 +26,7 @@ IMAGE_FIELDS = ("jpg", "jpeg", "webp", "png")
 """Extensions that hold the image of a sample, the preferred one first: where a sample has several,
 a PNG is more often its mask or label."""
 
-# A word of its own in the path of a tar: data-train-0000.tar, validation/00000.tar, laion_val.tar.
+# A separate word in the path of a tar: data-train-0000.tar, validation/00000.tar, laion_val.tar.
 _NAMED_SPLIT = re.compile(
     r"(?<![a-z])(?:(train|training)|(val|valid|validation|test|testing|dev|eval))(?![a-z])"
 )
@@ -43,7 +43,7 @@ def list_images(root: str, *, subject: Subject, val_fraction: float) -> Iterator
     Tars whose paths name a split (``train``, ``val``, ``test``, ...) belong to it, ``test`` and the
     like to ``val``. Where no two splits are named, the share ``val_fraction`` is held out by name.
 
-    Raises ValueError where there is no tar, a tar is cut short, a sample is there twice, or only
+    Raises ValueError without a tar, where a tar is cut short, a sample is there twice, or only
     some of the tars name a split; StorageError where ``root`` cannot be read.
     """
     tars = [""] if root.endswith(".tar") else _tars(root)

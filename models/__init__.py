@@ -1,4 +1,4 @@
-"""The networks of DeepFill v2: torch, and nothing of ours.
+"""The networks of DeepFill v2, on torch alone.
 
 "The paper" is arXiv 1806.03589. Where its formulas are:
 

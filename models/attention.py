@@ -52,7 +52,7 @@ def contextual_attention(
     the matrix of pairs; ``ValueError`` if a single row of queries needs more.
     """
     height, width = features.shape[2] // 2, features.shape[3] // 2
-    # On a processor one sample's matrix at a time stays in the cache; without gradients, a few rows
+    # On a CPU one sample's matrix at a time stays in the cache; without gradients, a few rows
     # of a large one.
     in_cache = features.device.type == "cpu" and not torch.compiler.is_compiling()
     together = 1 if in_cache else features.shape[0]  # stays symbolic in an export

@@ -188,7 +188,7 @@ def fuse_gates(module: nn.Module) -> None:
     """Let every gated convolution in ``module`` compute its gate in one kernel.
 
     Worth it for training: half the memory traffic, and the backward pass keeps the convolution's
-    output alone. The first use compiles the kernels, which takes some seconds and, on a processor,
+    output alone. The first use compiles the kernels, which takes some seconds and, on a CPU,
     a C++ compiler. A network that is compiled as a whole does not need it.
     """
     # A kernel for every number of channels, activation and precision: dynamo allows 8 by default.

@@ -24,7 +24,7 @@ def shrink(features: Features, factor: int) -> Float[Tensor, "batch channels new
     height, width = features.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"{height}×{width} pixels cannot shrink by {factor}: it must divide both")
-    # Computed on the processor, so that rounding is the same everywhere, and sent without
+    # Computed on the CPU, so that rounding is the same everywhere, and sent without
     # waiting for the GPU's earlier work.
     rows, columns = (
         nearest_indices(side, side // factor).to(features.device, non_blocking=True)

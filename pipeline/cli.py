@@ -179,8 +179,8 @@ def _add_stages(commands: Commands) -> None:
         if name == "prepare":
             for flag, change in (
                 ("--replace", "build over a finished dataset of other settings"),
-                ("--update", "list the source again, for images that were added or removed"),
-                ("--retry-failed", "read the images that failed once more"),
+                ("--update", "list the source again: add new images, drop those that were removed"),
+                ("--retry-failed", "try the images that failed again"),
             ):
                 sub.add_argument(flag, action="store_true", help=change)
         if name == "run":
@@ -219,8 +219,8 @@ def _add_evaluate(commands: Commands) -> None:
         "--baseline",
         action="append",
         default=[],
-        choices=("grey", "mean-color", "telea", "navier-stokes", "coarse"),
-        help="evaluate this as well; may be given several times",
+        choices=("gray", "mean-color", "telea", "navier-stokes", "coarse"),
+        help="evaluate this baseline too; may be given several times",
     )
     sub.add_argument(
         "--out", help="folder for the results, path or URL; without it, that of the recipe's run"
@@ -256,7 +256,9 @@ def _add_evalpack(commands: Commands) -> None:
     sub.add_argument("--split", choices=("train", "val"), default="val", help="without it, val")
     sub.add_argument("--images", type=int, help="how many images; without it, all of the split")
     sub.add_argument("--size-px", type=int, default=256, help="side of the crops; without it, 256")
-    sub.add_argument("--seed", type=int, default=0, help="start of every choice; without it, 0")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="seed of every random choice; without it, 0"
+    )
     sub.add_argument(
         "--family",
         action="append",
@@ -328,7 +330,7 @@ def _add_weights(commands: Commands) -> None:
         "file",
         type=_path,
         metavar="FILE",
-        help="a TensorFlow checkpoint, an .npz of its variables, or a .pth of nipponjo's",
+        help="a TensorFlow checkpoint, an .npz of its variables, or one of nipponjo's .pth files",
     )
     sub.add_argument(
         "--out", type=_path, required=True, help=".safetensors file to write the generator to"
@@ -342,9 +344,9 @@ def _add_weights(commands: Commands) -> None:
     sub.add_argument(
         "--colors",
         choices=orders,
-        help="channel order that the other code fed its images in; known for the authors' weights",
+        help="channel order of the images of the other code; known for the authors' weights",
     )
-    sub.add_argument("--license", help="license to record instead of the release's known one")
+    sub.add_argument("--license", help="license to record instead of that of the release")
     _add_old_spelling(sub, "--colours", "--colors", choices=orders)
     _add_old_spelling(sub, "--licence", "--license")
     sub.set_defaults(command=_import_weights)
@@ -530,7 +532,7 @@ def _add_compare(commands: Commands) -> None:
         nargs="+",
         metavar="RUN",
         help="name or pattern of names in --storage, folder, URL, MLflow run id or filter; the "
-        "first one is what the others are held against",
+        "first one is the baseline",
     )
     sub.add_argument("--storage", help="path or URL that has the folder runs")
     sub.add_argument("--pack", help="name or digest of the evaluation pack to compare on")
@@ -544,9 +546,12 @@ def _add_compare(commands: Commands) -> None:
     sub.add_argument(
         "--separate",
         action="store_true",
-        help="hold every run by itself, also where only the seeds of one recipe differ",
+        help="compare every run on its own, also where only the seeds of one recipe differ",
     )
-    sub.add_argument("--tracking-uri", help="MLflow for ids and filters; else its own variable")
+    sub.add_argument(
+        "--tracking-uri",
+        help="MLflow server or database for ids and filters; without it, MLFLOW_TRACKING_URI",
+    )
     sub.set_defaults(command=_compare)
 
 

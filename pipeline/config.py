@@ -57,7 +57,7 @@ class Section(BaseModel):
 
 class TrainSettings(Section):
     steps: PositiveInt
-    """Updates of both networks in all; a resumed run continues to this number."""
+    """Total updates of both networks; a resumed run continues to this number."""
     init_from: str | None = None
     """Trained generator to start a new run from: a ``.safetensors`` file or a checkpoint, as a path
     or URL that every rank can read. Unguided weights also start guided runs, with zeros for the
@@ -92,12 +92,12 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: convolutions under autocast; parameters, norms and losses stay float32."""
     compile: bool = False
-    """Compile both networks on a GPU, or the gates on a processor (which needs a C++ compiler).
+    """Compile both networks on a GPU, or the gates on a CPU (which needs a C++ compiler).
     Takes seconds to minutes at the start, pays off in long runs."""
     activation_checkpointing: bool = False
     """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4
-    """Of Adam, for both networks, constant."""
+    """Learning rate of Adam, for both networks, constant."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Adam's decay of the mean of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -213,7 +213,7 @@ class Config(Section):
     storage: str
     """Where datasets and runs are kept: a path, ``file://`` or ``s3://bucket/prefix``."""
     seed: NonNegativeInt = 0
-    """Start of every random choice: splits, order, crops, masks, fresh weights."""
+    """Seed of every random choice: splits, order, crops, masks, fresh weights."""
     data: DataSettings
     sketch: SketchSettings = SketchSettings()
     masks: MaskSettings = MaskSettings()

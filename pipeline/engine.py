@@ -245,7 +245,7 @@ class DeepSpeedEngine(_RevertibleEngine):
             optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": batch_per_rank,
-                # Its norm of the gradients would skip steps by a rule of its own, and make the host
+                # Its norm of the gradients would skip steps by its own rule, and make the host
                 # wait at every one.
                 "zero_optimization": {"stage": zero_stage, "compute_grad_norm": not zero_stage},
                 "gradient_clipping": 0.0,  # its default clips at a norm of 1

@@ -37,7 +37,7 @@ def discriminator(options: ModelOptions) -> Discriminator:
 
 
 def _channels_last(network: M) -> M:
-    """``network`` in the memory layout that makes convolutions fast, on processors and GPUs."""
+    """``network`` in the memory layout that makes convolutions fast, on CPUs and GPUs."""
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -51,7 +51,7 @@ def weights_header(options: ModelOptions) -> dict[str, str]:
 
 
 def load_generator(source: str) -> Generator:
-    """The generator at ``source``, in evaluation mode, on the processor.
+    """The generator at ``source``, in evaluation mode, on the CPU.
 
     ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, a
     folder that ``checkpoints pull`` made, or the folder of a run, which gives its best step. A file

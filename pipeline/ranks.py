@@ -34,7 +34,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """The processor, or the GPU of this local rank. Raises TrainingError without a GPU."""
+        """The CPU, or the GPU of this local rank. Raises TrainingError without a GPU."""
         if self.kind == "cpu" or (self.kind == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
         if not torch.cuda.is_available():
@@ -80,7 +80,7 @@ def current(
 class Vote:
     """Yes-or-no questions that all ranks put at every step; any rank's yes is the answer.
 
-    The answer is that of two steps ago, the same on every rank. It travels between processors
+    The answer is that of two steps ago, the same on every rank. It travels between CPUs
     while training continues, so nobody waits for a device, and hardly for other ranks. Collective:
     all ranks make one, and ask equally often.
     """

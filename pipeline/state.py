@@ -88,7 +88,7 @@ class TrainingState:
 
     @classmethod
     def read(cls, files: Mapping[str, bytes]) -> "TrainingState":
-        """The state in the files that :meth:`files` made, on the processor."""
+        """The state in the files that :meth:`files` made, on the CPU."""
         state = json.loads(files["state.json"])
         moments = load_tensors(files["optimizer.safetensors"])
 

@@ -80,7 +80,7 @@ def train_step(
     faults.check(discriminator_loss)
     discriminator.update(discriminator_loss, faults.note)
 
-    # `.module`, not the engine: DeepSpeed and DDP expect a backward pass of their own.
+    # `.module`, not the engine: DeepSpeed and DDP expect their own backward pass.
     with frozen(discriminator.module) as module, autocast:
         completed_score = module(completed, mask, sketch)
     adversarial = hinge_generator(completed_score.float())

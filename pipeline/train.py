@@ -169,7 +169,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                 except BaseException as error:
                     failure.append(error)
 
-            # In a thread of its own: in the main one Ray's handler of Ctrl-C aborts the workers,
+            # In another thread: in the main one Ray's handler of Ctrl-C aborts the workers,
             # and ours lets them save first.
             thread = threading.Thread(target=fit, name="ray-train", daemon=True)
             thread.start()

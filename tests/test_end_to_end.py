@@ -148,7 +148,7 @@ def test_a_run_whose_processes_were_all_killed_ends_there_too(left_alone, settin
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     wait_for(checkpoints(cfg) / "step-00000002/manifest.json", process)
-    # torchrun gives its workers sessions of their own, so they are found by their parent.
+    # torchrun starts its workers in new sessions, so they are found by their parent.
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         victim.kill()
     process.wait(timeout=60)

@@ -37,7 +37,7 @@ def compare_runs(
 ) -> Iterator[RenderableType]:
     """Compare the runs that ``words`` name; yields what to print. ``out``: the page to write.
 
-    The first run, with the others of its recipe, is the one that the rest are held against. Raises
+    The first run, with the others of its recipe, is the baseline of the rest. Raises
     ValueError where a word names no run, or fewer than two runs are named.
     """
     if out is not None and out.is_dir():

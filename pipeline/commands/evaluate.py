@@ -150,7 +150,7 @@ def _contestants(
 
 
 def _track(cfg: config.Config, pack: Pack, contestant: Contestant, found: StoredEvaluation) -> None:
-    """Tell the run's tracker."""
+    """Log the result to the run's tracker."""
     storage = RunStorage.open(cfg)
     newest = CheckpointStore(storage.checkpoints).newest() or contestant.step
     values = {

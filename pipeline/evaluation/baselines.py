@@ -67,7 +67,7 @@ def _opencv(content: PackContent, method: int) -> UnitImage:
 
 
 BASELINES: Mapping[str, Baseline] = {
-    "grey": Baseline("middle gray", _gray),
+    "gray": Baseline("middle gray", _gray),
     "mean-color": Baseline("the mean of the known pixels", _mean_color),
     "telea": Baseline(
         f"OpenCV's inpainting by Telea (2004), radius {RADIUS_PX} px",

@@ -99,7 +99,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs, the first group of which the others are held against."""
+    """Several runs; the first group is the baseline of the others."""
 
     runs: Sequence[RunRecord]
     primary: MetricInfo
@@ -123,11 +123,11 @@ def compare(
     separate: bool = False,
     seed: int = 0,
 ) -> Comparison:
-    """Hold every group of ``runs`` against the first one.
+    """Compare every group of ``runs`` with the first one.
 
     ``pack``: name, or start of the digest, of the evaluation pack; else the one that most runs
     have. ``primary``: the metric that decides, declared before looking. ``separate``: every run is
-    a group of its own, also where seeds alone differ. ``seed``: of the bootstrap.
+    a separate group, also where seeds alone differ. ``seed``: of the bootstrap.
     """
     chosen = _chosen(runs, pack)
     apart = [
@@ -217,7 +217,7 @@ def _repetitions(
 ) -> list[list[tuple[RunRecord, EvaluationRecord]]]:
     """Runs of one recipe as repetitions, where each seed comes once.
 
-    Else the code may be what is compared: by commit; and one by one where that does not tell.
+    Else they are grouped by commit, since the code may be what is compared; else one by one.
     """
     if _seeds_differ(members):
         return [members]
@@ -373,7 +373,7 @@ def _verdict(
     )
     if first.estimate.images < MIN_IMAGES:
         text = (
-            f"{first.estimate.images} images are too few to tell {group.label} from "
+            f"{first.estimate.images} images are too few to distinguish {group.label} from "
             f"{baseline.label}: evaluate {MIN_IMAGES} or more."
         )
         return Verdict(group.label, "unknown", text, _scope(group, baseline))
@@ -431,5 +431,5 @@ def _scope(group: Group, baseline: Group) -> str:
     single = " and ".join(each.label for each in (group, baseline) if len(each.runs) == 1)
     return (
         f"This speaks of these weights, not of the settings: one seed of {single}. "
-        "Three seeds or more of each recipe tell about settings."
+        "A verdict about settings takes three seeds or more of each recipe."
     )

@@ -56,7 +56,7 @@ class Evaluation:
 
         NaN where it is NaN for any image. ``total`` sums over ranks (``pipeline.ranks.total``) and
         makes this collective; without it the means are of this rank's images. Raises ValueError
-        where there are no images at all.
+        without any image.
         """
         sums = {name: sum((row.values[name] for row in self.rows), 0.0) for name in METRICS}
         sums["images"] = float(len(self.rows))

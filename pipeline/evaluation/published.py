@@ -1,4 +1,4 @@
-"""Figures that others have published, and why they are, or are not, comparable with ours."""
+"""Values that others have published, and why they are, or are not, comparable with ours."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ PUBLISHED: Sequence[PublishedValue] = (
         )
     ),
 )
-"""Figures of the same kind as ours; their setting decides whether they are comparable."""
+"""Values of the metrics that we measure; their setting decides whether they are comparable."""
 OF_THE_SET = frozenset({"fid", "u_ids_percent", "p_ids_percent"})
 """Metrics of all images together, which have no value for one family of masks."""
 

@@ -147,7 +147,7 @@ def _from_mlflow(filter_string: str, tracking_uri: str | None) -> list[str]:
 
 
 def read_runs(urls: Sequence[str]) -> list[RunRecord]:
-    """Read each run; labels are names, or as much of the URLs as tells them apart."""
+    """Read each run; labels are names, or as much of the URLs as differs."""
     names = [url.rstrip("/").rpartition("/")[2] for url in urls]
     labels = [
         name if names.count(name) == 1 else url for url, name in zip(urls, names, strict=True)

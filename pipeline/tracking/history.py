@@ -61,7 +61,7 @@ class AttemptInfo:
 
 
 class HistoryWriter:
-    """Writes ``metrics/`` of one attempt from a thread of its own.
+    """Writes ``metrics/`` of one attempt from its own thread.
 
     Storage that fails, or hangs, never stops training: values stay in memory and are written with
     the next piece. A kill loses what came after the last write, some ten seconds. ``add`` may be

@@ -249,7 +249,7 @@ def find_run_urls(uri: str, filter_string: str) -> list[str]:
     """
     shown = without_password(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise ValueError(f"{shown}: there is no such database: set MLFLOW_TRACKING_URI")
+        raise ValueError(f"{shown}: the database was not found: set MLFLOW_TRACKING_URI")
     with _importing_mlflow():
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException

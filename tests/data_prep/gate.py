@@ -29,7 +29,7 @@ class Gate:
         """Let everything through."""
         self.asked = self.refused = 0
         self.refuses: Callable[[int], bool] = lambda number: False
-        """Told the number of the request, whether it is answered with 503 SlowDown."""
+        """From the number of the request, whether it is answered with 503 SlowDown."""
         self.spoils: Callable[[str], bool] = lambda method: False
         """Whether the server gets another access key with a request of this method."""
 

@@ -404,7 +404,7 @@ def test_what_may_not_be_read_is_recorded_or_reported_and_made_once_it_may(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, at first of 16 KiB."""
+    """A separate file system, at first of 16 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]

@@ -34,7 +34,7 @@ from tests.records import read_record_file, write_unsealed
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_processors(s3_server: S3Server) -> Iterator[None]:
+def two_cpus(s3_server: S3Server) -> Iterator[None]:
     """Ray on loopback; its workers inherit the S3 server's address and keys from us."""
     ray.init(
         address="local",
@@ -71,7 +71,7 @@ def build(url: str | Path, root: str | Path, **changed: Any) -> Dataset:
         "name": "small",
         "source": "folder",
         "root": str(root),
-        "subject": "face",  # none are found, which is quick; HED has tests of its own
+        "subject": "face",  # none are found, which is quick; HED has its own tests
         "stored_px": 64,
         "shard_samples": 6,
         "val_fraction": 0.2,
@@ -273,7 +273,7 @@ def test_an_interrupted_build_resumes_where_it_stopped(
         build(tmp_path, album, progress=interrupt)
     deadline = time.monotonic() + 20
     while below(os.getpid(), "ray::shard_task"):
-        assert time.monotonic() < deadline, "workers go on after an interruption"
+        assert time.monotonic() < deadline, "workers continue after an interruption"
         time.sleep(0.1)
     with pytest.raises(ShardError, match="no finished dataset"):
         Dataset.open(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Data sets as Hugging Face's ``datasets`` reads them, from local files and without a network."""
+"""Datasets as Hugging Face's ``datasets`` reads them, from local files and without a network."""
 
 from __future__ import annotations
 

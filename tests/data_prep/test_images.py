@@ -1,4 +1,4 @@
-"""Pictures: any format becomes upright RGB, and what cannot says why."""
+"""Images: any format becomes upright RGB; what cannot is refused with a reason."""
 
 from __future__ import annotations
 

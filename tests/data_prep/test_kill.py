@@ -54,7 +54,7 @@ def test_kills_at_random_moments_change_no_byte(photographs: Path, tmp_path: Pat
         while build.poll() is None and len(list(url.glob("parts/*.json"))) < made:
             time.sleep(0.05)
         time.sleep(rng.random() * 2)
-        if number % 2:  # a worker first: the build has to get over that by itself
+        if number % 2:  # a worker first: the build has to recover from that
             workers = below(build.pid, title="ray::")
             if workers:
                 kill(rng.choice(workers))

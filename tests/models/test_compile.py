@@ -1,4 +1,4 @@
-"""In processes of their own: the shape checks of the test run are not for compiling."""
+"""In separate processes: the shape checks of the test run are not for compiling."""
 
 import shutil
 import subprocess

@@ -17,7 +17,7 @@ from models.options import ModelOptions
     ],
 )
 def test_a_wrong_option_names_itself_and_the_right_ones(option: str, message: str) -> None:
-    # In a process of its own: here types are checked before the options can be.
+    # In a separate process: here types are checked before the options can be.
     ran = python(f"from models.options import ModelOptions; ModelOptions({option})")
     assert f"ValueError: {message}" in ran.stderr
 

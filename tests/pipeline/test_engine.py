@@ -238,7 +238,7 @@ def precision_inside(kind: Kind) -> torch.dtype:
     seen: list[torch.dtype] = []
     stage = generator.module.get_submodule("coarse")
     stage.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
-    # DeepSpeed asks for CUDA's autocast whatever the device; the step sets the processor's here.
+    # DeepSpeed asks for CUDA's autocast whatever the device; the step sets the CPU's here.
     torch.set_autocast_enabled("cuda", True)
     train_step(
         batch(0, ranks.rank, ranks.world_size).to(torch.device("cpu")),

@@ -1,7 +1,7 @@
 "use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent);
 // Okabe and Ito's colors that stand out from white and black alike. A recipe has a color; dashes
-// tell its seeds, and recipes beyond the seventh, apart.
+// distinguish its seeds, and recipes beyond the seventh.
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00"];
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [14, 4], [4, 2, 1, 2]];
 const STYLES = (() => {
@@ -227,7 +227,7 @@ function ticks(low, high, most, log) {
   return found;
 }
 const short = (x, digits = 3) => Math.abs(x) >= 1e6 ? `${number(x / 1e6, digits)}M` : Math.abs(x) >= 1e4 ? `${number(x / 1e3, digits)}k` : number(Math.abs(x) < 1e-12 ? 0 : x, digits);
-/* Digits that tell neighboring ticks apart. */
+/* Digits that distinguish neighboring ticks. */
 const enough = (marks) => marks.length < 2 ? 4
   : Math.max(3, 1 + Math.ceil(Math.log10(Math.max(...marks.map(Math.abs)) / Math.abs(marks[1] - marks[0]))));
 
@@ -602,7 +602,7 @@ function costs() {
 function method() {
   for (const text of [
     `Every value is paired by image: ${DATA.images.rows.length ? "all runs filled the same holes of the same images" : "no two runs were measured on the same images"}. Differences are a group's mean minus that of ${DATA.baseline || "the baseline"}, the first one named.`,
-    "Intervals hold 95 % each by itself. For single runs they are over images, with the tails of a studentized bootstrap; for groups of two or more seeds they are over seeds and images, and the fewer seeds the wider.",
+    "Each interval on its own holds 95 %. For single runs they are over images, with the tails of a studentized bootstrap; for groups of two or more seeds they are over seeds and images, and the fewer seeds the wider.",
     `A claim is made where the corrected p is below 0.05. All questions on this page are one family (Holm): at most 5 in 100 such pages claim anything false. ${titled(DATA.primary)} over all images has four fifths of that allowance, since it was declared before looking. An interval that leaves out 0 without a claim is a hint, no more.`,
     "Values that are not a number are named under the verdict, and their metric is not compared for that run. Parts of fewer than 10 images carry no interval.",
   ]) place("method").append(el("p", { text }));

@@ -201,7 +201,7 @@ def test_a_mistake_is_reported_in_one_line(weights, tmp_path, capsys, spoil, mes
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images a and b and their masks, in folders of their own."""
+    """Images a and b and their masks, in separate folders."""
     draw(tmp_path)
     for name, source in (("images", "image.png"), ("masks", "mask.png")):
         (tmp_path / name).mkdir()

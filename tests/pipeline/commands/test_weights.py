@@ -215,7 +215,7 @@ def test_an_exported_program_takes_any_batch_and_size(weights: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # a minute of processor time
+@pytest.mark.timeout(600)  # a minute of CPU time
 @torch.no_grad()
 def test_onnx_takes_any_batch_and_size(weights: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

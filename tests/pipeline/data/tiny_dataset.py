@@ -14,7 +14,7 @@ from data_prep.shards import FORMAT, Dataset, RawSample, Split, digest_of, index
 
 
 def image_of(number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth image that tells its number, and a sketch of its bright half."""
+    """A smooth image that shows its number, and a sketch of its bright half."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([x * 200 / width, y * 200 / height, np.full_like(x, number * 3)], -1)
     return image.astype(np.uint8), ((x * 2 > width) * 255).astype(np.uint8)

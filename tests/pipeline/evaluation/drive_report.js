@@ -3,7 +3,7 @@ const out = { errors: [] };
 window.addEventListener("error", (event) => out.errors.push(event.message));
 const $ = (selector) => document.querySelector(selector);
 const all = (selector) => [...document.querySelectorAll(selector)];
-// Without a screen and with a clock of its own, the browser draws hardly any frames.
+// Without a screen and with its own clock, the browser draws hardly any frames.
 window.requestAnimationFrame = (draw) => setTimeout(draw, 0);
 const wait = () => new Promise((done) => setTimeout(done, 50));
 const set = (selector, value, kind) => {
@@ -14,7 +14,7 @@ const column = (name) => all("#metrics thead button").find((button) => button.te
 const firsts = () => all("#metrics > div > div:first-child tbody tr").map((row) => row.firstChild.textContent);
 const inked = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
   .data.filter((value, index) => index % 4 === 3 && value).length;
-const picture = (canvas) => canvas.toDataURL();
+const content = (canvas) => canvas.toDataURL();
 const moves = () => new Set(all(".stage img, .frame img").map((image) => image.style.transform));
 (async () => {
   await wait();
@@ -26,10 +26,10 @@ const moves = () => new Set(all(".stage img, .frame img").map((image) => image.s
   set("#metrics input", "psnr", "input"); out.filtered = firsts();
   set("#metrics input", "nothing like that", "input"); out.none = firsts();
   out.ink = all(".chart canvas").map(inked);
-  const before = picture($(".chart canvas"));
-  set("#axis", "images", "change"); await wait(); out.axis = before !== picture($(".chart canvas"));
-  const shown = picture($(".chart canvas"));
-  $(".legend button").click(); await wait(); out.hidden = shown !== picture($(".chart canvas"));
+  const before = content($(".chart canvas"));
+  set("#axis", "images", "change"); await wait(); out.axis = before !== content($(".chart canvas"));
+  const shown = content($(".chart canvas"));
+  $(".legend button").click(); await wait(); out.hidden = shown !== content($(".chart canvas"));
   set("#smooth", 0, "input"); set("#log", "on", "change"); await wait(); out.logged = inked($(".chart canvas"));
   const chart = $(".chart canvas");
   const at = (kind, x) => chart.dispatchEvent(new PointerEvent(kind, { clientX: chart.getBoundingClientRect().left + x, clientY: chart.getBoundingClientRect().top + 50, bubbles: true }));

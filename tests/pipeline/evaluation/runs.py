@@ -19,7 +19,7 @@ FAMILIES = ("box", "thick", "thin")
 
 
 def config(**overrides: Any) -> dict[str, Any]:
-    """A resolved configuration, cut down to what comparisons tell apart."""
+    """A resolved configuration, cut down to what comparisons distinguish."""
     settings: dict[str, Any] = {
         "seed": 0,
         "model": {"convolution": "gated"},
@@ -119,7 +119,7 @@ def write_evaluation(
 def quality(
     table: Mapping[str, Any], rng: np.random.Generator, *, shift: float = 0.0, noise: float = 0.15
 ) -> dict[str, np.ndarray]:
-    """Values of every metric of one run: ``shift`` in percent points of L1, noise of its own."""
+    """Values of every metric of one run: ``shift`` in percent points of L1, with its own noise."""
     hard = table["difficulty"]
     l1 = hard * rng.lognormal(-(noise**2) / 2, noise, len(hard)) + shift
     return {

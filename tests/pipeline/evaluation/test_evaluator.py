@@ -87,7 +87,7 @@ def test_means_over_ranks_are_those_of_one_rank_with_all_images() -> None:
 
     for part in parts:
         part.means(noted)
-    for part in parts:  # the last rank has no images of its own
+    for part in parts:  # the last rank has no images
         assert part.means(total) == pytest.approx(alone)
 
 

@@ -40,7 +40,7 @@ from tests.pipeline.data.tiny_dataset import shards_of, write_dataset
 from tests.pipeline.evaluation.test_feature_metrics import inception, vgg
 from tests.weights import write_weights
 
-GRAY = Contestant("grey", baseline="grey")
+GRAY = Contestant("gray", baseline="gray")
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +138,14 @@ def test_files_are_kept_for_people_and_for_comparisons(
             assert f"images/{item.key}{layer}.png" in evaluation.files
     height = decode(run.get(evaluation.files["samples.png"])).pixels.shape[0]
     assert height > 160 * len(sheet_items(pack))
-    evaluated(pack, GRAY, PackMetrics(), open_store(str(tmp_path / "grey")))
-    (other,) = read_evaluations(open_store(str(tmp_path / "grey")))
+    evaluated(pack, GRAY, PackMetrics(), open_store(str(tmp_path / "gray")))
+    (other,) = read_evaluations(open_store(str(tmp_path / "gray")))
     assert incomparable(evaluation, other) is None
 
 
 def _on_rank(pack: Pack, contestant: Contestant, url: str) -> dict[str, float | None] | None:
     measured = PackMetrics(inception=inception(), vgg=vgg())
-    baseline = evaluate_on_pack(pack, GRAY, measured, open_store(f"{url}-grey"))
+    baseline = evaluate_on_pack(pack, GRAY, measured, open_store(f"{url}-gray"))
     found = evaluate_on_pack(pack, contestant, measured, open_store(url))
     assert (baseline is None) == (found is None)
     return dict(found.metrics) if found else None
@@ -201,7 +201,7 @@ def test_flat_baselines_have_the_color_they_are_named_after(pack: Pack) -> None:
     inside = content.mask > 0
     gray, mean = (
         Contestant(name, baseline=name).filler(torch.device("cpu"))(content).completed[inside]
-        for name in ("grey", "mean-color")
+        for name in ("gray", "mean-color")
     )
     assert (gray == 0.5).all()
     np.testing.assert_allclose(
@@ -234,7 +234,7 @@ def test_a_check_reproduces_what_is_stored_and_says_what_changed(
     same, lines = check_against_stored(pack, trained, PackMetrics(), store)
     assert same
     assert [line.split(" was ")[0] for line in lines] == ["changed: code_sha256"]
-    other = Contestant("ours", baseline="grey", step=7)
+    other = Contestant("ours", baseline="gray", step=7)
     same, lines = check_against_stored(pack, other, PackMetrics(), store)
     assert not same
     assert any(line.startswith("changed: weights_sha256 was ") for line in lines)
@@ -268,7 +268,7 @@ def test_a_value_that_is_not_a_number_is_counted_and_never_averaged_away(
     assert check_against_stored(pack, GRAY, measured, store)[0]
 
 
-def test_published_figures_stand_beside_ours_only_where_the_setting_agrees(
+def test_published_values_are_beside_ours_only_where_the_setting_agrees(
     pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def value(size_px: int, images: int | None, family: str | None) -> PublishedValue:
@@ -359,8 +359,8 @@ def test_a_recipe_is_evaluated_at_its_best_checkpoint_into_its_run_also_on_s3(
         (["--pack", "{pack}", "--out", "x"], "nothing to evaluate"),
         (["w.safetensors", "a=b", "--pack", "{pack}", "--out", "x"], "settings belong to a recipe"),
         (["--pack", "{pack}", "--out", "x", "--baseline", "coarse"], "'coarse' is a part of weig"),
-        (["--pack", "/nowhere", "--out", "x", "--baseline", "grey"], "no finished evaluation pack"),
-        (["--baseline", "grey"], "--baseline goes with --pack"),
+        (["--pack", "/nowhere", "--out", "x", "--baseline", "gray"], "no finished evaluation pack"),
+        (["--baseline", "gray"], "--baseline goes with --pack"),
         ([], "give a recipe, or --pack"),
     ],
 )
