@@ -29,6 +29,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Names of files, in lower case, that ``decode`` reads."""
 WHITE_ABOVE = 127.5  # docs/model.md, section 5.3
+COLORFUL = 48  # of 255, between the channels of a pixel; JPEGs of masks have less
+MOST_COLORED, MOST_GRAY = 0.01, 0.5  # shares of the pixels of a mask
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
 BAND_PIXELS = 2**22
@@ -206,11 +208,12 @@ def read_mask(
 
     White is a mean over the channels above 127.5, and what is transparent counts as black. The
     image is stretched to ``size`` (height, width) first, if given. The result may be all 0.
-    Raises ImageError as ``decode`` does, and ``no_white`` for an image with pixels between black
-    and white, where white should mark the hole and none is.
+    Raises ImageError as ``decode`` does, ``no_white`` for an image with pixels between black and
+    white, where white should mark the hole and none is, and ``not_a_mask`` for a photograph.
     """
-    brightness = decode(data, background="black").pixels.mean(axis=2)
-    gray = np.rint(brightness).astype(np.uint8)
+    pixels = decode(data, background="black").pixels
+    _refuse_photograph(pixels)
+    gray = np.rint(pixels.mean(axis=2)).astype(np.uint8)
     brightest = gray.max()
     if white_is_hole and 0 < brightest <= WHITE_ABOVE:
         raise ImageError(
@@ -224,6 +227,28 @@ def read_mask(
         gray = cv2.resize(gray, size[::-1], interpolation=how).astype(np.uint8, copy=False)
     hole: np.ndarray = ((gray > WHITE_ABOVE) == white_is_hole).astype(np.uint8)
     return hole
+
+
+def _refuse_photograph(pixels: Pixels) -> None:
+    """ImageError ``not_a_mask`` for an image in colors, or mostly in many shades of gray."""
+    # Of a part of the pixels, since masks are read while training.
+    pixels = pixels[:: max(1, pixels.shape[0] // 256), :: max(1, pixels.shape[1] // 256)]
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    brightest = np.maximum(np.maximum(red, green), blue)
+    colored = brightest - np.minimum(np.minimum(red, green), blue) > COLORFUL
+    if colored.mean() > MOST_COLORED:
+        raise ImageError(
+            "not_a_mask",
+            f"{colored.mean():.0%} of its pixels have a color, as in a photograph or a hole "
+            "painted in red: mark the hole in white on black",
+        )
+    levels = np.bincount(green.ravel(), minlength=256)[32:224]
+    if levels.sum() > MOST_GRAY * colored.size and np.count_nonzero(levels) > 64:
+        raise ImageError(
+            "not_a_mask",
+            f"{levels.sum() / colored.size:.0%} of its pixels are shades of gray, as in a "
+            "photograph: mark the hole in white on black",
+        )
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -722,9 +722,9 @@ def _show_masks(arguments: argparse.Namespace) -> int:
     from pipeline.commands.figures import show_masks
 
     cfg = _load(arguments)
-    print(
-        show_masks(MaskSampler(cfg.masks), arguments.out, size_px=cfg.train.size_px, seed=cfg.seed)
-    )
+    sampler = MaskSampler(cfg.masks)
+    sampler.check(cfg.train.size_px, cfg.train.size_px)
+    print(show_masks(sampler, arguments.out, size_px=cfg.train.size_px, seed=cfg.seed))
     return DONE
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -47,11 +48,25 @@ def train(cfg: Config, storage: RunStorage) -> bool:
         log.info("training already finished run=%s step=%d", cfg.name, cfg.train.steps)
         return True
     dataset = storage.open_dataset()
+    cfg = with_its_masks(cfg, checkpoints)
     _refuse_early(cfg, dataset, checkpoints)
     if distributed.launched_by_torchrun() or cfg.train.launcher == "local":
         return _train_here(cfg, storage, dataset)
     _train_on_ray(cfg, storage)
     return _finished(cfg, checkpoints)
+
+
+def with_its_masks(cfg: Config, checkpoints: CheckpointStore) -> Config:
+    """A run that is resumed draws its masks as it began, whatever has changed since then."""
+    manifest = checkpoints.newest_manifest()
+    if manifest is None:
+        return cfg
+    recorded = manifest.config.get("masks")
+    drawing = cfg.masks.drawing if recorded is None else recorded.get("drawing", 1)
+    if drawing == cfg.masks.drawing:
+        return cfg
+    log.info("masks are drawn as the run began masks.drawing=%d", drawing)
+    return cfg.model_copy(update={"masks": replace(cfg.masks, drawing=drawing)})
 
 
 def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -> None:
@@ -69,7 +84,7 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
     )
     if faults:
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
-    MaskSampler(cfg.masks)  # raises where a folder of masks is empty
+    MaskSampler(cfg.masks).check(cfg.train.size_px, cfg.train.size_px)
     if (manifest := checkpoints.newest_manifest()) is not None:
         refuse_other_model(cfg.name, manifest, cfg.model)
     elif checkpoints.newest() is None:

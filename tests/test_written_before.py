@@ -21,6 +21,7 @@ from pipeline.run import prepare
 from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState
 from pipeline.tracking.history import read_history
+from pipeline.train import with_its_masks
 
 FIXTURE = Path(__file__).parent / "fixtures" / "before_1.0"
 DIGEST = "2de1f326185b81bb37e9e0d434a63ec6b2de5c108839eb00b47efc7158a081f6"
@@ -31,6 +32,12 @@ def cfg(tmp_path: Path) -> config.Config:
     with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return config.load(FIXTURE / "recipe.yaml", [f"storage={tmp_path / 'storage'}"])
+
+
+def test_a_resumed_run_draws_its_masks_as_it_began(cfg):
+    checkpoints = CheckpointStore(RunStorage.open(cfg).checkpoints)
+    assert cfg.masks.drawing == 2
+    assert with_its_masks(cfg, checkpoints).masks.drawing == 1
 
 
 def expected(part: str, name: str, shape: torch.Size) -> Tensor:

@@ -1,5 +1,6 @@
 """Holes have the statistics of the authors' generator, without its faults where asked."""
 
+import io
 import math
 import pickle
 import random
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter
 
 from cluster.storage import Store
 from data_prep import masks
+from data_prep.files import SourceImage
+from data_prep.images import ImageError, decode, read_mask
 from data_prep.masks import (
     LAMA,
     BoxSettings,
@@ -29,6 +33,7 @@ from data_prep.masks import (
     lama_mask,
     official_mask,
 )
+from tests.data_prep.settings import read_listed
 
 DRAWS = 2000
 
@@ -298,3 +303,94 @@ def test_a_sheet_shows_the_masks_in_white_on_a_grid() -> None:
     sheet = masks.mask_sheet(sampler, height=32, width=48, rows=2, columns=3, seed=0)
     assert sheet.shape == (2 * (32 + 20 + 8) + 8, 3 * (48 + 8) + 8, 3)
     assert (sheet[8 : 8 + 32, 8 : 8 + 48] == 255).all()
+
+
+def drawn_by_pillow(mask: np.ndarray, vertices: list[int], brush_width: float) -> None:
+    """A stroke as the authors' release draws it: lines, and a disc at every vertex."""
+    width = int(brush_width)
+    image = Image.fromarray(mask)
+    drawing = ImageDraw.Draw(image)
+    points = list(zip(vertices[::2], vertices[1::2], strict=True))
+    drawing.line(points, fill=1, width=width)
+    for x, y in points:
+        half = width // 2
+        drawing.ellipse((x - half, y - half, x + half, y + half), fill=1)
+    mask[:] = np.asarray(image)
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_official_strokes_cover_what_pillow_draws_for_the_authors(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    ours = strokes_alone(monkeypatch, official_mask, (size, size), 300)
+    old = draw(partial(official_mask, drawing=1), (size, size), 300)
+    monkeypatch.setattr(masks, "_draw_stroke_as_pillow", drawn_by_pillow)
+    authors = draw(official_mask, (size, size), 300)
+    assert ours.mean() == pytest.approx(authors.mean(), rel=0.005)
+    assert (ours != authors).sum() < 0.05 * authors.sum()
+    assert old.mean() > 1.01 * authors.mean()
+
+
+def test_a_folder_of_masks_leaves_out_hidden_files_and_names_all_faults_at_once(
+    tmp_path: Path,
+) -> None:
+    for number in range(3):
+        hole = Image.new("L", (96, 96))
+        hole.paste(255, (number, 24, number + 48, 72))
+        hole.save(tmp_path / f"{number}.png")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    Image.new("L", (96, 96), 255).save(tmp_path / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (tmp_path / "._0.png").write_bytes(b"no image")
+    sampler = MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))
+    sampler.check(96, 96)
+    assert max(sampler(96, 96, random.Random(n)).mean() for n in range(50)) < 0.3
+    Image.new("L", (96, 96)).save(tmp_path / "empty.png")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    colors = np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)
+    Image.fromarray(colors).save(tmp_path / "photo.png")
+    sampler = MaskSampler(MaskSettings({"folder": 1.0}, folder=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"3 of 6 masks of .* cannot be used") as caught:
+        sampler.check(96, 96)
+    assert all(f"mask {name}.png" in str(caught.value) for name in ("empty", "torn", "photo"))
+
+
+def photograph() -> Image.Image:
+    image = SourceImage("coffee", "train", "scene", "skimage/data/coffee.png", "bundled")
+    return Image.fromarray(decode(read_listed(image, None)).pixels)
+
+
+def with_hole(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    image = image.copy()
+    image.paste(color, (200, 100, 400, 300))
+    return image
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        photograph(),
+        photograph().convert("L"),
+        with_hole(photograph(), (255, 0, 0)),
+        with_hole(photograph().convert("RGBA"), (0, 0, 0, 0)),
+        with_hole(photograph().convert("LA"), (0, 0)),
+        with_hole(Image.new("RGB", (600, 400)), (255, 0, 0)),
+    ],
+)
+def test_a_photograph_or_a_painted_hole_is_no_mask(image: Image.Image) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    with pytest.raises(ImageError) as caught:
+        read_mask(buffer.getvalue())
+    assert caught.value.reason == "not_a_mask"
+    assert "white on black" in str(caught.value)
+
+
+def test_a_mask_with_soft_edges_or_off_white_is_read() -> None:
+    for image in (
+        with_hole(Image.new("L", (600, 400)), (255,)).filter(ImageFilter.GaussianBlur(12)),
+        with_hole(Image.new("L", (600, 400)), (200,)),
+        with_hole(Image.new("RGBA", (600, 400), (255, 255, 255, 0)), (255, 255, 255, 255)),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        assert read_mask(buffer.getvalue()).mean() == pytest.approx(1 / 6, abs=0.01)
