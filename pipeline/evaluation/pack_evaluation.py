@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from io import BytesIO
@@ -33,7 +34,7 @@ from pipeline.evaluation.feature_metrics import (
 )
 from pipeline.evaluation.metrics import METRICS, UnitImage, measure
 from pipeline.evaluation.pack_metrics import PackMetrics
-from pipeline.evaluation.packs import Pack, PackContent, PackItem
+from pipeline.evaluation.packs import TRANSFERS, Pack, PackContent, PackItem
 from pipeline.evaluation.record import FOLDER
 from pipeline.evaluation.sample_sheet import SamplePanel, sample_panel, sample_sheet
 from pipeline.evaluation.statistics import MIN_IMAGES, differences
@@ -437,16 +438,17 @@ def sheet_items(pack: Pack) -> list[PackItem]:
 
 def _write_images(store: Store, folder: str, pack: Pack, rows: Sequence[PackRow]) -> None:
     """The kept images by key, each with its layers, and the sheet with one row per family."""
-    by_key = {}
-    for row in rows:
-        if row.panel is None:
-            continue
-        by_key[row.item.key] = row
+    by_key = {row.item.key: row for row in rows if row.panel is not None}
+
+    def write(row: PackRow) -> None:
         for field in fields(SamplePanel):
             pixels = getattr(row.panel, field.name)
             layer = "" if field.name == "completed" else f".{field.name}"
             if pixels is not None:
                 store.put(f"{folder}/images/{row.item.key}{layer}.png", encode_png(pixels))
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        list(pool.map(write, by_key.values()))  # raises what a write raised
     shown = [by_key[item.key] for item in sheet_items(pack)]
     panels = [row.panel for row in shown if row.panel is not None]
     captions = [

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 MANIFEST = "pack.json"
 COVERAGE_BINS = (0, 10, 20, 30, 40, 50, 60)
 """Ends of the bins, in percent of the image that the hole takes; a bin is without its upper end."""
+NAME = re.compile(r"(?!step-\d+$)[A-Za-z0-9][\w.-]*", re.ASCII)
 TRIES = 300  # masks of a family drawn for one place in a bin, before another family takes it
 WAITING = 100  # masks kept for later, of each family and bin
 TRANSFERS = 16  # images that are read or written at the same time
@@ -221,13 +223,20 @@ def make_pack(
     empty, another family fills that bin. Repeating the call finishes what was cut short.
 
     Raises PackError where ``url`` holds a finished pack of other arguments, where ``split`` has too
-    few samples, for an unknown family, and for a size that is no multiple of 8; ShardError for a
+    few samples, for an unknown family, a name that cannot be a folder's
+    everywhere, and a size that is no multiple of 8; ShardError for a
     damaged dataset.
     """
     if size_px < MULTIPLE or size_px % MULTIPLE:
         raise PackError(f"--size-px {size_px} should be a multiple of {MULTIPLE}")
     if unknown := [family for family in families if family not in MASK_FAMILIES]:
         raise PackError(f"family {unknown[0]} should be one of {', '.join(MASK_FAMILIES)}")
+    name = url.rstrip("/").rpartition("/")[2]
+    if not NAME.fullmatch(name):
+        raise PackError(
+            f"{url}: the folder names the pack, so {name!r} should be letters, digits, '-', '_' "
+            "and '.', and not step-NUMBER"
+        )
     shaping = dataset.settings["shaping"]
     settings = {
         "dataset": dataset.name,
@@ -273,7 +282,7 @@ def make_pack(
     items.sort(key=lambda item: item.key)
     pack = Pack(
         url=url,
-        name=url.rstrip("/").rpartition("/")[2],
+        name=name,
         digest=pack_digest(size_px, items),
         size_px=size_px,
         settings=settings,

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from pipeline.evaluation.pack_metrics import PackMetrics
 from pipeline.evaluation.packs import MASK_FAMILIES, Pack, PackContent, make_pack
 from pipeline.evaluation.published import PublishedValue, beside
 from pipeline.evaluation.record import incomparable, read_evaluations
+from pipeline.tracking.protocol import NullTracker
 from tests.distributed import on_ranks
 from tests.pipeline.data.tiny_dataset import shards_of, write_dataset
 from tests.pipeline.evaluation.test_feature_metrics import inception, vgg
@@ -326,8 +328,21 @@ def test_weights_and_baselines_are_evaluated_into_one_table_and_replayed_by_a_fr
 
 
 def test_a_recipe_is_evaluated_at_its_best_checkpoint_into_its_run_also_on_s3(
-    pack: Pack, weights: Path, tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
+    pack: Pack,
+    weights: Path,
+    tmp_path: Path,
+    s3_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    logged: dict[str, float] = {}
+
+    class Recording(NullTracker):
+        def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+            assert step == 20
+            logged.update(values)
+
+    monkeypatch.setattr("pipeline.commands.evaluate.open_run_tracker", lambda *_: Recording())
     copied = open_store(join(s3_url, "packs", "frozen"))
     for key in pack.store.list_keys():
         copied.put(key, pack.store.get(key))
@@ -340,15 +355,14 @@ def test_a_recipe_is_evaluated_at_its_best_checkpoint_into_its_run_also_on_s3(
     recipe = tmp_path / "toy.yaml"
     recipe.write_text(
         f"{{name: toy, storage: '{s3_url}', data: {{name: tiny, source: folder, root: x}}, "
-        "train: {steps: 30}, tracking: {backend: jsonl}}"
+        "train: {steps: 30}, tracking: {backend: none}}"
     )
     assert main(["evaluate", str(recipe), "--pack", copied.url, "--baseline", "coarse"]) == DONE
     run = open_store(join(s3_url, "runs", "toy"))
     (evaluation,) = read_evaluations(run)
     assert (evaluation.pack, evaluation.step) == (pack.name, 20)
     assert run.exists("baselines/coarse/evaluation/pack/step-00000020/metrics.json")
-    (logged,) = [key for key in run.list_keys() if key.endswith(".jsonl")]
-    assert b'"evaluation/pack/l1_percent"' in run.get(logged)
+    assert logged["evaluation/pack/l1_percent"] == pytest.approx(evaluation.mean("l1_percent"))
     assert "coarse" in capsys.readouterr().out
 
 

@@ -158,6 +158,14 @@ def test_arguments_that_cannot_be_meant_are_refused_in_one_line(
     assert not Path(out).exists()
 
 
+@pytest.mark.parametrize("name", ["my pack", "step-00000010", ".hidden"])
+def test_a_name_that_would_be_misread_in_a_run_is_refused(
+    dataset: Dataset, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(PackError, match="the folder names the pack"):
+        make_pack(str(tmp_path / name), dataset, images=6, size_px=32)
+
+
 def test_the_commands_make_a_pack_and_show_what_it_holds(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
