@@ -222,10 +222,9 @@ def make_pack(
     evenly, families take turns, and where ``TRIES`` masks of a family leave a bin's next place
     empty, another family fills that bin. Repeating the call finishes what was cut short.
 
-    Raises PackError where ``url`` holds a finished pack of other arguments, where ``split`` has too
-    few samples, for an unknown family, a name that cannot be a folder's
-    everywhere, and a size that is no multiple of 8; ShardError for a
-    damaged dataset.
+    Raises PackError where ``url`` holds a finished pack of other arguments or ends in a name that
+    cannot be a pack's, where ``split`` has too few samples, for an unknown family, and for a size
+    that is no multiple of 8; ShardError for a damaged dataset.
     """
     if size_px < MULTIPLE or size_px % MULTIPLE:
         raise PackError(f"--size-px {size_px} should be a multiple of {MULTIPLE}")
