@@ -17,6 +17,7 @@ from cluster.git import git_commit
 from cluster.session import job_metadata
 from cluster.storage import describe_error, without_password
 from data_prep.images import encode_png
+from pipeline.tracking.database import database_path, ensure_database
 from pipeline.tracking.event_queue import EventQueue, EventSender
 from pipeline.tracking.protocol import FinishOnExit, NullTracker, RunInfo
 
@@ -134,6 +135,9 @@ class MlflowRun:
             return
         with _importing_mlflow():
             from mlflow.client import MlflowClient
+
+            if (path := database_path(self._uri)) is not None:
+                ensure_database(path)
         self._client = client = MlflowClient(tracking_uri=self._uri)
         experiment_id = self._experiment_id()
         found = client.search_runs(
@@ -223,10 +227,9 @@ class MlflowRun:
         if found is not None:
             return str(found.experiment_id)
         location = None
-        if self._uri.startswith("sqlite:///"):
+        if (path := database_path(self._uri)) is not None:
             # MLflow would use ./mlruns of the folder that a job happens to run in.
-            database = Path(self._uri.removeprefix("sqlite:///")).absolute()
-            location = (database.parent / "mlartifacts").as_uri()
+            location = (path.absolute().parent / "mlartifacts").as_uri()
         return str(self._client.create_experiment(self._experiment, artifact_location=location))
 
     def _log_dataset(self, run_id: str) -> None:
@@ -248,7 +251,7 @@ def find_run_urls(uri: str, filter_string: str) -> list[str]:
     Raises ValueError where MLflow cannot be asked, or does not understand.
     """
     shown = without_password(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if (path := database_path(uri)) is not None and not path.exists():
         raise ValueError(f"{shown}: the database was not found: set MLFLOW_TRACKING_URI")
     with _importing_mlflow():
         from mlflow import MlflowClient
@@ -271,7 +274,7 @@ def run_status(uri: str, run_id: str) -> str:
     """``FINISHED`` or another of MLflow's words. Raises ValueError where it cannot be asked."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # or MLflow tries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if (path := database_path(uri)) is not None and not path.exists():
         raise ValueError(f"{without_password(uri)} was not found")
     with _importing_mlflow():
         from mlflow import MlflowClient
