@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,32 +18,26 @@ from cluster.git import git_commit
 from cluster.session import job_metadata
 from data_prep.images import decode
 from data_prep.shards import Dataset
-from models import Generator
-from models.gated_conv import fuse_gates
 from pipeline import networks
 from pipeline import ranks as distributed
 from pipeline.checkpoints import BEST, CheckpointStore, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
-from pipeline.ema import ExponentialMovingAverage
-from pipeline.engine import Adam, Engine, build_engine
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.interval import Interval, IntervalValues
+from pipeline.pair import NetworkPair, build_pair, fresh_networks
 from pipeline.progress import format_duration
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState
-from pipeline.step import train_step
 from pipeline.stop_request import StopRequest
 from pipeline.tracking import Tracker, open_training_tracker
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train_on_rank(
@@ -75,31 +68,10 @@ def train_on_rank(
     state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
 
-    generator_module = networks.generator(
-        cfg.model, activation_checkpointing=cfg.train.activation_checkpointing
-    ).to(device)
-    discriminator_module = networks.discriminator(cfg.model).to(device)
+    generator, discriminator = fresh_networks(cfg.model, cfg.train, device)
     if not state:
-        _load_initial_weights(cfg, generator=generator_module, discriminator=discriminator_module)
-    average = ExponentialMovingAverage(generator_module, cfg.train.ema_decay, position.step)
-    if state:
-        average.module.load_state_dict(state.ema)
-    if cfg.train.compile and device.type == "cuda":
-        generator_module.compile()
-        discriminator_module.compile()
-    elif cfg.train.compile:
-        fuse_gates(generator_module)  # compiling oneDNN's convolutions gains nothing
-    engine = partial(
-        build_engine,
-        cfg.train.engine,
-        adam=Adam(cfg.train.learning_rate, (cfg.train.beta1, cfg.train.beta2)),
-        ranks=ranks,
-        zero_stage=cfg.train.zero_stage,
-        batch_per_rank=-(-cfg.train.global_batch // ranks.world_size),
-        weight=ranks.weight(cfg.train.streams),
-    )
-    generator = engine(generator_module, state=state.generator if state else None)
-    discriminator = engine(discriminator_module, state=state.discriminator if state else None)
+        _load_initial_weights(cfg, generator=generator, discriminator=discriminator)
+    pair = build_pair(cfg.model, cfg.train, generator, discriminator, ranks, state)
     with ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
@@ -109,9 +81,7 @@ def train_on_rank(
         if ranks.first and not state:
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
-        loop = TrainingLoop(
-            cfg, storage, ranks, dataset, generator, discriminator, average, checkpoints, tracker
-        )
+        loop = TrainingLoop(cfg, storage, ranks, dataset, pair, checkpoints, tracker)
         return loop.run(loader, position, stop)
 
 
@@ -129,15 +99,13 @@ def _load_initial_weights(cfg: Config, **modules: nn.Module) -> None:
 
 @dataclass
 class TrainingLoop:
-    """One rank's engines and outputs, and the loop over batches."""
+    """One rank's networks and outputs, and the loop over batches."""
 
     cfg: Config
     storage: RunStorage
     ranks: Ranks
     dataset: Dataset
-    generator: Engine
-    discriminator: Engine
-    average: ExponentialMovingAverage[Generator]
+    pair: NetworkPair
     checkpoints: CheckpointStore
     tracker: Tracker
 
@@ -149,16 +117,7 @@ class TrainingLoop:
         for epoch, epoch_step, batch in clock.waiting(
             loader.batches(position.epoch, position.epoch_step)
         ):
-            result = train_step(
-                batch.to(device),
-                self.generator,
-                self.discriminator,
-                l1_weight=cfg.l1_weight,
-                gan_weight=cfg.gan_weight,
-                guided=self.cfg.model.guided,
-                precision=PRECISION[cfg.precision],
-            )
-            self.average.update(result.bad)
+            result = self.pair.step(batch.to(device))
             position = Position(position.step + 1, epoch, epoch_step + 1)
             interval.add(position, batch.keys, result)
             clock.steps += 1
@@ -278,8 +237,9 @@ class TrainingLoop:
         if evaluation is not None:
             metrics = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
         # Collective at ZeRO stages 1 and 2, so on every rank; only rank 0 writes.
+        pair = self.pair
         state = TrainingState(
-            position, self.generator.state(), self.discriminator.state(), self.average.weights()
+            position, pair.generator.state(), pair.discriminator.state(), pair.average.weights()
         )
         faults = [name for name, value in metrics.items() if not math.isfinite(value)]
         # Decided by rank 0, so that all ranks end together.
@@ -322,7 +282,7 @@ class TrainingLoop:
             self.cfg, self.dataset, self.ranks, self.cfg.evaluate.samples_while_training
         )
         evaluation = evaluate(
-            self.average.module,
+            self.pair.average.module,
             itertools.takewhile(lambda _: not stop.requested, batches),
             device=self.ranks.device,
             keep=self.cfg.evaluate.sheet if self.ranks.first else 0,

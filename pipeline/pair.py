@@ -1,0 +1,98 @@
+"""Both networks as a recipe trains them: built, compiled, wrapped in engines, updated."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from models import Discriminator, Generator
+from models.gated_conv import fuse_gates
+from models.options import ModelOptions
+from pipeline import networks
+from pipeline.config import TrainSettings
+from pipeline.data.batch import DeviceBatch
+from pipeline.ema import ExponentialMovingAverage
+from pipeline.engine import Adam, Engine, build_engine
+from pipeline.ranks import Ranks
+from pipeline.state import TrainingState
+from pipeline.step import StepResult, train_step
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class NetworkPair:
+    """The generator and the discriminator in training, and the generator's moving average."""
+
+    model: ModelOptions
+    settings: TrainSettings
+    generator: Engine
+    discriminator: Engine
+    average: ExponentialMovingAverage[Generator]
+
+    def step(self, batch: DeviceBatch) -> StepResult:
+        """Update both networks, then the average. Collective: all ranks call it."""
+        result = train_step(
+            batch,
+            self.generator,
+            self.discriminator,
+            l1_weight=self.settings.l1_weight,
+            gan_weight=self.settings.gan_weight,
+            guided=self.model.guided,
+            precision=PRECISION[self.settings.precision],
+        )
+        self.average.update(result.bad)
+        return result
+
+
+def fresh_networks(
+    model: ModelOptions, settings: TrainSettings, device: torch.device
+) -> tuple[Generator, Discriminator]:
+    """Both networks on ``device``, with initial weights from torch's random state."""
+    generator = networks.generator(
+        model, activation_checkpointing=settings.activation_checkpointing
+    ).to(device)
+    return generator, networks.discriminator(model).to(device)
+
+
+def build_pair(
+    model: ModelOptions,
+    settings: TrainSettings,
+    generator: Generator,
+    discriminator: Discriminator,
+    ranks: Ranks,
+    state: TrainingState | None = None,
+) -> NetworkPair:
+    """Compile and wrap the networks as ``settings`` say, and resume from ``state`` if given."""
+    average = ExponentialMovingAverage(
+        generator, settings.ema_decay, state.position.step if state else 0
+    )
+    if state:
+        average.module.load_state_dict(state.ema)
+    if settings.compile:
+        _compile(generator, discriminator)
+    engine = partial(
+        build_engine,
+        settings.engine,
+        adam=Adam(settings.learning_rate, (settings.beta1, settings.beta2)),
+        ranks=ranks,
+        zero_stage=settings.zero_stage,
+        batch_per_rank=-(-settings.global_batch // ranks.world_size),
+        weight=ranks.weight(settings.streams),
+    )
+    return NetworkPair(
+        model,
+        settings,
+        engine(generator, state=state.generator if state else None),
+        engine(discriminator, state=state.discriminator if state else None),
+        average,
+    )
+
+
+def _compile(generator: Generator, discriminator: Discriminator) -> None:
+    if next(generator.parameters()).is_cuda:
+        # The discriminator sees 2N images, then N: with dynamic shapes its kernels are slower.
+        generator.compile(dynamic=False)
+        discriminator.compile(dynamic=False)
+    else:
+        fuse_gates(generator)  # compiling oneDNN's convolutions gains nothing
