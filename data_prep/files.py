@@ -52,7 +52,7 @@ class TarMember:
     offset: int
     size: int
     version: str
-    """Of the tar, when it was listed."""
+    """Version of the tar when it was listed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Decoded:
 
     pixels: Pixels
     width: int
-    """Of the upright image in the file, in pixels."""
+    """Width and height of the upright image in the file, in pixels."""
     height: int
     plain_jpeg: bool = False
     """The file itself is an upright JPEG in color, without metadata about cameras or places."""

@@ -93,7 +93,7 @@ class ShardRecord:
     plan: str
     """Hash of the settings and images that the shard was made from."""
     root: str | None
-    """Of the source: below another root, equal names are other images."""
+    """Root of the source: below another root, equal names are other images."""
     sample_settings: dict[str, Any]
     """``SampleSettings.record()`` of the settings it was made with."""
     excluded: dict[str, str]

@@ -206,11 +206,11 @@ class LamaSettings:
     min_strokes: int
     max_strokes: int
     max_length: int
-    """Of a segment, beyond the 10 pixels that each has at least."""
+    """Length of a segment beyond the least one of 10 pixels."""
     max_width: int
-    """Of a stroke, beyond the 5 pixels that each has at least."""
+    """Width of a stroke beyond the least one of 5 pixels."""
     box_share: float = 0.0
-    """Of the masks, those made of boxes instead of strokes."""
+    """Share of masks made of boxes instead of strokes."""
     max_boxes: int = 0
     min_box: int = 0
     max_box: int = 0

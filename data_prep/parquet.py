@@ -26,7 +26,7 @@ class ParquetImage:
     """Number of the row group, from 0; the row counts from 0 within it."""
     row: int
     version: str
-    """Of the file, when it was listed."""
+    """Version of the file when it was listed."""
 
 
 def list_parquet(root: str, parquet: str) -> Iterator[tuple[str | None, ParquetImage]]:

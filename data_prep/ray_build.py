@@ -25,7 +25,7 @@ from data_prep.shard_job import EdgeFinder, ReportShard, ShardJob, make_shard, p
 from data_prep.shards import ShardError
 
 RETRIES = 5  # of a shard whose worker or node was lost; its own errors are final
-CANCEL_S = 10  # until cancelled workers have ended
+CANCEL_S = 10  # until canceled workers have ended
 REPORT_S = 1.0
 AHEAD = 2  # shards queued beyond those that run, so that no CPU waits for the driver
 

@@ -63,7 +63,7 @@ class SampleSettings:
     data: DataSettings
     sketch: SketchSettings
     hed_sha256: str | None
-    """Of the HED weights; None where no image is a scene."""
+    """Digest of the HED weights; None where no image is a scene."""
     hed_device: Literal["cpu", "cuda"] | None
     """Where edges are found; None where no image is a scene."""
     faces: bool

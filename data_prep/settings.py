@@ -31,7 +31,7 @@ class DataSettings:
     subject: Subject = "scene"
     """What a ``folder`` or ``webdataset`` shows: scenes get HED edges, faces joined landmarks."""
     split: str = "official"
-    """Of CelebA-HQ: ``official``, ``val_fraction``, or the path or URL of a held-out list. Of a
+    """CelebA-HQ: ``official``, ``val_fraction``, or the path or URL of a held-out list. A
     ``folder``: ``official`` takes folders train and val, ``val_fraction`` draws from all images."""
     allow_partial: bool = False
     """Accept a part of Places2 or CelebA-HQ, whose published counts are checked otherwise."""

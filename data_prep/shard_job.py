@@ -41,7 +41,7 @@ class ShardJob:
     name: str
     split: Split
     url: str
-    """Of the dataset."""
+    """URL of the dataset."""
     images: list[SourceImage]
     settings: SampleSettings
     read: ReadImage

@@ -25,7 +25,7 @@ from cluster.storage.records import (
 )
 
 FORMAT = 1  # part of every digest
-FORMAT_VERSION = 2  # of dataset.json and parts/*.json; 1 had no digest of their own
+FORMAT_VERSION = 2  # of dataset.json and parts/*.json; 1 had no digest
 FIELDS = ("jpg", "sketch.png", "json")
 KEY = re.compile(r"[A-Za-z0-9_+=/-]{1,89}")  # with its longest field a name fits a USTAR header
 BLOCK = 512

@@ -5,8 +5,10 @@ from typing import Literal, TypeAlias, get_args
 
 ConvolutionKind: TypeAlias = str  # a name in ``gated_conv.CONVOLUTIONS``
 Padding = Literal["same", "symmetric", "reflect"]
-AttentionPreset = Literal["official", "renormalized", "renormalised"]  # the last is an old spelling
+AttentionPreset = Literal["official", "renormalized", "renormalised"]
 DiscriminatorHead = Literal["leaky", "linear"]
+OLD_SPELLINGS = {"renormalised": "renormalized"}
+"""Values that older recipes and weights files have, with the value that they mean today."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class ModelOptions:
     """Features after the generator's first layer; released weights have 24."""
 
     def __post_init__(self) -> None:
-        if self.attention == "renormalised":
-            object.__setattr__(self, "attention", "renormalized")
+        object.__setattr__(self, "attention", OLD_SPELLINGS.get(self.attention, self.attention))
         choices: dict[str, tuple[str, ...]] = {
             "padding": get_args(Padding),
             "attention": get_args(AttentionPreset),
@@ -45,8 +46,9 @@ class ModelOptions:
 
             choices["convolution"] = tuple(CONVOLUTIONS)
         for name, names in choices.items():
-            if (value := getattr(self, name)) not in names:
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(names)}")
+            known = [each for each in names if each not in OLD_SPELLINGS]
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
         if self.width < 2:
             raise ValueError(
                 f"width is {self.width}: give at least 2, since the last layer halves it"

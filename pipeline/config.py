@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails
 from cluster.storage import without_password
 from data_prep.masks import MaskSettings
 from data_prep.settings import DataSettings, SketchSettings
-from models.options import ModelOptions
+from models.options import OLD_SPELLINGS, ModelOptions
 
 log = logging.getLogger(__name__)
 
@@ -339,6 +339,7 @@ def _choices(field: Mapping[str, Any]) -> list[str]:
     """The values of a setting that has few, as a last sentence of its documentation."""
     kinds = field.get("anyOf", [field])
     values = [value for kind in kinds for value in kind.get("enum", [])]
+    values = [value for value in values if value not in OLD_SPELLINGS]
     if len(values) < 2:
         return []
     return [f"One of {', '.join(map(str, values))}."]

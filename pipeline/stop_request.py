@@ -38,7 +38,7 @@ class SignalStop:
     """Requested by the first SIGINT or SIGTERM, or after ``max_hours``.
 
     A second signal calls ``at_once``, which by default interrupts as usual. ``give_up`` is called
-    in a thread of its own where the block of ``listening`` still runs ``time_to_save_s`` after the
+    in another thread where the block of ``listening`` still runs ``time_to_save_s`` after the
     first signal.
     """
 
@@ -120,17 +120,17 @@ class PolledStop:
     """Whether ``poll`` has said so: how a driver reaches its ranks.
 
     A thread calls it every ``POLL_INTERVAL_S``, so training never waits for the answer, and passes
-    safe steps to ``tell_safe``. ``is_leaving`` has to answer at once.
+    safe steps to ``report_safe``. ``is_leaving`` has to answer at once.
     """
 
     def __init__(
         self,
         poll: Callable[[], bool],
         is_leaving: Callable[[], bool],
-        tell_safe: Callable[[int], None],
+        report_safe: Callable[[int], None],
     ) -> None:
         self.requested = False
-        self._poll, self._is_leaving, self._tell_safe = poll, is_leaving, tell_safe
+        self._poll, self._is_leaving, self._report_safe = poll, is_leaving, report_safe
         self._safe_step: int | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
@@ -148,13 +148,13 @@ class PolledStop:
         self._thread.join()
 
     def _watch(self) -> None:
-        told: int | None = None
+        reported: int | None = None
         while not self._done.wait(POLL_INTERVAL_S):
             try:
                 self.requested = self.requested or self._poll()
-                if (step := self._safe_step) is not None and step != told:
-                    self._tell_safe(step)
-                    told = step
+                if (step := self._safe_step) is not None and step != reported:
+                    self._report_safe(step)
+                    reported = step
             except Exception as error:  # training continues while the driver is out of reach
                 log.warning("stop request could not be read: %s", error)
 

@@ -41,7 +41,7 @@ class LayerGates:
     """One layer's gates for one image."""
 
     name: str
-    """Of the layer in the state dict."""
+    """Name of the layer in the state dict."""
     mean: Tensor
     """(h, w), over all channels, in [0, 1]."""
     channels: Tensor

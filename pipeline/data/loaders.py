@@ -12,7 +12,7 @@ from pipeline.data.batches import TrainLoader, val_batches
 from pipeline.ranks import Ranks
 
 VALIDATION_MASKS = MaskSettings(mixture={"corrected": 1.0, "box": 1.0})
-"""Of held-out images, whatever masks a recipe trains on, so that recipes are comparable."""
+"""Masks of held-out images, whatever a recipe trains on, so that recipes are comparable."""
 VALIDATION_SEED = 0
 
 

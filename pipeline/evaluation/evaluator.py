@@ -48,7 +48,7 @@ class Evaluation:
 
     rows: list[ImageMetrics]
     panels: list[SamplePanel]
-    """Of the first rows."""
+    """Images of the first rows, for the sheet of samples."""
     device: torch.device
 
     def means(self, total: Total | None = None) -> dict[str, float]:

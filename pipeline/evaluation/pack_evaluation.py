@@ -44,7 +44,7 @@ FORMAT_VERSION = 1
 KEPT_IMAGES = 200
 """Filled images that are stored, for people and for the page of ``compare``."""
 TOLERANCE = 1e-6
-"""Of a value that is measured again, relative to it where it is above 1."""
+"""Largest difference of a repeated measurement, relative to values above 1."""
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -53,13 +53,13 @@ class Contestant:
     """What fills the holes: weights, a baseline, or the coarse stage of weights."""
 
     name: str
-    """As tables show it."""
+    """Its name in tables."""
     weights: bytes | None = None
-    """Of a safetensors file."""
+    """Content of a safetensors file."""
     baseline: str | None = None
     """A key of ``BASELINES``."""
     step: int = 0
-    """Of the weights; 0 where that is not known."""
+    """Training step of the weights; 0 if unknown."""
 
     @property
     def weights_sha256(self) -> str | None:
@@ -77,7 +77,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class PackRow:
-    """What one rank hands over about one image."""
+    """What one rank returns about one image."""
 
     item: PackItem
     values: Mapping[str, float]
@@ -308,7 +308,7 @@ def environment() -> dict[str, Any]:
 
 
 def code_sha256() -> str:
-    """Of the modules that fill and measure, with or without a git checkout."""
+    """Hash of the modules that fill and measure, with or without a git checkout."""
     digest = hashlib.sha256()
     for folder in (Path(models.__file__).parent, Path(__file__).parent):
         for path in sorted(folder.glob("*.py")):

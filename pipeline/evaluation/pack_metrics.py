@@ -23,12 +23,12 @@ class MetricDefinition:
     region: Literal["hole", "image"]
     definition: str
     n: int
-    """Images behind it."""
+    """Number of images behind it."""
     range: str = UNIT_RANGE
-    """Of the values that it is computed from."""
+    """Range of the values that it is computed from."""
     resize: str | None = None
     weights_sha256: str | None = None
-    """Of the network that it is computed with."""
+    """SHA-256 of the network that it is computed with."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PackMetrics:
     """For LPIPS."""
 
     def definitions(self, images: int) -> dict[str, dict[str, Any]]:
-        """Of every metric over so many images, by name, as stored."""
+        """The definition of every metric over so many images, by name, as stored."""
         return {name: asdict(definition) for name, definition in self._definitions(images)}
 
     def _definitions(self, images: int) -> Iterator[tuple[str, MetricDefinition]]:

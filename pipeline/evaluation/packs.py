@@ -96,10 +96,10 @@ class PackItem:
     """The sample's key in the dataset."""
     mask_family: str
     coverage_bin: str
-    """Of the hole's share of the image in percent, as ``10-20``."""
+    """Range of the hole's share of the image in percent, as ``10-20``."""
     hole_percent: float
     image_sha256: str
-    """Of the RGB bytes, row by row; likewise of mask and sketch, which hold 0 and 1."""
+    """SHA-256 of the RGB bytes, row by row; likewise of mask and sketch, which hold 0 and 1."""
     mask_sha256: str
     sketch_sha256: str
 

@@ -57,15 +57,15 @@ class EvaluationRecord:
     """One evaluation of one checkpoint."""
 
     folder: str
-    """Below the run's folder."""
+    """Path below the run's folder."""
     pack: str
     """``held-out``, or the pack's name."""
     step: int
     settings: Mapping[str, Any]
     definitions: Mapping[str, Mapping[str, Any]]
-    """Of each metric, as stored beside the values; empty where none were."""
+    """The stored definition of each metric; empty where the evaluation has none."""
     keys: Sequence[str]
-    """Of the images; unique."""
+    """Keys of the images; unique."""
     hole_percent: Float64[np.ndarray, " images"]
     families: Sequence[str] | None
     """Kind of each image's mask, where the masks have kinds."""
@@ -187,7 +187,7 @@ def in_common(records: Sequence[EvaluationRecord]) -> list[np.ndarray]:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON, numbers alike."""
+    """``value`` as JSON returns it, so that equal numbers compare as equal."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

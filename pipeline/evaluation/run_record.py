@@ -49,7 +49,7 @@ class RunRecord:
     dataset_digest: str
     git_commit: str
     newest_step: int | None
-    """Of its checkpoints."""
+    """The newest step of its checkpoints."""
     history: History
     evaluations: Sequence[EvaluationRecord]
 

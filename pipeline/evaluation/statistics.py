@@ -15,7 +15,7 @@ Values = Float64[np.ndarray, "runs images metrics"]
 PerImage = Float64[np.ndarray, "images metrics"]
 
 LEVEL = 0.95
-"""Of every interval."""
+"""Confidence of every interval."""
 MIN_IMAGES = 10
 """Fewer images carry no interval: their spread is a guess."""
 RESAMPLES = 4000
@@ -34,8 +34,8 @@ class Estimate:
     high: float
     """Ends of the interval; both infinite where there are too few images."""
     p: float
-    """Of a difference so large without a real one, two-sided; below 0.05 if, and only if, the
-    interval leaves out 0. Not corrected for the number of questions asked."""
+    """Probability of a difference so large without a real one, two-sided; below 0.05 if, and only
+    if, the interval leaves out 0. Not corrected for the number of questions asked."""
     images: int
     over_seeds: bool
     """Whether the interval holds for further seeds; else for these runs' weights alone."""

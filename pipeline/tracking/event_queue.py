@@ -99,7 +99,7 @@ class Receiver(Protocol):
 
     @property
     def address(self) -> str:
-        """For messages."""
+        """The name of the receiver in messages."""
 
     def connect(self) -> None:
         """Called before every delivery; does nothing where it has succeeded before."""

@@ -203,7 +203,7 @@ class Curve:
 
     steps: Int64[np.ndarray, " points"]
     hours: Float64[np.ndarray, " points"]
-    """Of training that led to this step, pauses and superseded steps left out; NaN if unknown."""
+    """Hours of training up to this step, without pauses and superseded steps; NaN if unknown."""
     values: Float64[np.ndarray, " points"]
 
 
@@ -223,7 +223,7 @@ class History:
 
     @property
     def gpu_hours(self) -> float:
-        """Those of ranks on GPUs, of which each rank has one."""
+        """Hours times ranks, of ranks on GPUs: one GPU for each rank."""
         on_gpus = [attempt for attempt in self.attempts if attempt.info.device not in ("", "cpu")]
         return sum(attempt.hours * attempt.info.world_size for attempt in on_gpus)
 
