@@ -20,7 +20,7 @@ def to_srgb(
     pixels: UInt8[np.ndarray, "height width 3"], profile: bytes
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The pixels in sRGB; unchanged where ``profile`` is sRGB, damaged, or not of RGB or gray."""
-    mode = _mode(profile)
+    mode = profile_mode(profile)
     if mode not in ("RGB", "L") or (transform := _transform(profile)) is None:
         return pixels
     image = Image.fromarray(pixels if mode == "RGB" else np.ascontiguousarray(pixels[..., 0]))
@@ -29,7 +29,7 @@ def to_srgb(
 
 def cmyk_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """A CMYK image as sRGB; unchanged where ``profile`` is damaged or of other colors."""
-    if _mode(profile) != "CMYK" or (transform := _transform(profile)) is None:
+    if profile_mode(profile) != "CMYK" or (transform := _transform(profile)) is None:
         return image
     return _applied(transform, image)
 
@@ -41,8 +41,8 @@ def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image
 
 
 @lru_cache(64)
-def _mode(profile: bytes) -> str | None:
-    """The mode of the pixels that a profile is for."""
+def profile_mode(profile: bytes) -> str | None:
+    """The mode of the pixels that a profile is for: RGB, L or CMYK; None where it is damaged."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     except OSError:
@@ -53,7 +53,7 @@ def _mode(profile: bytes) -> str | None:
 @lru_cache(64)
 def _transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
     """From this profile to sRGB; None where that changes nothing, or cannot be done."""
-    mode = _mode(profile)
+    mode = profile_mode(profile)
     assert mode is not None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

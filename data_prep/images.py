@@ -375,7 +375,7 @@ def _decode_any(data: bytes, max_pixels: int, background: str, color: ColorHandl
     image = _open(data, max_pixels)
     with warnings.catch_warnings(action="ignore"):
         try:
-            deep_colors = ";16" in str(getattr(image, "tile", ""))
+            deep_colors = has_16_bits(image)
             image.load()
             orientation = _orientation(image)  # after load, which has turned a TIFF already
             profile = image.info.get("icc_profile") if color == "srgb" else None
@@ -441,7 +441,7 @@ def _to_rgb(image: Image.Image, background: str, deep_colors: bool) -> Pixels:
     ``deep_colors`` is whether three channels had 16 bits in the file.
     """
     width, height = image.size
-    white = _white(image) if image.mode.startswith("I") else DEEP_WHITE
+    white = white_of(image) if image.mode.startswith("I") else DEEP_WHITE
     rows = max(1, BAND_PIXELS // width)
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
@@ -458,10 +458,16 @@ UNKNOWN_RANGE = (
 )
 
 
-def _white(image: Image.Image) -> int:
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether a file has 16 bits a channel; ask before its pixels are loaded."""
+    return ";16" in str(getattr(image, "tile", ""))
+
+
+def white_of(image: Image.Image) -> int:
     """The value of white in an image of one deep channel.
 
-    Modes are I;16 and I;16B for 16 bits, and I for 32, which Pillow also uses for 16.
+    Modes are I;16 and I;16B for 16 bits, and I for 32, which Pillow also uses for 16. Raises
+    ImageError ``unsupported_mode`` where the range is unknown.
     """
     darkest, brightest = image.getextrema()
     assert not isinstance(darkest, tuple)

@@ -1,19 +1,37 @@
 """Image, mask and sketch files as commands take and write them."""
 
+import io
 import logging
+import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float32, UInt8, UInt16
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from data_prep.images import ImageError, Pixels, decode, read_mask
+from data_prep.color import profile_mode
+from data_prep.images import ImageError, Pixels, decode, has_16_bits, read_mask, white_of
 from data_prep.masks import MaskPixels
 
 log = logging.getLogger(__name__)
 
 WRITTEN_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MOSTLY_WHITE = 0.9
+WITH_ALPHA = (".png", ".tif", ".tiff", ".webp")
+WITH_16_BITS = (".png", ".tif", ".tiff")
+WITH_PROFILE = (".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+JPEG = {"quality": 95, "subsampling": 0}
+# By default Pillow writes JPEG at 75 with colors at half the resolution, and WebP with loss.
+SAVING: dict[str, dict[str, Any]] = {
+    ".jpg": JPEG,
+    ".jpeg": JPEG,
+    ".webp": {"lossless": True, "exact": True},
+}
 
 
 def existing_file(path: Path) -> Path:
@@ -39,6 +57,93 @@ def read_image(path: Path) -> Pixels:
         return decode(path.read_bytes()).pixels
     except ImageError as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+@dataclass(frozen=True)
+class OriginalImage:
+    """An image with all that its file holds, so that known pixels can be written as they were."""
+
+    pixels: Pixels
+    """Upright 8-bit RGB, on white where it is transparent: what a network sees."""
+    colors: Pixels
+    """The same without white under it."""
+    alpha: UInt8[np.ndarray, "height width"] | None = None
+    deep_gray: UInt16[np.ndarray, "height width"] | None = None
+    """The values of an image of one deep channel."""
+    deep_white: int = 65535
+    profile: bytes | None = None
+    """The color profile, in ICC's format."""
+    deep_colors: bool = False
+    """The file has 16 bits in several channels, of which 8 are read."""
+
+    def lost_in(self, suffix: str) -> list[str]:
+        """What a file of this suffix will not keep."""
+        lost = []
+        if self.alpha is not None and suffix not in WITH_ALPHA:
+            lost.append("transparency, which becomes white")
+        if self.deep_colors or (self.deep_gray is not None and suffix not in WITH_16_BITS):
+            lost.append("8 of its 16 bits")
+        if self.profile and (suffix not in WITH_PROFILE or not self._profile_fits(suffix)):
+            lost.append("the color profile")
+        return lost
+
+    def save(
+        self, path: Path, filled: Float32[np.ndarray, "height width 3"], hole: MaskPixels
+    ) -> None:
+        """Write ``filled``, in [0, 1], where ``hole`` is 1, and the original everywhere else."""
+        suffix = path.suffix.lower()
+        options = dict(SAVING.get(suffix, {}))
+        if self.profile and suffix in WITH_PROFILE and self._profile_fits(suffix):
+            options["icc_profile"] = self.profile
+        self._composed(suffix, filled, hole).save(path, **options)
+
+    def _composed(
+        self, suffix: str, filled: Float32[np.ndarray, "height width 3"], hole: MaskPixels
+    ) -> Image.Image:
+        if self._stays_gray(suffix):
+            gray = np.rint(filled.mean(axis=2) * self.deep_white).astype(np.uint16)
+            assert self.deep_gray is not None
+            deep = self.deep_gray.copy()
+            deep[hole > 0] = gray[hole > 0]
+            return Image.fromarray(deep)
+        inside = hole[..., None] > 0
+        colors = np.rint(filled * 255).astype(np.uint8)
+        if self.alpha is None or suffix not in WITH_ALPHA:
+            return Image.fromarray(np.where(inside, colors, self.pixels))
+        alpha = np.where(hole > 0, np.uint8(255), self.alpha)  # what was filled is to be seen
+        return Image.fromarray(np.dstack([np.where(inside, colors, self.colors), alpha]))
+
+    def _stays_gray(self, suffix: str) -> bool:
+        return self.deep_gray is not None and suffix in WITH_16_BITS
+
+    def _profile_fits(self, suffix: str) -> bool:
+        assert self.profile is not None
+        return profile_mode(self.profile) == ("L" if self._stays_gray(suffix) else "RGB")
+
+
+def read_original(path: Path) -> OriginalImage:
+    """The image with its alpha, 16 bits and color profile. ValueError where it is not readable."""
+    pixels = read_image(path)
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            image: Image.Image = Image.open(io.BytesIO(path.read_bytes()))
+            deep_colors = has_16_bits(image) and not image.mode.startswith("I")
+            image = ImageOps.exif_transpose(image)
+        except OSError:  # an array of numpy's, which Pillow does not know
+            return OriginalImage(pixels, pixels)
+        profile = image.info.get("icc_profile")
+        if image.mode.startswith("I"):
+            white = white_of(image)
+            deep = np.asarray(image).astype(np.uint16)
+            return OriginalImage(pixels, pixels, deep_gray=deep, deep_white=white, profile=profile)
+        if image.has_transparency_data:
+            layers = np.asarray(image.convert("RGBA"))
+            alpha, colors = layers[..., 3], layers[..., :3]
+            if (alpha < 255).any():
+                return OriginalImage(
+                    pixels, colors, alpha=alpha, profile=profile, deep_colors=deep_colors
+                )
+        return OriginalImage(pixels, pixels, profile=profile, deep_colors=deep_colors)
 
 
 def read_mask_of(image: Path, shape: tuple[int, ...], path: Path) -> MaskPixels:

@@ -4,11 +4,10 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from jaxtyping import Float32
 
 from data_prep.images import IMAGE_SUFFIXES, Pixels
 from models import Generator
@@ -17,18 +16,14 @@ from models.masking import guide
 from pipeline.commands.image_files import (
     as_plane,
     existing_file,
-    read_image,
     read_mask_of,
+    read_original,
     refuse_to_write,
 )
 from pipeline.memory import available_bytes
 from pipeline.networks import load_generator
 
 log = logging.getLogger(__name__)
-
-JPEG = {"quality": 95, "subsampling": 0}
-# By default Pillow writes JPEG at 75 with colors at half the resolution, and WebP with loss.
-SAVING: dict[str, dict[str, Any]] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": {"lossless": True}}
 
 
 class NotFilledError(ValueError):
@@ -57,9 +52,11 @@ def inpaint(
     """Fill ``image`` where ``mask`` is white; yields each file written.
 
     ``sketch`` is white strokes on black, of which those inside the hole count. In mask and sketch
-    what is transparent counts as black. Outputs are upright 8-bit RGB, PNG unless ``out`` has
-    another suffix. Known pixels are kept to the last bit, except in JPEG. ``max_memory_bytes``
-    bounds the activations, by default to most of the device's free memory.
+    what is transparent counts as black. Outputs are upright RGB, PNG unless ``out`` has another
+    suffix. Known pixels are kept to the last bit, except in JPEG, with their transparency, the
+    color profile, and 16 bits of gray; what the output will lose is a warning before it is
+    written. ``max_memory_bytes`` bounds the activations, by default to most of the device's free
+    memory.
 
     With a folder as ``image``, ``out`` is a folder, and ``mask`` and ``sketch`` are one file for
     all images, or folders. Beside ``a.png`` in those belongs ``a`` or ``a_mask`` (``a_sketch``)
@@ -165,21 +162,24 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 def _fill_file(
     generator: Generator, device: torch.device, job: FillJob, max_memory_bytes: int | None
 ) -> None:
-    original = read_image(job.image)
-    mask = read_mask_of(job.image, original.shape, job.mask)
+    original = read_original(job.image)
+    shape = original.pixels.shape
+    mask = read_mask_of(job.image, shape, job.mask)
     if not mask.any():
         raise ValueError(f"{job.mask} has no hole: mark it with white, opaque pixels")
     # Without a sketch, a guided network gets one without strokes: no edges in the hole.
     drawn = np.zeros_like(mask)
     if job.sketch is not None:
-        drawn = read_mask_of(job.image, original.shape, job.sketch)
+        drawn = read_mask_of(job.image, shape, job.sketch)
         if not (drawn & mask).any():
             log.warning("no stroke of %s is in the hole: draw white on black", job.sketch)
     height, width = mask.shape
     needed = memory_bytes(generator.options, 1, height, width) / 2**30
     log.info("filling image=%s size=%dx%d needs_gib=%.2f", job.image, width, height, needed)
-    result = _filled(generator, device, original, mask, drawn, max_memory_bytes)
-    Image.fromarray(result).save(job.out, **SAVING.get(job.out.suffix.lower(), {}))
+    if lost := original.lost_in(job.out.suffix.lower()):
+        log.warning("%s will lose %s of %s", job.out, " and ".join(lost), job.image)
+    filled = _filled(generator, device, original.pixels, mask, drawn, max_memory_bytes)
+    original.save(job.out, filled, mask)
 
 
 def _filled(
@@ -189,7 +189,8 @@ def _filled(
     mask: np.ndarray,
     drawn: np.ndarray,
     max_memory_bytes: int | None,
-) -> Pixels:
+) -> Float32[np.ndarray, "height width 3"]:
+    """The filled image in [0, 1]; outside of the hole it is of no use."""
     image = torch.tensor(original, device=device).permute(2, 0, 1)[None] / 127.5 - 1
     hole = as_plane(mask, device)
     sketch = guide(as_plane(drawn, device), hole) if generator.guided else None
@@ -197,7 +198,6 @@ def _filled(
     completed = fill(generator, image, hole, sketch, max_memory_bytes=allowed)
     if not torch.isfinite(completed).all():
         raise ValueError("the network's output is not finite: use other weights")
-    filled = ((completed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
-    # From the bytes, not from the network: known pixels stay exactly as they were.
-    result: Pixels = np.where(mask[..., None] > 0, filled.to("cpu", torch.uint8).numpy(), original)
+    filled = (completed[0].permute(1, 2, 0).float() + 1) / 2
+    result: np.ndarray = filled.clamp(0, 1).cpu().numpy()
     return result

@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from models.options import ModelOptions
 from pipeline import cli
 from pipeline.checkpoints import CheckpointError, CheckpointStore
 from pipeline.commands.inpaint import NotFilledError, inpaint
+from tests.data_prep.profiles import wide_profile
 from tests.weights import write_weights
 
 
@@ -59,6 +61,60 @@ def test_jpeg_loses_little_of_the_known_pixels_and_no_resolution_of_colors(weigh
     list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out))
     lost = np.asarray(Image.open(out)).astype(int) - image
     assert np.abs(lost[~hole]).mean() < 5  # of noise, the worst case; 40 where pixels share colors
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_kept_with_the_colors_under_it(weights, tmp_path, suffix, mode):
+    image, hole = draw(tmp_path)
+    alpha = np.full(hole.shape, 255, np.uint8)
+    alpha[:9], alpha[30:] = 0, 77
+    layers = Image.fromarray(np.dstack([image, alpha]))
+    if mode == "P":
+        layers = layers.convert("RGB").quantize(16)
+        layers.save(tmp_path / "image.png", transparency=3)
+    else:
+        layers.convert(mode).save(tmp_path / "image.png")
+    known = np.asarray(Image.open(tmp_path / "image.png").convert("RGBA"))
+    out = tmp_path / f"filled.{suffix}"
+    list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out))
+    filled = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(filled[~hole], known[~hole])
+    assert (filled[hole][:, 3] == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_of_gray_are_kept(weights, tmp_path, suffix):
+    image, hole = draw(tmp_path)
+    deep = image[..., 0].astype(np.uint16) * 257 + 13
+    Image.fromarray(deep).save(tmp_path / "image.png")
+    out = tmp_path / f"filled.{suffix}"
+    list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out))
+    filled = np.asarray(Image.open(out))
+    assert filled.dtype == np.uint16
+    np.testing.assert_array_equal(filled[~hole], deep[~hole])
+    assert (filled[hole] != deep[hole]).mean() > 0.9
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+def test_the_color_profile_is_kept(weights, tmp_path, suffix):
+    image, _ = draw(tmp_path)
+    Image.fromarray(image).save(tmp_path / "image.png", icc_profile=wide_profile())
+    out = tmp_path / f"filled.{suffix}"
+    list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", out))
+    with Image.open(out) as filled:
+        assert filled.info["icc_profile"] == wide_profile()
+
+
+def test_what_the_output_cannot_keep_is_said(weights, tmp_path, caplog):
+    image, _ = draw(tmp_path)
+    layers = np.dstack([image, np.full(image.shape[:2], 9, np.uint8)])
+    Image.fromarray(layers).save(tmp_path / "image.png", icc_profile=wide_profile())
+    list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", tmp_path / "a.bmp"))
+    assert "a.bmp will lose transparency, which becomes white and the color profile" in caplog.text
+    cv2.imwrite(str(tmp_path / "image.png"), image.astype(np.uint16) * 257)
+    list(inpaint(weights, tmp_path / "image.png", tmp_path / "mask.png", tmp_path / "b.png"))
+    assert "b.png will lose 8 of its 16 bits" in caplog.text
 
 
 def test_a_folder_is_filled_image_by_image(weights, tmp_path):
