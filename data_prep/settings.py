@@ -52,6 +52,8 @@ class DataSettings:
     """Images with more pixels are refused before they are decoded (decompression bombs)."""
     max_failed_fraction: float = 0.05
     """A build stops when a greater share of the images fails."""
+    seed: int | None = None
+    """Deals images to shards, from 0; null takes the recipe's ``seed``."""
 
     def __post_init__(self) -> None:
         _raise(self._faults())
@@ -76,6 +78,8 @@ class DataSettings:
             yield f"val_fraction {self.val_fraction} should be from 0 to less than 1"
         if not 0 <= self.max_failed_fraction <= 1:
             yield f"max_failed_fraction {self.max_failed_fraction} should be 0 to 1"
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            yield f"seed {self.seed} should be from 0 to less than 2**63"
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,9 @@ def requested_record(data: DataSettings, sketch: SketchSettings, seed: int) -> d
 
     ``max_failed_fraction`` is left out: it decides whether a build ends, not what comes out.
     """
-    settings = asdict(data) | asdict(sketch) | {"seed": seed}
-    del settings["max_failed_fraction"]
+    settings = asdict(data) | asdict(sketch)
+    del settings["max_failed_fraction"], settings["seed"]
+    settings["seed"] = seed  # at the end, as older datasets have it
     return {_RECORDED_AS.get(name, name): value for name, value in settings.items()}
 
 

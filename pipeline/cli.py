@@ -724,7 +724,7 @@ def _show_masks(arguments: argparse.Namespace) -> int:
     cfg = _load(arguments)
     sampler = MaskSampler(cfg.masks)
     sampler.check(cfg.train.size_px, cfg.train.size_px)
-    print(show_masks(sampler, arguments.out, size_px=cfg.train.size_px, seed=cfg.seed))
+    print(show_masks(sampler, arguments.out, size_px=cfg.train.size_px, seed=cfg.train_seed))
     return DONE
 
 

@@ -64,6 +64,9 @@ class TrainSettings(Section):
     sketch."""
     init_discriminator_from: str | None = None
     """Trained discriminator to start a new run from, likewise; without it, a fresh one."""
+    seed: NonNegativeInt | None = None
+    """Start of fresh weights, order, crops, flips and masks; null takes the recipe's ``seed``. Runs
+    that differ in it alone repeat each other on one dataset."""
     size_px: PositiveInt = 256
     """Side of the square training crop, a multiple of 8."""
     global_batch: PositiveInt = 16
@@ -213,7 +216,7 @@ class Config(Section):
     storage: str
     """Where datasets and runs are kept: a path, ``file://`` or ``s3://bucket/prefix``."""
     seed: NonNegativeInt = 0
-    """Seed of every random choice: splits, order, crops, masks, fresh weights."""
+    """Start of every random choice, where ``data.seed`` or ``train.seed`` does not say another."""
     data: DataSettings
     sketch: SketchSettings = SketchSettings()
     masks: MaskSettings = MaskSettings()
@@ -237,6 +240,16 @@ class Config(Section):
                 f"train.size_px {train.size_px} should be at most data.stored_px {data.stored_px}"
             )
         return train
+
+    @property
+    def data_seed(self) -> int:
+        """What deals the images to shards; in the digest of the dataset."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def train_seed(self) -> int:
+        """Start of the order of training, of crops, flips, masks and fresh weights."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     def recorded(self) -> dict[str, Any]:
         """Every setting, for files that others read: without the passwords of URLs."""

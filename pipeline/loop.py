@@ -54,7 +54,7 @@ def train_on_rank(
     torch.set_flush_denormal(True)  # tails of the attention's softmax cost threefold otherwise
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
-    torch.manual_seed(cfg.seed)  # equal initial weights on all ranks
+    torch.manual_seed(cfg.train_seed)  # equal initial weights on all ranks
 
     checkpoints = CheckpointStore(
         storage.checkpoints,

@@ -44,7 +44,7 @@ def prepare(
             storage.dataset_url,
             cfg.data,
             cfg.sketch,
-            seed=cfg.seed,
+            seed=cfg.data_seed,
             options=BuildOptions(replace=replace, update=update, retry_failed=retry_failed),
             progress=advance,
         )

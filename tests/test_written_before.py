@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from data_prep.shards import verify
+from data_prep.shards import ShardError, verify
 from pipeline import config
 from pipeline.checkpoint_urls import list_checkpoints
 from pipeline.checkpoints import BEST, CheckpointStore
@@ -118,3 +119,13 @@ def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(cfg):
     ran = resumed(cfg)
     assert ran.returncode == MISTAKE
     assert "every checkpoint" in ran.stderr.splitlines()[-1]
+
+
+def test_another_seed_of_training_leaves_the_dataset_finished(cfg, monkeypatch):
+    monkeypatch.setattr("pipeline.run.connect", contextlib.nullcontext)
+    storage = RunStorage.open(cfg)
+    train = cfg.train.model_copy(update={"seed": 7})
+    assert prepare(cfg.model_copy(update={"train": train}), storage).digest == DIGEST
+    other = replace(cfg.data, seed=7)
+    with pytest.raises(ShardError, match="seed 3 there, 7 requested"):
+        prepare(cfg.model_copy(update={"data": other}), storage)

@@ -24,7 +24,7 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
         global_batch=cfg.train.global_batch,
         streams=cfg.train.streams,
         shuffle_block=cfg.train.shuffle_block,
-        seed=cfg.seed,
+        seed=cfg.train_seed,
         masks=MaskSampler(cfg.masks),
         mask_per_sample=cfg.masks.per_sample,
         flip=cfg.train.flip,

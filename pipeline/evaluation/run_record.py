@@ -55,7 +55,8 @@ class RunRecord:
 
     @property
     def seed(self) -> str:
-        return ",".join(str(self.config[name]) for name in SEEDS if name in self.config)
+        given = [value for name in SEEDS if (value := self.config.get(name)) is not None]
+        return str(given[0]) if given else ""
 
     @property
     def recipe(self) -> Mapping[str, Any]:

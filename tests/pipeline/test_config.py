@@ -376,3 +376,14 @@ def test_what_is_recorded_of_a_recipe_has_no_password():
     assert cfg.recorded()["tracking"]["uri"] == "postgresql://host:5432/db"
     assert "ted" not in str(cfg.flat()["tracking.uri"])
     assert cfg.digest() == same.digest()
+
+
+def test_dataset_and_training_share_the_recipes_seed_unless_they_have_their_own():
+    plain = load(DEMO, ["seed=3"])
+    assert (plain.data_seed, plain.train_seed) == (3, 3)
+    repeated = load(DEMO, ["seed=3", "train.seed=4"])
+    assert (repeated.data_seed, repeated.train_seed) == (3, 4)
+    other_data = load(DEMO, ["data.seed=5"])
+    assert (other_data.data_seed, other_data.train_seed) == (5, 0)
+    with pytest.raises(ConfigError, match="seed -1 should be from 0"):
+        load(DEMO, ["data.seed=-1"])
