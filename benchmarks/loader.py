@@ -90,7 +90,7 @@ def take(batches: Iterator[Any]) -> None:
 
 
 def anchor(folder: str, *, workers: int) -> Iterator[Any]:
-    """Batches of (image, sketch, mask) floats, for ever."""
+    """Batches of (image, sketch, mask) floats, without end."""
     import webdataset as wds
 
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from cluster.storage import join, pyarrow_filesystem
 Resource = Literal["GPU", "CPU"]
 
 BUSY_S = 15.0  # what ended a moment ago may still hold its place
-CONTROLLER_FAILURES = 3  # Ray Train's default is to try for ever
+CONTROLLER_FAILURES = 3  # Ray Train's default is to try without end
 
 _leaving = threading.Event()
 
@@ -156,7 +156,7 @@ def place_in_node() -> tuple[int, int]:
 
 
 def is_leaving() -> bool:
-    """Whether this worker was asked to end: by SIGTERM, or because Ray's node is to go."""
+    """Whether this worker was asked to end: by SIGTERM, or because Ray's node is about to end."""
     return _leaving.is_set() or get_train_context().preemption_context.preemption_info is not None
 
 

@@ -60,7 +60,7 @@ def start_s3(
 ) -> Iterator[S3Server]:
     """A real S3 server on a free port of 127.0.0.1, with its data in ``folder``.
 
-    Missing keys are generated anew at every start. The server ends with the block, and with this
+    Missing keys are generated at every start. The server ends with the block, and with this
     process however that ends. Raises StorageError if it cannot be started.
     """
     weed = _program()

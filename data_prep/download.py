@@ -48,7 +48,7 @@ FILES = {
 }
 
 BLOCK = 2**20
-PROGRESS_BYTES = 2**20  # a try that adds so many bytes resets the count of failures
+PROGRESS_BYTES = 2**20  # a try that adds this many bytes resets the count of failures
 TRIES = 8  # failures in a row
 TIMEOUT_S = 60.0  # of silence
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # between tries; doubled each time

@@ -317,7 +317,7 @@ class FolderMasks:
             raise ValueError(
                 one_line(
                     f"{len(faults)} of {len(self._files)} masks of {self._store.url} cannot be "
-                    f"used, mend or remove them: {'; '.join(faults[:SHOWN_FAULTS])}{more}"
+                    f"used, repair or remove them: {'; '.join(faults[:SHOWN_FAULTS])}{more}"
                 )
             )
 

@@ -417,7 +417,7 @@ def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
 class _Hashing:
     """A stream that computes the hash and the number of the bytes read through it.
 
-    One read returns ``at_most`` so many, since a damaged header may ask for more than the memory.
+    One read returns ``at_most`` of them, since a damaged header may ask for more than the memory.
     """
 
     def __init__(self, source: BinaryIO, *, at_most: int) -> None:

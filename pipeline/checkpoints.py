@@ -368,7 +368,7 @@ class CheckpointStore:
         return self._existing(step, name, lambda key: self._read_whole(key, whole))
 
     def _read_whole(self, key: str, parse: Callable[[bytes], T]) -> T:
-        """What ``parse`` makes of the value; after a RecordError it is read again, from anew.
+        """What ``parse`` makes of the value; after a RecordError it is read again.
 
         Raises CheckpointError where every reading fails.
         """

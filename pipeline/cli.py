@@ -465,7 +465,7 @@ def _add_checkpoints(commands: Commands) -> None:
                 "--every",
                 type=int,
                 metavar="STEPS",
-                help="keep those at multiples of so many steps",
+                help="keep those at multiples of this many steps",
             )
             sub.add_argument(
                 "--yes", action="store_true", help="delete; without it, nothing is deleted"

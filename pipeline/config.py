@@ -118,7 +118,7 @@ class TrainSettings(Section):
     keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints stay, besides the best."""
     keep_every_steps: PositiveInt | None = None
-    """Checkpoints at multiples of so many steps stay for ever."""
+    """Checkpoints at multiples of this many steps are never deleted."""
     save_deadline_minutes: PositiveFloat = 10.0
     """How long storage may be away before a run ends because it cannot save; training continues
     meanwhile."""
@@ -126,7 +126,7 @@ class TrainSettings(Section):
     """Steps in a row with a loss or gradient that is not finite, after which a run ends. Such steps
     change no weights."""
     max_hours: PositiveFloat | None = None
-    """End as a request to stop does, after so many hours; the same command resumes."""
+    """Save and end after this many hours, like a request to stop; the same command resumes."""
     max_failures: NonNegativeInt = 3
     """How often Ray Train restarts the workers after losing one."""
 

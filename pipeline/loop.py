@@ -133,7 +133,7 @@ class TrainingLoop:
                 self._save(position, stop, validate=last or not stopping)
                 clock.restart()  # the speed of training leaves saving out
             elif stopping or (leaving and not left):
-                # Somebody counts the seconds until this process is killed.
+                # The launcher kills this process after some seconds.
                 log.warning("saving step=%d: %s", position.step, "stop" if stopping else "leave")
                 self._save(position, stop, validate=False)
                 clock.restart()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 MIB = 2**20
-ABANDONED_S = 7 * 24 * 3600  # after so long without a byte, a writer on another machine is dead
+ABANDONED_S = 7 * 24 * 3600  # after this long without a byte, a writer on another machine is dead
 
 
 class StorageError(OSError):

@@ -18,7 +18,7 @@ from data_prep.shards import BLOCK, Dataset, RawSample, Shard, ShardError, read_
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 32 * 2**30
-ABANDONED_S = 3600  # an incomplete copy that nobody has written to for so long is never completed
+ABANDONED_S = 3600  # an incomplete copy without a write for this long is never completed
 DOWNLOADS = 4  # shards at a time; a big one comes in parallel parts besides
 
 

@@ -23,7 +23,7 @@ PRIMARY_SHARE = 0.8
 """Share of the allowed 5 % of false verdicts for the primary metric over all images."""
 BINS = (0, 10, 20, 30, 40, 50, 60, 100)  # percent of the image that the hole takes
 ALL = "all images"
-NAMED = 3  # so many images, or claims, are written out
+NAMED = 3  # images, or claims, that are named; others are counted
 PartKind = Literal["all", "family", "coverage"]
 Way = Literal["better", "worse", "different"]
 Outcome = Literal["better", "worse", "mixed", "none", "unknown"]
@@ -425,11 +425,11 @@ def _where(finding: Finding) -> str:
 def _scope(group: Group, baseline: Group) -> str:
     if len(group.runs) > 1 and len(baseline.runs) > 1:
         return (
-            f"This is about the settings: {len(group.runs)} and {len(baseline.runs)} seeds, "
+            f"This speaks of the settings: {len(group.runs)} and {len(baseline.runs)} seeds, "
             "differences between seeds counted in."
         )
     single = " and ".join(each.label for each in (group, baseline) if len(each.runs) == 1)
     return (
-        f"This is about these weights, not about the settings: one seed of {single}. "
+        f"This speaks of these weights, not of the settings: one seed of {single}. "
         "A verdict about settings takes three seeds or more of each recipe."
     )

@@ -43,7 +43,7 @@ class PackMetrics:
     """For LPIPS."""
 
     def definitions(self, images: int) -> dict[str, dict[str, Any]]:
-        """The definition of every metric over so many images, by name, as stored."""
+        """The definition of every metric over ``images`` images, by name, as stored."""
         return {name: asdict(definition) for name, definition in self._definitions(images)}
 
     def _definitions(self, images: int) -> Iterator[tuple[str, MetricDefinition]]:

@@ -30,8 +30,8 @@ FOLDER = "metrics"
 FORMAT = 1
 WRITE_EVERY_S = 10.0
 PIECE_BYTES = 2**20
-"""A piece is written again until it has so many bytes; then the next one begins."""
-CLOSE_S = 20.0  # the end of a run waits so long for storage that does not answer
+"""A piece of at least this size is finished; smaller ones are written again as they grow."""
+CLOSE_S = 20.0  # the end of a run waits this long for storage that does not answer
 MS_PER_HOUR = 3.6e6
 READERS = 8  # pieces on their way at the same time
 LEGACY = "tracking/metrics.jsonl"  # written by version 0.1, without times
@@ -68,10 +68,8 @@ class HistoryWriter:
     called from any thread.
     """
 
-    def __init__(
-        self, store: Store, info: AttemptInfo, *, write_every_s: float = WRITE_EVERY_S
-    ) -> None:
-        self._store, self._info, self._write_every_s = store, info, write_every_s
+    def __init__(self, store: Store, info: AttemptInfo) -> None:
+        self._store, self._info = store, info
         self._started_ms = _now_ms()
         self._attempt: int | None = None
         self._number = 1
@@ -103,7 +101,7 @@ class HistoryWriter:
 
     def _work(self) -> None:
         self._write()  # at once, so that the run has its configuration on storage
-        while not self._closed.wait(self._write_every_s):
+        while not self._closed.wait(WRITE_EVERY_S):
             self._write()
         self._write()
 

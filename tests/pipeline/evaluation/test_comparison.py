@@ -91,7 +91,7 @@ def test_a_planted_degradation_is_found_and_named() -> None:
     assert verdict.outcome == "worse"
     assert verdict.text.startswith("new worse than old over all images by L1 0.")
     assert "n=150" in verdict.text
-    assert "these weights, not about the settings" in verdict.scope
+    assert "these weights, not of the settings" in verdict.scope
 
 
 def test_a_degradation_of_a_recipe_is_found_over_three_seeds() -> None:
@@ -105,7 +105,7 @@ def test_a_degradation_of_a_recipe_is_found_over_three_seeds() -> None:
     assert [group.described for group in comparison.groups] == ["old (3 seeds)", "new (3 seeds)"]
     (verdict,) = comparison.verdicts
     assert verdict.outcome == "worse"
-    assert verdict.scope.startswith("This is about the settings: 3 and 3 seeds")
+    assert verdict.scope.startswith("This speaks of the settings: 3 and 3 seeds")
 
 
 def test_a_difference_on_one_kind_of_holes_alone_is_claimed_there_alone() -> None:

@@ -52,8 +52,9 @@ def test_two_kinds_of_metrics_at_one_step_are_both_kept(run: Store) -> None:
     assert (curves["loss/l1"].values.tolist(), curves["val/ssim"].values.tolist()) == ([0.5], [0.9])
 
 
-def test_a_running_attempt_can_be_read(run: Store) -> None:
-    writer = HistoryWriter(run, AttemptInfo(), write_every_s=0.02)
+def test_a_running_attempt_can_be_read(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "WRITE_EVERY_S", 0.02)
+    writer = HistoryWriter(run, AttemptInfo())
     try:
         for step in (1, 2):
             writer.add(step, {"loss/l1": 0.1 * step})
@@ -171,9 +172,10 @@ def test_long_histories_are_written_in_pieces(run: Store, monkeypatch: pytest.Mo
 ENDLESS = """
 import itertools, sys, time
 from cluster.storage import open_store
-from pipeline.tracking.history import AttemptInfo, HistoryWriter
+from pipeline.tracking import history
 
-writer = HistoryWriter(open_store(sys.argv[1]), AttemptInfo(), write_every_s=0.02)
+history.WRITE_EVERY_S = 0.02
+writer = history.HistoryWriter(open_store(sys.argv[1]), history.AttemptInfo())
 for step in itertools.count(1):
     writer.add(step, {"loss/l1": float(step)})
     time.sleep(0.001)
@@ -191,7 +193,7 @@ def test_a_killed_attempt_leaves_whole_lines_without_gaps(run: Store) -> None:
 
 
 class FailingStore(FileStore):
-    """Raises, or hangs, until it is mended."""
+    """Raises, or hangs, until it is repaired."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -205,9 +207,12 @@ class FailingStore(FileStore):
         super().put(key, data)
 
 
-def test_values_wait_in_memory_while_storage_fails(tmp_path: Path) -> None:
+def test_values_wait_in_memory_while_storage_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "WRITE_EVERY_S", 0.01)
     store = FailingStore(tmp_path)
-    writer = HistoryWriter(store, AttemptInfo(), write_every_s=0.01)
+    writer = HistoryWriter(store, AttemptInfo())
     writer.add(1, {"a": 1.0})
     wait_until(lambda: store.puts > 2)
     store.broken = False
