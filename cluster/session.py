@@ -178,6 +178,18 @@ def job_metadata() -> dict[str, str]:
     return dict(ray._private.worker.global_worker.core_worker.get_job_config().metadata)
 
 
+def job_has_ended(submission_id: str) -> bool:
+    """Whether the connected cluster knows this Ray job, and that it has ended."""
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
+        return bool(client.get_job_status(submission_id).is_terminal())
+    except (RuntimeError, ConnectionError, OSError):  # an unknown job, or no dashboard
+        return False
+
+
 def _answers(address: str) -> bool:
     """Whether a server listens at ``host:port``; other forms of address are left to Ray.
 

@@ -65,6 +65,8 @@ class CheckpointStore:
     metrics. One process may save, any number may read. What does not have its digest is read again
     over new connections before it counts as damaged.
 
+    ``before_commit`` runs before each manifest is written; where it raises, none is.
+
     ``only``: the store itself is this one checkpoint, as ``pull`` leaves it, and is not written.
     """
 
@@ -76,6 +78,7 @@ class CheckpointStore:
         best: tuple[str, MetricMode] | None = None,
         every: int | None = None,
         save_deadline_s: float = SAVE_DEADLINE_S,
+        before_commit: Callable[[], None] = lambda: None,
         only: int | None = None,
     ) -> None:
         if keep < 1:
@@ -83,6 +86,7 @@ class CheckpointStore:
         self._store, self._keep, self._best, self._every = store, keep, best, every
         self._saves = BackgroundSaves(store.url, save_deadline_s)
         self._only = only
+        self.before_commit = before_commit
 
     @property
     def url(self) -> str:
@@ -415,6 +419,7 @@ class _Writing:
             checkpoints.delete(step)  # leftovers of a save that was cut short
             self._cleared = True
         _at_once(self._put, sorted(self._left))
+        checkpoints.before_commit()
         store.put(checkpoints.key(step, MANIFEST), self._manifest)  # last: this is the commit
         log.info(
             "checkpoint saved step=%d seconds=%.1f megabytes=%.1f url=%s",

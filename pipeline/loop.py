@@ -27,6 +27,7 @@ from pipeline.data.loaders import train_loader, validation_batches, validation_d
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.interval import Interval, IntervalValues
+from pipeline.lease import HeldLease
 from pipeline.pair import NetworkPair, build_pair, fresh_networks
 from pipeline.progress import format_duration
 from pipeline.ranks import Ranks
@@ -41,12 +42,18 @@ T = TypeVar("T")
 
 
 def train_on_rank(
-    cfg: Config, storage: RunStorage, dataset: Dataset, ranks: Ranks, stop: StopRequest
+    cfg: Config,
+    storage: RunStorage,
+    dataset: Dataset,
+    ranks: Ranks,
+    stop: StopRequest,
+    lease: HeldLease | None,
 ) -> Position:
     """What every rank runs, whoever launched it; collective from the first line to the last.
 
     Resumes from the newest checkpoint and ends at ``cfg.train.steps``, or two steps after ``stop``
     was requested on any rank. Everything is saved in both cases. Returns the last position.
+    Rank 0, which saves, has the run's ``lease``.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -62,6 +69,7 @@ def train_on_rank(
         best=BEST,
         every=cfg.train.keep_every_steps,
         save_deadline_s=60 * cfg.train.save_deadline_minutes,
+        before_commit=(lambda: None) if lease is None else lease.check,
     )
     if ranks.first:
         storage.run.clear_unfinished()
@@ -81,7 +89,7 @@ def train_on_rank(
         if ranks.first and not state:
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
-        loop = TrainingLoop(cfg, storage, ranks, dataset, pair, checkpoints, tracker)
+        loop = TrainingLoop(cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease)
         return loop.run(loader, position, stop)
 
 
@@ -108,6 +116,7 @@ class TrainingLoop:
     pair: NetworkPair
     checkpoints: CheckpointStore
     tracker: Tracker
+    lease: HeldLease | None
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
@@ -125,6 +134,8 @@ class TrainingLoop:
             if self.ranks.first:
                 self.checkpoints.raise_failure()
                 self._note_safe(stop)
+            if self.lease is not None and self.lease.lost:
+                self.lease.check()
             last = position.step >= cfg.steps
             stopping, leaving = vote.ask(stop.requested, stop.leaving)
             if last or stopping or position.step % cfg.log_every_steps == 0:
@@ -260,6 +271,7 @@ class TrainingLoop:
                     "dataset_digest": self.dataset.digest,
                     "mlflow_run": self.tracker.run_id,
                     "config_digest": self.cfg.digest(),
+                    "lease_token": self.lease.lease.token if self.lease else 0,
                     "config": self.cfg.recorded(),
                     "git_commit": job.get("git_commit") or git_commit() or "",
                     "ray_submission": job.get("job_submission_id") or "",

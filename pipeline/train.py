@@ -4,14 +4,15 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from cluster.session import connect
+from cluster.session import connect, job_has_ended, job_metadata
 from cluster.storage import join
 from data_prep.masks import MaskSampler
 from data_prep.shards import Dataset
@@ -20,9 +21,10 @@ from pipeline.checkpoints import CheckpointError, CheckpointStore, refuse_other_
 from pipeline.config import Config
 from pipeline.data.sample_order import dataset_misfits
 from pipeline.errors import TrainingError
+from pipeline.lease import HeldLease, RunTakenError, held
 from pipeline.loop import train_on_rank
 from pipeline.networks import starting_weights
-from pipeline.ranks import Device
+from pipeline.ranks import Device, Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.stop_request import PolledStop, SignalStop, not_saved
 
@@ -117,11 +119,13 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
         os._exit(1)
 
     ranks = distributed.current(device=cfg.train.device)
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
     stop = SignalStop(max_hours=cfg.train.max_hours, at_once=end_now, give_up=end_now)
     try:
-        with stop.listening():
+        with stop.listening(), _lease_of_first(storage, ranks) as lease:
             # By its own count: rank 0 may still be writing the last checkpoint.
-            end = train_on_rank(cfg, storage, dataset, ranks, stop)
+            end = train_on_rank(cfg, storage, dataset, ranks, stop, lease)
             return end.step >= cfg.train.steps
     finally:
         if dist.is_initialized():
@@ -140,13 +144,36 @@ def _device_here(cfg: Config) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def _lease_of_first(storage: RunStorage, ranks: Ranks) -> Iterator[HeldLease | None]:
+    """The run's lease on rank 0, None on others; where it is refused, all ranks raise."""
+    with ExitStack() as stack:
+        lease, refusal = None, None
+        if ranks.first:
+            try:
+                lease = stack.enter_context(_lease(storage))
+            except (RunTakenError, OSError) as error:
+                refusal = str(error)
+        if refusal := distributed.from_first(refusal):
+            raise RunTakenError(refusal)
+        yield lease
+
+
+def _lease(storage: RunStorage) -> contextlib.AbstractContextManager[HeldLease]:
+    job = job_metadata().get("job_submission_id", "")
+    return held(storage.run, job=job, job_has_ended=job_has_ended)
+
+
 def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
     """Under Ray Train, which replaces lost workers; they resume from the newest checkpoint."""
     with connect():
         from cluster import ray_train
 
         mailbox = ray_train.Mailbox(storage.run_url)
-        with SignalStop(max_hours=cfg.train.max_hours).listening() as stop:
+        with (
+            SignalStop(max_hours=cfg.train.max_hours).listening() as stop,
+            _lease(storage) as lease,
+        ):
             try:
                 workers = ray_train.find_room(
                     cfg.train.workers,
@@ -174,6 +201,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                         {
                             "config": cfg.model_dump(mode="json"),
                             "device": "cuda" if workers.resource == "GPU" else "cpu",
+                            "lease": lease,
                         },
                         workers,
                         storage_url=join(storage.run_url, "ray"),
@@ -195,6 +223,8 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                         mailbox.put("stop", "1")
                     if stop.too_late:
                         raise KeyboardInterrupt
+                    if lease.lost:
+                        lease.check()
             except KeyboardInterrupt:
                 safe = mailbox.get("safe step")
                 raise TrainingError(not_saved(int(safe) if safe else None)) from None
@@ -218,4 +248,5 @@ def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
         lambda step: mailbox.put("safe step", str(step)),
     )
     with contextlib.closing(stop):
-        train_on_rank(cfg, storage, storage.open_dataset(), ranks, stop)
+        lease = loop_config["lease"] if ranks.first else None
+        train_on_rank(cfg, storage, storage.open_dataset(), ranks, stop, lease)

@@ -159,6 +159,25 @@ def test_a_job_that_somebody_else_stops_is_no_success(head: RayHead, job: Path) 
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(run, ["plain", "unsaved"])) == [INTERRUPTED, 1]
 
+    (job.parent / "code" / "program.py").write_text(
+        "from cluster.session import connect, job_has_ended\n"
+        "with connect():\n"
+        "    print('ended', *map(job_has_ended, ['plain', 'asking', 'nobody']))\n"
+    )
+    settings = yaml.safe_load(job.read_text())
+    settings["env_vars"]["PYTHONPATH"] = str(ROOT)
+    job.write_text(yaml.safe_dump(settings))
+    lines: list[str] = []
+    submit(
+        ["python", "program.py"],
+        runtime_env=job,
+        dashboard_url=head.dashboard_url,
+        environment=head.environment,
+        on_line=lines.append,
+        submission_id="asking",
+    )
+    assert "ended True False False" in lines
+
 
 def test_only_those_with_the_token_may_submit(head: RayHead, folder: Path, job: Path) -> None:
     assert stat.S_IMODE((folder / "auth_token").stat().st_mode) == 0o600

@@ -1,0 +1,175 @@
+"""One trainer per run: who is replaced at once, who is waited for, who is respected."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import Store
+from pipeline import lease as leases
+from pipeline.checkpoints import CheckpointStore
+from pipeline.cli import MISTAKE
+from pipeline.lease import LEASE, HeldLease, Lease, LeaseLostError, RunTakenError, held
+
+FIXTURE = Path("tests/fixtures/before_1.0").absolute()
+STRANGER = Lease(
+    token=7, id="stranger", host="far", pid=1, process="boot/pid 1", job="", since="yesterday"
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(leases, "RENEWAL_S", 0.1)
+    monkeypatch.setattr(leases, "TIME_TO_LIVE_S", 1.5)
+    monkeypatch.setattr(leases, "SETTLING_S", 0.05)
+
+
+def hold(store: Store, ended: tuple[str, ...] = ()):
+    return held(store, job="", job_has_ended=lambda job: job in ended)
+
+
+def write(store: Store, lease: Lease) -> None:
+    store.put(LEASE, json.dumps(asdict(lease)).encode())
+
+
+def seconds_to_acquire(store: Store, ended: tuple[str, ...] = ()) -> float:
+    started = time.monotonic()
+    with hold(store, ended):
+        return time.monotonic() - started
+
+
+def test_a_run_is_free_again_after_its_trainer_and_tokens_grow(store):
+    with hold(store) as first:
+        first.check()
+    with hold(store) as second:
+        assert second.lease.token == first.lease.token + 1
+
+
+def test_a_living_trainer_is_respected_and_named(store):
+    with hold(store) as first, pytest.raises(RunTakenError, match=rf"process {first.lease.pid} on"):
+        hold(store).__enter__()
+    first.check()
+
+
+def test_a_process_that_is_gone_from_this_machine_is_replaced_at_once(store):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    alive = leases._process(process.pid)
+    process.communicate(b"\n")
+    assert alive is not None
+    write(store, replace(STRANGER, pid=process.pid, process=alive))
+    assert seconds_to_acquire(store) < 1
+
+
+def test_a_ray_job_that_has_ended_is_replaced_at_once(store):
+    write(store, replace(STRANGER, job="job-1"))
+    assert seconds_to_acquire(store, ("job-1",)) < 1
+
+
+def test_an_unknown_trainer_has_its_time_to_live(store, caplog):
+    write(store, STRANGER)
+    assert seconds_to_acquire(store) >= 1.5
+    assert "waiting up to 2 s whether the run is alive: process 1 on far" in caplog.text
+
+
+def test_a_lease_that_is_damaged_counts_as_missing(store):
+    store.put(LEASE, b"{")
+    assert seconds_to_acquire(store) < 1
+
+
+def test_of_two_that_start_at_once_one_trains(store):
+    write(store, replace(STRANGER, released=True))
+    inside: list[int] = []
+    refused: list[Exception] = []
+
+    def train() -> None:
+        try:
+            with hold(store) as mine:
+                time.sleep(2)
+                mine.check()
+                inside.append(mine.lease.token)
+        except (RunTakenError, LeaseLostError) as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(inside) == 1
+    assert len(refused) == 1
+
+
+def test_who_was_taken_over_notices_and_commits_nothing(store):
+    with hold(store) as mine:
+        checkpoints = CheckpointStore(store, before_commit=mine.check)
+        checkpoints.save(1, {"a.json": b"{}"}, manifest={"metrics": {}})
+        checkpoints.wait()
+        write(store, STRANGER)
+        deadline = time.monotonic() + 10
+        while not mine.lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert mine.lost
+        checkpoints.save(2, {"a.json": b"{}"}, manifest={"metrics": {}})
+        with pytest.raises(LeaseLostError, match="taken over by process 1 on far"):
+            checkpoints.wait()
+        assert checkpoints.steps() == [1]
+    assert json.loads(store.get(LEASE))["id"] == "stranger"  # not released by the loser
+
+
+def test_a_copy_of_the_lease_in_a_worker_checks_as_well(store):
+    with hold(store) as mine:
+        HeldLease(store, mine.lease).check()
+        write(store, STRANGER)
+        with pytest.raises(LeaseLostError):
+            HeldLease(store, mine.lease).check()
+
+
+def train(storage: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "pipeline", "train", str(FIXTURE / "recipe.yaml")),
+            *(f"storage={storage}", "name=run", "train.steps=5000", "train.save_every_steps=5000"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_second_training_is_refused_and_one_after_a_kill_starts_at_once(tmp_path):
+    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
+        archive.extractall(tmp_path, members, filter="data")
+    with train(tmp_path / "storage") as first:
+        wait_for_line(first, "starting run=run")
+        with train(tmp_path / "storage") as second:
+            _, log = second.communicate(timeout=120)
+            assert second.returncode == MISTAKE
+            assert f"is being trained by process {first.pid} on" in log.splitlines()[-1]
+        assert first.poll() is None
+        first.kill()
+        first.communicate()
+    with train(tmp_path / "storage") as third:
+        before = wait_for_line(third, "starting run=run")
+        assert not any("waiting" in line for line in before)
+        third.kill()
+        third.communicate()
+
+
+def wait_for_line(process: "subprocess.Popen[str]", text: str) -> list[str]:
+    """Everything that the process logs up to the line that has ``text``."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text} did not come: {lines[-5:]}")
