@@ -10,10 +10,12 @@ from cluster.storage import MissingKeyError, join, open_store
 from cluster.storage.records import RecordError
 from pipeline.checkpoint_manifest import MANIFEST, CheckpointManifest, parse_manifest
 from pipeline.checkpoints import (
+    BEST,
     CheckpointChoice,
     CheckpointError,
     CheckpointStore,
     MetricMode,
+    best_of,
     step_folder,
 )
 
@@ -30,18 +32,8 @@ class CheckpointInfo:
     metrics: Mapping[str, float]
     dataset_digest: str
     git_commit: str
-
-    @classmethod
-    def of(cls, checkpoints: CheckpointStore, manifest: CheckpointManifest) -> CheckpointInfo:
-        return cls(
-            step=manifest.step,
-            url=join(checkpoints.url, checkpoints.folder(manifest.step)).rstrip("/"),
-            saved=manifest.saved,
-            bytes=manifest.total_bytes,
-            metrics=manifest.metrics,
-            dataset_digest=manifest.dataset_digest,
-            git_commit=manifest.git_commit,
-        )
+    best: bool
+    newest: bool
 
 
 def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
@@ -88,10 +80,32 @@ def find_runs(url: str) -> dict[str, CheckpointStore]:
 
 
 def list_checkpoints(url: str) -> list[CheckpointInfo]:
-    """Every finished checkpoint at ``url``, oldest first."""
+    """Every finished checkpoint at ``url``, oldest first; those with a damaged manifest are not
+    among them."""
     checkpoints, only = find_checkpoints(url)
     manifests = checkpoints.manifests() if only is None else {only: checkpoints.manifest(only)}
-    return [CheckpointInfo.of(checkpoints, manifest) for manifest in manifests.values()]
+    return describe_checkpoints(checkpoints, manifests)
+
+
+def describe_checkpoints(
+    checkpoints: CheckpointStore, manifests: Mapping[int, CheckpointManifest]
+) -> list[CheckpointInfo]:
+    """How a listing shows ``manifests``, by step; the best one is by ``BEST``."""
+    best, newest = best_of(manifests, *BEST), max(manifests, default=None)
+    return [
+        CheckpointInfo(
+            step=step,
+            url=join(checkpoints.url, checkpoints.folder(step)).rstrip("/"),
+            saved=manifest.saved,
+            bytes=manifest.total_bytes,
+            metrics=manifest.metrics,
+            dataset_digest=manifest.dataset_digest,
+            git_commit=manifest.git_commit,
+            best=step == best,
+            newest=step == newest,
+        )
+        for step, manifest in sorted(manifests.items())
+    ]
 
 
 def choose_checkpoint(

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -14,8 +14,8 @@ from rich.table import Table
 from pipeline.checkpoint_manifest import CheckpointManifest
 from pipeline.checkpoint_pull import pull
 from pipeline.checkpoint_urls import (
-    CheckpointInfo,
     choose_checkpoint,
+    describe_checkpoints,
     find_checkpoints,
     find_runs,
     list_checkpoints,
@@ -42,20 +42,14 @@ def _ls(arguments: argparse.Namespace) -> bool:
             raise
         _ls_runs(runs, arguments.json)
         return True
-    best, newest = _best_step(listed), max((found.step for found in listed), default=None)
     if arguments.json:
-        _print_json(
-            [
-                {**asdict(found), "best": found.step == best, "newest": found.step == newest}
-                for found in listed
-            ]
-        )
+        _print_json([asdict(found) for found in listed])
         return True
     names = sorted({name for found in listed for name in found.metrics})
     table = Table(*("step", "age", "MB", *names, "", "dataset", "commit"), box=None, pad_edge=False)
     for found in listed:
         values = [f"{found.metrics[n]:.4g}" if n in found.metrics else "" for n in names]
-        marks = ["best"] * (found.step == best) + ["newest"] * (found.step == newest)
+        marks = ["best"] * found.best + ["newest"] * found.newest
         table.add_row(
             *(str(found.step), _age(found.saved), f"{found.bytes / MB:.1f}", *values),
             *(" ".join(marks), found.dataset_digest[:12], found.git_commit[:12]),
@@ -67,18 +61,17 @@ def _ls(arguments: argparse.Namespace) -> bool:
 def _ls_runs(runs: Mapping[str, CheckpointStore], as_json: bool) -> None:
     rows = []
     for name, checkpoints in runs.items():
-        infos = [CheckpointInfo.of(checkpoints, m) for m in checkpoints.manifests().values()]
+        infos = describe_checkpoints(checkpoints, checkpoints.manifests())
         if not infos:
             continue
-        best = _best_step(infos)
-        value = next((info.metrics[BEST[0]] for info in infos if info.step == best), None)
+        best = next((info for info in infos if info.best), None)
         row: dict[str, Any] = {
             "run": name,
             "checkpoints": len(infos),
             "newest": infos[-1].step,
             "saved": infos[-1].saved,
-            "best": best,
-            BEST[0]: value,
+            "best": best.step if best else None,
+            BEST[0]: best.metrics[BEST[0]] if best else None,
             "bytes": sum(info.bytes for info in infos),
         }
         rows.append(row)
@@ -221,12 +214,6 @@ def _described(manifest: CheckpointManifest, best: tuple[str, MetricMode]) -> st
     value = manifest.metrics.get(best[0])
     metric = "" if value is None else f", {best[0]} {value:.4g}"
     return f"step {manifest.step}{metric}, {manifest.total_bytes / MB:.1f} MB in all"
-
-
-def _best_step(listed: Sequence[CheckpointInfo]) -> int | None:
-    name = BEST[0]
-    values = {found.step: found.metrics[name] for found in listed if name in found.metrics}
-    return min(values, key=lambda step: (values[step], -step), default=None)
 
 
 def _age(saved: str) -> str:

@@ -61,9 +61,16 @@ def _config(manifest: CheckpointManifest) -> Link:
 def _dataset(checkpoints: CheckpointStore, manifest: CheckpointManifest) -> Iterator[Link]:
     link = _recorded("dataset", manifest.dataset_digest)
     images, detector = Link("source images", "manifest.parquet"), Link("detector", "unknown")
-    dataset = _open_dataset(checkpoints, manifest)
-    if isinstance(dataset, str):
-        yield replace(link, found=f"not reached: {dataset}")
+    try:
+        dataset = _open_dataset(checkpoints, manifest)
+        if dataset is None:
+            link = replace(link, found="not reached: no such dataset beside the run")
+    except StorageError as error:
+        dataset, link = None, replace(link, found=f"not reached: {error}")
+    except ShardError as error:
+        dataset, link = None, replace(link, fault=str(error))
+    if dataset is None:
+        yield link
         yield images
         yield detector
         return
@@ -94,20 +101,20 @@ def _dataset(checkpoints: CheckpointStore, manifest: CheckpointManifest) -> Iter
     yield Link("detector", named or "none", "recorded for every image")
 
 
-def _open_dataset(checkpoints: CheckpointStore, manifest: CheckpointManifest) -> Dataset | str:
-    """The dataset beside the run, or where the recipe says; else why it cannot be opened."""
+def _open_dataset(checkpoints: CheckpointStore, manifest: CheckpointManifest) -> Dataset | None:
+    """The dataset beside the run, or where the recipe says; None where neither has one.
+
+    Raises ShardError for a damaged one, StorageError where storage does not answer.
+    """
     name = manifest.config.get("data", {}).get("name", "")
     beside, _, run = checkpoints.url.partition("/runs/")
     places = [beside] if run else []
     places += [str(manifest.config["storage"])] if manifest.config.get("storage") else []
-    reason = "the manifest names no dataset"
     for place in places if name else ():
-        try:
-            open_store(place)
-            return Dataset.open(join(place, "datasets", str(name)))
-        except (StorageError, ShardError) as error:
-            reason = str(error)
-    return reason
+        url = join(place, "datasets", str(name))
+        if open_store(url).exists("dataset.json"):
+            return Dataset.open(url)
+    return None
 
 
 def _commit(manifest: CheckpointManifest) -> Link:
