@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stages(commands)
+    _add_parity(commands)
     _add_evaluate(commands)
     _add_evalpack(commands)
     _add_inpaint(commands)
@@ -196,6 +197,18 @@ def _add_stages(commands: Commands) -> None:
                 help="one line per setting instead: name, value, where the value comes from "
                 "(default, preset, recipe or command line), what it means",
             )
+
+
+def _add_parity(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "parity",
+        "train ten steps with every engine on two ranks, and compare with one plain process",
+        f"parity {DEMO} train.global_batch=4 train.streams=4",
+    )
+    sub.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file of settings")
+    _add_overrides(sub)
+    sub.set_defaults(command=_parity)
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -612,6 +625,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
     cfg = _load(arguments)
     return DONE if train(cfg, RunStorage.open(cfg)) else STOPPED
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.parity import print_parity
+
+    return DONE if print_parity(_load(arguments)) else MISTAKE
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,42 @@
+"""``python -m pipeline parity``: what it prints, and when it fails."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.cli import DONE, MISTAKE, main
+from pipeline.commands import parity
+from pipeline.commands.parity import Row
+
+RECIPE = Path("pipeline/recipes/demo.yaml")
+SMALL = ["model.width=8", "train.size_px=64", "train.global_batch=2", "train.streams=2"]
+
+
+@pytest.mark.distributed
+def test_every_engine_trains_as_one_process_does(capsys):
+    assert main(["parity", str(RECIPE), *SMALL]) == DONE
+    table = capsys.readouterr().out
+    for engine in ("DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2"):
+        assert f"{engine}, 2 ranks" in table
+    assert "first gradient, discriminator" in table
+    assert "FAILS" not in table
+
+
+@pytest.mark.parametrize("difference", [2e-4, math.nan])
+def test_a_row_that_does_not_hold_is_named_and_fails_the_command(monkeypatch, capsys, difference):
+    rows = [
+        Row("DDP, 2 ranks", "loss/adversarial", 1e-6, 1e-4),
+        Row("ZeRO 1, 2 ranks", "loss/l1_refined", difference, 1e-4),
+    ]
+    monkeypatch.setattr(parity, "parity_rows", lambda cfg: iter(rows))
+    assert main(["parity", str(RECIPE)]) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ZeRO 1, 2 ranks, loss/l1_refined: differs by")
+
+
+def test_one_stream_is_too_few_for_two_ranks():
+    cfg = config.load(RECIPE, ["train.workers=1", "train.streams=1"])
+    with pytest.raises(config.ConfigError, match=r"train.streams 1 should be at least 2"):
+        next(parity.parity_rows(cfg))
