@@ -125,6 +125,9 @@ class TrainSettings(Section):
     max_bad_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is not finite, after which a run ends. Such steps
     change no weights."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A run in which no rank makes progress for so long ends with exit code 1 and names the ranks
+    that do not answer; Ray Train starts it again. Collectives wait for twice as long."""
     max_hours: PositiveFloat | None = None
     """Save and end after this many hours, like a request to stop; the same command resumes."""
     max_failures: NonNegativeInt = 3

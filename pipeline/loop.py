@@ -26,6 +26,7 @@ from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.hang_watch import HangWatch
 from pipeline.interval import Interval, IntervalValues
 from pipeline.lease import HeldLease
 from pipeline.pair import NetworkPair, build_pair, fresh_networks
@@ -89,7 +90,9 @@ def train_on_rank(
         if ranks.first and not state:
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
-        loop = TrainingLoop(cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease)
+        watch = HangWatch(ranks, cfg.train.hang_timeout_s)
+        stack.callback(watch.close)
+        loop = TrainingLoop(cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease, watch)
         return loop.run(loader, position, stop)
 
 
@@ -117,6 +120,7 @@ class TrainingLoop:
     checkpoints: CheckpointStore
     tracker: Tracker
     lease: HeldLease | None
+    watch: HangWatch
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
@@ -130,6 +134,7 @@ class TrainingLoop:
             position = Position(position.step + 1, epoch, epoch_step + 1)
             interval.add(position, batch.keys, result)
             clock.steps += 1
+            self.watch.progress(position.step)
 
             if self.ranks.first:
                 self.checkpoints.raise_failure()
@@ -152,6 +157,7 @@ class TrainingLoop:
             if last or stopping:
                 break
         vote.close()
+        self.watch.close()
         if self.ranks.first:
             self.checkpoints.wait()  # a run is finished once its last checkpoint is committed
             self._note_safe(stop)
@@ -295,7 +301,7 @@ class TrainingLoop:
         )
         evaluation = evaluate(
             self.pair.average.module,
-            itertools.takewhile(lambda _: not stop.requested, batches),
+            itertools.takewhile(lambda _: not stop.requested, self.watch.each(batches)),
             device=self.ranks.device,
             keep=self.cfg.evaluate.sheet if self.ranks.first else 0,
         )

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -106,7 +107,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     """In this process: one rank of torchrun's, or the only one."""
     backend = "gloo" if _device_here(cfg).type == "cpu" else "nccl"
     if distributed.launched_by_torchrun():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * cfg.train.hang_timeout_s))
     elif cfg.train.engine == "deepspeed":  # needs a process group, even of one rank
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -206,7 +207,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                         workers,
                         storage_url=join(storage.run_url, "ray"),
                         max_failures=cfg.train.max_failures,
-                        timeout_s=1800,
+                        timeout_s=2 * cfg.train.hang_timeout_s,
                         mistakes=MISTAKES,
                     )
                 except BaseException as error:

@@ -1,0 +1,139 @@
+"""Ends a run in which no rank makes progress any more, and names the ranks that do not answer."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from pipeline.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BEATS_PER_TIMEOUT = 10
+LONGEST_PAUSE_S = 10.0
+STDERR = 2  # also where sys.stderr is replaced
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    number: int
+    step: int
+    idle_s: float
+    """Seconds since it made progress."""
+
+
+class HangWatch:
+    """A thread on every rank, beside the training; collectives that hang do not reach it.
+
+    It begins with the first ``progress``, since compilation may take longer than a step ever does.
+    Where every rank that answers has made none for ``timeout_s``, all stacks are written to stderr
+    and the process ends with exit code 1.
+    """
+
+    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
+        self._ranks, self._timeout_s = ranks, timeout_s
+        self._pause_s = min(timeout_s / BEATS_PER_TIMEOUT, LONGEST_PAUSE_S)
+        self._step, self._since = 0, time.monotonic()
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: Any = None
+        if ranks.world_size > 1:
+            # A connection of its own: the others may be waiting on theirs.
+            store: Any = dist.distributed_c10d._get_default_store()
+            store = store.clone()
+            store.set_timeout(timedelta(seconds=max(self._pause_s, 1.0)))
+            self._store = dist.PrefixStore("hang-watch", store)  # type: ignore[attr-defined]
+
+    def progress(self, step: int) -> None:
+        """Something was done, at ``step``."""
+        self._step, self._since = step, time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+            self._thread.start()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """Every one of ``items`` is progress."""
+        for item in items:
+            self.progress(self._step)
+            yield item
+
+    def close(self) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        number = 0
+        while not self._done.wait(self._pause_s):
+            number += 1
+            idle_s = time.monotonic() - self._since
+            self._tell(Beat(number, self._step, idle_s))
+            if idle_s > self._timeout_s and self._all_hang(number):
+                os._exit(1)
+
+    def _tell(self, beat: Beat) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(str(self._ranks.rank), json.dumps(asdict(beat)))
+            except RuntimeError as error:
+                log.warning("hang watch: the ranks' store does not answer: %s", error)
+
+    def _all_hang(self, number: int) -> bool:
+        """Look at all ranks; report if none of those that answer makes progress."""
+        before = self._beats()
+        if self._done.wait(3 * self._pause_s):
+            return False
+        self._tell(Beat(number + 1, self._step, time.monotonic() - self._since))
+        after = self._beats()
+        me = self._ranks.rank
+        answering = {me: Beat(number, self._step, time.monotonic() - self._since)} | {
+            rank: beat
+            for rank, beat in after.items()
+            if rank not in before or beat.number != before[rank].number
+        }
+        if any(beat.idle_s <= self._timeout_s for beat in answering.values()):
+            return False
+        faulthandler.dump_traceback(file=STDERR, all_threads=True)
+        if me == min(answering):
+            log.error(
+                "no rank has made progress for %.0f s (train.hang_timeout_s): %s",
+                self._timeout_s,
+                self._diagnosis(answering),
+            )
+        logging.shutdown()
+        return True
+
+    def _diagnosis(self, answering: dict[int, Beat]) -> str:
+        silent = sorted(set(range(self._ranks.world_size)) - set(answering))
+        if silent:
+            ranks = ", ".join(map(str, silent))
+            return f"rank {ranks} did not answer; the stacks of those that do are above"
+        steps = {beat.step for beat in answering.values()}
+        behind = [rank for rank, beat in answering.items() if beat.step == min(steps)]
+        if len(steps) > 1:
+            return f"rank {', '.join(map(str, sorted(behind)))} is behind, at step {min(steps)}"
+        return f"all ranks answer, at step {min(steps)}; their stacks are above"
+
+    def _beats(self) -> dict[int, Beat]:
+        """The last beat of every rank that has told one."""
+        found: dict[int, Beat] = {}
+        for rank in range(self._ranks.world_size if self._store is not None else 0):
+            try:
+                if self._store.check([str(rank)]):
+                    found[rank] = Beat(**json.loads(self._store.get(str(rank))))
+            except RuntimeError as error:
+                log.warning("hang watch: the ranks' store does not answer: %s", error)
+                return found
+        return found

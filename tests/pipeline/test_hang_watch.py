@@ -1,0 +1,77 @@
+"""A rank that hangs ends the run, and is named."""
+
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from pipeline.hang_watch import HangWatch
+from pipeline.ranks import Ranks
+from tests.distributed import on_ranks
+
+FIXTURE = Path("tests/fixtures/before_1.0").absolute()
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
+    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
+        archive.extractall(tmp_path, members, filter="data")
+    lines = []
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "pipeline", "train", str(FIXTURE / "recipe.yaml")),
+            *(f"storage={tmp_path / 'storage'}", "name=run", "train.steps=5000"),
+            *("train.save_every_steps=5000", "train.hang_timeout_s=5"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"},
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if "step=2/5000" in line:
+                hung_at = time.monotonic()
+                (second,) = [
+                    child
+                    for child in psutil.Process(process.pid).children()
+                    if child.environ().get("RANK") == "1"
+                ]
+                second.send_signal(signal.SIGSTOP)
+    assert process.returncode == 1
+    assert time.monotonic() - hung_at < 60
+    log = "".join(lines)
+    assert "no rank has made progress for 5 s (train.hang_timeout_s): rank 1 did not answer" in log
+    assert 'File "' in log
+    assert "in step" in log  # the stack of the rank that waits
+
+
+def watched(idle_rank: int | None) -> bool:
+    """Whether a rank whose training waits for others is left alone."""
+    watch = HangWatch(Ranks(*_place()), timeout_s=1)
+    watch.progress(1)
+    for _ in range(8 if watch._ranks.rank != idle_rank else 0):
+        time.sleep(0.5)
+        watch.progress(1)
+    time.sleep(0 if watch._ranks.rank != idle_rank else 4)
+    watch.close()
+    return True
+
+
+def _place() -> tuple[int, int, int]:
+    import torch.distributed as dist
+
+    return dist.get_rank(), 0, dist.get_world_size()
+
+
+@pytest.mark.parametrize("idle_rank", [None, 0])
+def test_a_rank_that_waits_for_another_one_s_work_is_left_alone(idle_rank):
+    assert on_ranks(2, watched, idle_rank) == [True, True]
