@@ -53,7 +53,7 @@ class DataSettings:
     max_failed_fraction: float = 0.05
     """A build stops when a greater share of the images fails."""
     seed: int | None = None
-    """Deals images to shards, from 0; null takes the recipe's ``seed``."""
+    """Seed that deals images to shards, from 0; null takes the recipe's ``seed``."""
 
     def __post_init__(self) -> None:
         _raise(self._faults())

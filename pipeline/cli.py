@@ -426,7 +426,7 @@ def _add_checkpoints(commands: Commands) -> None:
         ("verify", "read every byte of every checkpoint and compare its digest", ""),
         (
             "prune",
-            "show which checkpoints retention would delete and why the others stay",
+            "delete all but the newest and the best checkpoints; without --yes, only say which",
             " --keep 3",
         ),
     ):

@@ -219,7 +219,7 @@ class Config(Section):
     storage: str
     """Where datasets and runs are kept: a path, ``file://`` or ``s3://bucket/prefix``."""
     seed: NonNegativeInt = 0
-    """Start of every random choice, where ``data.seed`` or ``train.seed`` does not say another."""
+    """Seed of every random choice, unless ``data.seed`` or ``train.seed`` gives another."""
     data: DataSettings
     sketch: SketchSettings = SketchSettings()
     masks: MaskSettings = MaskSettings()
