@@ -85,7 +85,7 @@ def test_describe_prints_one_line_for_every_setting_into_a_pipe(capsys):
     (steps,) = (line for line in lines if line.startswith("train.steps "))
     assert steps.split(maxsplit=2)[1:] == ["7", steps.split(maxsplit=2)[2]]
     assert "command line" in steps
-    assert "Updates of both networks" in steps
+    assert "updates of both networks" in steps
 
 
 def test_describe_wraps_documentation_to_the_terminal(capsys, monkeypatch):
