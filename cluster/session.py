@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 from cluster.guard import guarded
 from cluster.ports import LOOPBACK, free_ports
 from cluster.private_file import write_private
+from cluster.storage import describe_error, without_password
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def connect() -> Iterator[None]:
     """Connect this process to the cluster at RAY_ADDRESS, or else to a new local one.
 
     In a submitted job RAY_ADDRESS is set. A local cluster ends with the block and has all CPUs.
-    Raises SessionError where RAY_ADDRESS does not answer.
+    Raises SessionError where RAY_ADDRESS does not answer, and where Ray does not start.
     """
     import ray
 
@@ -120,6 +121,12 @@ def connect() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise SessionError(
+            f"RAY_ADDRESS={without_password(address)} is a dashboard, which takes submitted jobs "
+            "only: put `ray job submit --runtime-env ray_job.yaml --` before the command, or unset "
+            "RAY_ADDRESS to run on this machine"
+        )
     if address and not _answers(address):
         raise SessionError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: start one, or unset RAY_ADDRESS"
@@ -132,7 +139,12 @@ def connect() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences the warning that new clusters ask for a token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(address or "local", logging_level=logging.WARNING, **({} if address else local))
+    try:
+        ray.init(address or "local", logging_level=logging.WARNING, **({} if address else local))
+    except Exception as error:  # of Ray's many kinds, some of them plain Exception
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        raise SessionError(_not_started(address, error)) from error
     try:
         yield
     finally:
@@ -188,6 +200,19 @@ def job_has_ended(submission_id: str) -> bool:
         return bool(client.get_job_status(submission_id).is_terminal())
     except (RuntimeError, ConnectionError, OSError):  # an unknown job, or no dashboard
         return False
+
+
+def _not_started(address: str | None, error: Exception) -> str:
+    if address:
+        return (
+            f"joining the Ray cluster at RAY_ADDRESS={without_password(address)} failed: check "
+            "that it runs, with the versions of Ray and Python of this machine "
+            f"({describe_error(error)})"
+        )
+    return (
+        "Ray did not start on this machine, which may be busy or short of memory: run fewer jobs "
+        f"at once, free memory, or run the same command again ({describe_error(error)})"
+    )
 
 
 def _answers(address: str) -> bool:

@@ -8,6 +8,7 @@ are not reproducible.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -100,6 +101,11 @@ def _result(reference: Any, job: ShardJob) -> ShardRecord:
         cause = error.cause
         if isinstance(cause, OSError | ValueError):  # one line for the user; others are our bugs
             raise cause from None
+        if missing := re.search(r"No module named '([\w.]+)'", str(error)):
+            raise ShardError(
+                f"a node of the Ray cluster has no Python package {missing[1]}: submit the job "
+                "with --runtime-env ray_job.yaml, or install the project on every node"
+            ) from None
         raise
     return record
 

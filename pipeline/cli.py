@@ -39,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:  # one line for every mistake
         print(f"ConfigError: {error}", file=sys.stderr)
         return MISTAKE
+    except _full_memory() as error:
+        print(
+            "the GPU has no memory left: use smaller images or batches, end other processes on it, "
+            f"or hide it with CUDA_VISIBLE_DEVICES= ({describe_error(error)})",
+            file=sys.stderr,
+        )
+        return MISTAKE
     except _reported_without_traceback() as error:
         print(describe_error(error, max_chars=2000), file=sys.stderr)
         return MISTAKE
@@ -54,6 +61,11 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         parsed.overrides += rest
     return parsed
+
+
+def _full_memory() -> tuple[type[Exception], ...]:
+    torch = sys.modules.get("torch")
+    return (torch.OutOfMemoryError,) if torch else ()
 
 
 def _reported_without_traceback() -> tuple[type[Exception], ...]:

@@ -28,6 +28,7 @@ from pipeline.networks import starting_weights
 from pipeline.ranks import Device, Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.stop_request import PolledStop, SignalStop, not_saved
+from pipeline.tracking.opening import resolve_uri
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
     )
     if faults:
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
+    if cfg.tracking.backend == "mlflow":
+        resolve_uri(cfg.tracking.uri)
     MaskSampler(cfg.masks).check(cfg.train.size_px, cfg.train.size_px)
     if (manifest := checkpoints.newest_manifest()) is not None:
         refuse_other_model(cfg.name, manifest, cfg.model)
@@ -126,11 +129,25 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     try:
         with stop.listening(), _lease_of_first(storage, ranks) as lease:
             # By its own count: rank 0 may still be writing the last checkpoint.
-            end = train_on_rank(cfg, storage, dataset, ranks, stop, lease)
+            with full_memory_as_error():
+                end = train_on_rank(cfg, storage, dataset, ranks, stop, lease)
             return end.step >= cfg.train.steps
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def full_memory_as_error() -> Iterator[None]:
+    """Raise TrainingError, which names settings, where a GPU has no memory left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the GPU has no memory left: set a smaller train.global_batch or train.size_px, "
+            "train.activation_checkpointing=true, or use more GPUs "
+            f"({str(error).partition('. ')[0]})"
+        ) from error
 
 
 def _device_here(cfg: Config) -> torch.device:
@@ -248,6 +265,6 @@ def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
         ray_train.is_leaving,
         lambda step: mailbox.put("safe step", str(step)),
     )
-    with contextlib.closing(stop):
+    with contextlib.closing(stop), full_memory_as_error():
         lease = loop_config["lease"] if ranks.first else None
         train_on_rank(cfg, storage, storage.open_dataset(), ranks, stop, lease)

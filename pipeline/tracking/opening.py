@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ import yaml
 
 from cluster.git import git_commit
 from cluster.session import job_metadata
-from cluster.storage import Store
+from cluster.storage import Store, without_password
 from data_prep.shards import Dataset
 from pipeline.config import Config
 from pipeline.ranks import Ranks
@@ -25,6 +26,7 @@ from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
 log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
+URI_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
 
 
 def open_training_tracker(
@@ -108,8 +110,28 @@ def open_tracker(
 
 
 def resolve_uri(uri: str | None) -> str:
-    """MLflow's server or database: ``uri``, else ``MLFLOW_TRACKING_URI``, else a database here."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    """MLflow's server or database: ``uri``, else ``MLFLOW_TRACKING_URI``, else a database here.
+
+    Raises ValueError for what MLflow will never take: a folder, or an unknown scheme.
+    """
+    source = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    scheme = re.match(r"(?:([A-Za-z][\w.+-]*):)?", uri)
+    found = (scheme[1] or "").lower() if scheme else ""
+    if uri in ("databricks", "uc"):
+        return uri
+    if found in ("", "file"):
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() != "true":
+            raise ValueError(
+                f"{source}={uri} is a folder, which MLflow no longer records in: use a database as "
+                "sqlite:///mlflow.db (`mlflow migrate-filestore` moves old runs), or a server"
+            )
+    elif found.partition("+")[0] not in URI_SCHEMES:
+        raise ValueError(
+            f"{source}={without_password(uri)} has a scheme that MLflow does not know: it should "
+            f"be one of {', '.join(URI_SCHEMES)}"
+        )
+    return uri
 
 
 def _queue_folder(url: str) -> Path:

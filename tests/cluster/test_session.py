@@ -225,6 +225,29 @@ def test_two_heads_share_a_machine_and_end_with_their_parents(
     assert not Path(session).exists()
 
 
+def test_a_dashboard_as_address_is_refused_with_the_command_that_takes_it(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://ray-head:8265")
+    with pytest.raises(SessionError, match=r"is a dashboard.*ray job submit.*or unset"), connect():
+        pass
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_ray_that_does_not_start_is_one_error_with_what_to_do(monkeypatch, address):
+    def init(*_, **__):
+        raise Exception("The current node timed out during startup.\nThe GCS is overloaded.")
+
+    monkeypatch.setattr("ray.init", init)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    else:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SessionError) as caught, connect():
+        pass
+    advice = "check that it runs" if address else "run fewer jobs at once, free memory"
+    assert advice in str(caught.value)
+    assert "timed out during startup. The GCS" in str(caught.value)
+
+
 def test_an_address_where_nobody_listens_is_an_error_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline import cli
+from pipeline import cli, config
 from pipeline.commands.reference import reference
 from pipeline.config import documented_settings
 
@@ -125,6 +126,16 @@ def test_mistakes_are_reported_without_a_traceback(capsys):
     assert "train.engine" in message
     assert "train.step" in message
     assert "Traceback" not in message
+
+
+def test_a_full_gpu_is_reported_in_one_line(capsys, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr(config, "load", fail)
+    assert cli.main(["show", str(DEMO)]) == cli.MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the GPU has no memory left: use smaller images")
 
 
 URL_COMMANDS = [
