@@ -215,6 +215,15 @@ def _not_started(address: str | None, error: Exception) -> str:
     )
 
 
+def package_url() -> str | None:
+    """The package of files that Ray gave this process; None outside of a job with one."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    url: str | None = ray.get_runtime_context().runtime_env.get("working_dir")
+    return url
+
+
 def _answers(address: str) -> bool:
     """Whether a server listens at ``host:port``; other forms of address are left to Ray.
 

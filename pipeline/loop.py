@@ -16,6 +16,7 @@ from torch import nn
 
 from cluster.git import git_commit
 from cluster.session import job_metadata
+from cluster.storage import join
 from data_prep.images import decode
 from data_prep.shards import Dataset
 from pipeline import networks
@@ -284,7 +285,10 @@ class TrainingLoop:
                 },
             )
             if evaluation is not None:
-                self.tracker.log_metrics(position.step, metrics)
+                folder = self.checkpoints.folder(position.step)
+                self.tracker.log_checkpoint(
+                    position.step, join(self.checkpoints.url, folder), metrics
+                )
                 self.tracker.log_image("samples", position.step, evaluation.sheet())
             log.info(
                 "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stall_s=%.1f",

@@ -28,7 +28,7 @@ from pipeline.networks import starting_weights
 from pipeline.ranks import Device, Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.stop_request import PolledStop, SignalStop, not_saved
-from pipeline.tracking.opening import resolve_uri
+from pipeline.tracking import refuse_early
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
     )
     if faults:
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
-    if cfg.tracking.backend == "mlflow":
-        resolve_uri(cfg.tracking.uri)
+    refuse_early(cfg)
     MaskSampler(cfg.masks).check(cfg.train.size_px, cfg.train.size_px)
     if (manifest := checkpoints.newest_manifest()) is not None:
         refuse_other_model(cfg.name, manifest, cfg.model)

@@ -1,5 +1,6 @@
 """Events of a run in a file, and the thread that sends them, so that training never waits."""
 
+import contextlib
 import json
 import logging
 import threading
@@ -13,8 +14,15 @@ from cluster.storage import describe_error, open_store
 log = logging.getLogger(__name__)
 
 Event: TypeAlias = dict[str, Any]
-"""``kind`` and what belongs to it: metrics (step, values, ms), machine (values, ms),
-image (key, step, path) or end (status)."""
+"""``kind`` and what belongs to it, see ``FIELDS``."""
+
+FIELDS: Mapping[str, Mapping[str, type]] = {
+    "metrics": {"step": int, "values": dict, "ms": int},
+    "machine": {"values": dict, "ms": int},
+    "checkpoint": {"step": int, "url": str, "values": dict, "ms": int},
+    "image": {"key": str, "step": int, "path": str},
+    "end": {"status": str},
+}
 
 FLUSH_S = 20.0  # at its end a run waits this long for a server that accepts nothing
 RETRY_S = (1.0, 5.0, 15.0, 60.0)
@@ -24,23 +32,41 @@ SHORTEN_AFTER = 100  # delivered events; the file is flushed to the disk then, a
 
 
 class EventQueue:
-    """Events in a file until they are delivered, oldest first; the file survives the process."""
+    """Events in a file until they are delivered, oldest first; the file survives the process.
+
+    Where the file cannot be written or read, events are in memory alone, with one warning.
+    """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
         self._store = open_store(str(folder))
-        self._store.clear_unfinished()
         self._delivered_path = folder / "delivered"
         self._changed = threading.Condition()
+        self._delivered = 0
+        self._in_memory = False
+        self._events: list[Event] = []
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._store.clear_unfinished()
+            self._events = self._waiting()
+            self._rewrite()
+        except OSError as error:
+            self._warn(error)
+
+    def _waiting(self) -> list[Event]:
+        """What earlier processes have left."""
+        if not self._store.exists(EVENTS):
+            return []
         # Empty if a process was killed while writing it: then some events are sent twice.
-        known = self._delivered_path.read_text() if self._delivered_path.exists() else ""
-        delivered = int(known or 0)
-        lines = self._store.get(EVENTS).splitlines() if self._store.exists(EVENTS) else []
-        waiting = [event for line in lines[delivered:] if (event := _parsed(line))]
+        known = self._delivered_path.read_bytes() if self._delivered_path.exists() else b""
+        lines = self._store.get(EVENTS).splitlines()[int(known) if known.isdigit() else 0 :]
+        events = [event for line in lines if (event := _parsed(line))]
+        if strangers := len(lines) - len(events):
+            log.warning(
+                "tracking: %d damaged lines in %s passed over", strangers, self.folder / EVENTS
+            )
         # The status of an earlier process is out of date: the run has resumed.
-        self._events = [event for event in waiting if event["kind"] != "end"]
-        self._rewrite()
+        return [event for event in events if event["kind"] != "end"]
 
     def add(self, event: Event) -> None:
         with self._changed:
@@ -49,8 +75,13 @@ class EventQueue:
                 with (self.folder / EVENTS).open("ab") as file:
                     file.write(json.dumps(event).encode() + b"\n")
             except OSError as error:
-                log.warning("tracking: events are in memory only: %s", describe_error(error))
+                self._warn(error)
             self._changed.notify_all()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._in_memory:
+            log.warning("tracking: events are in memory only: %s", describe_error(error))
+        self._in_memory = True
 
     def next_batch(self) -> list[Event]:
         """The oldest events that fit in one call: metrics of the same kind, or a single event."""
@@ -70,12 +101,16 @@ class EventQueue:
         with self._changed:
             delivered, self._events = self._events[:count], self._events[count:]
             self._delivered += count
-            self._delivered_path.write_text(str(self._delivered))
-            if not self._events and self._delivered >= SHORTEN_AFTER:
-                self._rewrite()
+            try:
+                self._delivered_path.write_text(str(self._delivered))
+                if not self._events and self._delivered >= SHORTEN_AFTER:
+                    self._rewrite()
+            except OSError as error:
+                self._warn(error)
         for event in delivered:
             if event["kind"] == "image":
-                Path(event["path"]).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    Path(event["path"]).unlink(missing_ok=True)
 
     def __len__(self) -> int:
         with self._changed:
@@ -94,8 +129,15 @@ class EventQueue:
         self._store.put(EVENTS, lines.encode())
 
 
+class RefusedError(RuntimeError):
+    """What a receiver refuses until somebody changes something; the message says what."""
+
+
 class Receiver(Protocol):
-    """Where an EventSender delivers; each method raises until it succeeds."""
+    """Where an EventSender delivers; each method raises until it succeeds.
+
+    ``RefusedError`` stands for what waiting does not cure.
+    """
 
     @property
     def address(self) -> str:
@@ -150,9 +192,11 @@ class EventSender:
             except Exception as error:  # no failure of a tracker may stop training
                 pause_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
                 failures += 1
-                if failures == 2:
+                refused = isinstance(error, RefusedError)
+                if failures == (1 if refused else 2):
                     log.warning(
-                        "tracking: no answer, events are kept uri=%s: %s",
+                        "tracking: %s, events are kept uri=%s: %s",
+                        "refused" if refused else "no answer",
                         self._receiver.address,
                         describe_error(error),
                     )
@@ -179,8 +223,11 @@ class EventSender:
 
 
 def _parsed(line: bytes) -> Event | None:
+    """The event; None for the last line of a killed process, and for what is not ours."""
     try:
-        event: Event = json.loads(line)
-    except ValueError:
-        return None  # the last line of a killed process
-    return event
+        event = json.loads(line)
+        fields = FIELDS[event["kind"]]
+        whole = all(type(event[name]) is kind for name, kind in fields.items())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return event if whole else None

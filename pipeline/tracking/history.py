@@ -158,6 +158,10 @@ class HistoryTracker:
         self._writer.add(step, values)
         self._tracker.log_metrics(step, values)
 
+    def log_checkpoint(self, step: int, url: str, values: Mapping[str, float]) -> None:
+        self._writer.add(step, values)
+        self._tracker.log_checkpoint(step, url, values)
+
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         self._tracker.log_image(key, step, pixels)
 

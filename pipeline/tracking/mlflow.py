@@ -4,8 +4,10 @@ import contextlib
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,18 @@ from cluster.session import job_metadata
 from cluster.storage import describe_error, without_password
 from data_prep.images import encode_png
 from pipeline.tracking.database import database_path, ensure_database
-from pipeline.tracking.event_queue import EventQueue, EventSender
+from pipeline.tracking.event_queue import EventQueue, EventSender, RefusedError
 from pipeline.tracking.protocol import FinishOnExit, NullTracker, RunInfo
 
 log = logging.getLogger(__name__)
 
 SAMPLE_S = 10.0  # between readings of this machine; MLflow's own variable overrides it
 PARAM_LENGTH = 6000  # MLflow cuts longer values without a warning
+NOTE = "mlflow.note.content"
+CHECK_S = 15.0  # the start of training waits this long for a server that may refuse
 PARAMS_PER_CALL = 100  # MLflow accepts this many
 MOST_RUNS = 200  # in one comparison
+REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND")
 DIGEST_LENGTH = 32  # MLflow refuses digests of more than 36 characters
 
 
@@ -51,7 +56,11 @@ class MlflowTracker(FinishOnExit):
         return self._run.id
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._queue.add({"kind": "metrics", "step": step, "values": dict(values), "ms": _now_ms()})
+        self._queue.add(_metrics("metrics", step, values))
+        self._monitor.begin()
+
+    def log_checkpoint(self, step: int, url: str, values: Mapping[str, float]) -> None:
+        self._queue.add(_metrics("checkpoint", step, values) | {"url": url})
 
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         path = self._queue.folder / f"{key}-{step:08d}.png"
@@ -60,7 +69,8 @@ class MlflowTracker(FinishOnExit):
         except OSError as error:
             log.warning("tracking: image %s at step %d lost: %s", key, step, describe_error(error))
             return
-        self._queue.add({"kind": "image", "key": key, "step": step, "path": str(path)})
+        event = {"kind": "image", "key": key, "step": step, "path": str(path), "ms": _now_ms()}
+        self._queue.add(event)
 
     def _close(self) -> None:
         self._monitor.close()
@@ -78,25 +88,39 @@ class NodeTracker(NullTracker):
         self._sender = EventSender(MlflowRun(info, uri, experiment, creates=False), queue)
         self._monitor = SystemMonitor(node, uri, queue)
 
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._monitor.begin()
+
     def _close(self) -> None:
         self._monitor.close()
         self._sender.close()
 
 
 class SystemMonitor:
-    """A thread that samples CPU, memory, disk, network and GPU of this machine."""
+    """A thread that samples CPU, memory, disk, network and GPU of this machine.
+
+    It begins with the first metrics of training: MLflow lists metrics in the order of their first
+    values, and these come last.
+    """
 
     def __init__(self, node: int, uri: str, queue: EventQueue) -> None:
         self._node, self._uri, self._queue = node, uri, queue
-        self._closed = threading.Event()
+        self._begun, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="system-monitor", daemon=True)
         self._thread.start()
 
+    def begin(self) -> None:
+        self._begun.set()
+
     def close(self) -> None:
         self._closed.set()
+        self._begun.set()
         self._thread.join()
 
     def _watch(self) -> None:
+        self._begun.wait()
+        if self._closed.is_set():
+            return
         # MLflow's own readings and names; its own thread gives up when the server is down.
         with _importing_mlflow():
             from mlflow.system_metrics import system_metrics_monitor as mlflow_monitor
@@ -128,11 +152,19 @@ class MlflowRun:
         self._info, self._uri, self._experiment, self._creates = info, uri, experiment, creates
         self._last_steps: dict[str, int] = {}
         self._readings = 0
+        self._attempt: int | None = None
 
     def connect(self) -> None:
-        """Find or create the run, and record this attempt in it."""
+        """Find or create the run, and record this attempt in it.
+
+        Raises RefusedError where waiting is no cure.
+        """
         if self.id is not None:
             return
+        with _refusals(self._uri):
+            self._connect()
+
+    def _connect(self) -> None:
         with _importing_mlflow():
             from mlflow.client import MlflowClient
 
@@ -162,11 +194,34 @@ class MlflowRun:
                 tags={"project.run": self._info.url, "project.attempt": "0"},
             )
         )
-        self._begin_attempt(run)
+        if self._info.training or not found:
+            self._begin_attempt(run)
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
         self.id = run.info.run_id
+        if self._info.training:
+            log.info("tracking: %s", _link(self._uri, experiment_id, self.id))
+
+    def probe(self) -> None:
+        """Raise RefusedError where ``connect`` would; nothing is created."""
+        with _refusals(self._uri):
+            path = database_path(self._uri)
+            if path is not None and not path.exists():
+                return
+            with _importing_mlflow():
+                from mlflow.client import MlflowClient
+            if path is not None:
+                ensure_database(path)
+            self._client = MlflowClient(tracking_uri=self._uri)
+            if self._client.get_experiment_by_name(self._experiment) is not None:
+                self._experiment_id()
 
     def receive(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Record metrics of the same kind, or one event of another kind."""
+        with _refusals(self._uri):
+            self._receive(events)
+
+    def _receive(self, events: Sequence[Mapping[str, Any]]) -> None:
         assert self.id is not None
         kind = events[0]["kind"]
         if kind == "metrics":
@@ -174,6 +229,9 @@ class MlflowRun:
         elif kind == "machine":
             self._log_values([self._readings + number for number in range(len(events))], events)
             self._readings += len(events)
+        elif kind == "checkpoint":
+            for event in events:
+                self._log_checkpoint(event)
         elif kind == "image":
             self._log_image(events[0])
         else:
@@ -184,8 +242,12 @@ class MlflowRun:
         from mlflow.entities import Param, RunTag
 
         client, run_id = self._client, run.info.run_id
-        attempt = int(run.data.tags.get("project.attempt", "0")) + 1
-        tags = _origin_tags() | {"project.attempt": str(attempt)}
+        if self._attempt is None:  # else this is a repetition after a failure
+            self._attempt = int(run.data.tags.get("project.attempt", "0")) + self._info.training
+        attempt = self._attempt
+        tags = dict(self._info.tags) | _origin_tags() | {"project.attempt": str(attempt)}
+        if self._info.note and NOTE not in run.data.tags:  # people write there as well
+            tags[NOTE] = self._info.note
         if self._info.dataset_digest:
             tags["project.dataset.digest"] = self._info.dataset_digest
         params = {key: str(value)[:PARAM_LENGTH] for key, value in self._info.params.items()}
@@ -200,31 +262,106 @@ class MlflowRun:
         client.update_run(run_id, status="RUNNING")
         if self._info.config_yaml:
             client.log_text(run_id, self._info.config_yaml, "config/resolved.yaml")
+        if self._info.code_diff:
+            client.log_text(run_id, self._info.code_diff, f"code/attempt-{attempt}.diff")
         if self._info.dataset_digest and not run.inputs.dataset_inputs:
             self._log_dataset(run_id)
 
-    def _log_values(self, steps: Sequence[int], events: Sequence[Mapping[str, Any]]) -> None:
+    def _log_values(
+        self,
+        steps: Sequence[int],
+        events: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+    ) -> None:
+        """Values at steps that their metric does not have yet."""
         from mlflow.entities import Metric
+
+        bound: dict[str, Any] = {}
+        if model_id is not None:
+            bound["model_id"] = model_id
+            if self._info.dataset_digest:
+                bound["dataset_name"] = self._info.dataset_name
+                bound["dataset_digest"] = self._info.dataset_digest[:DIGEST_LENGTH]
 
         last, new = dict(self._last_steps), []
         for step, event in zip(steps, events, strict=True):
             for key, value in event["values"].items():
                 if step > last.get(key, -1):
-                    new.append(Metric(key, value, event["ms"], step))
+                    new.append(Metric(key, value, event["ms"], step, **bound))
                     last[key] = step
         if new:
             self._client.log_batch(self.id, metrics=new)
         self._last_steps = last
 
+    def _log_checkpoint(self, event: Mapping[str, Any]) -> None:
+        """A model of MLflow's for the checkpoint, and its metrics; its weights stay on storage."""
+        model_id = None
+        try:
+            model_id = self._model_of(event)
+        except Exception as error:  # an older server has no such models; the metrics still count
+            log.warning(
+                "tracking: the checkpoint of step %d is no model on MLflow: %s",
+                event["step"],
+                describe_error(error),
+            )
+        self._log_values([event["step"]], [event], model_id)
+
+    def _model_of(self, event: Mapping[str, Any]) -> str:
+        from mlflow.entities import LoggedModelStatus
+
+        client = self._client
+        experiment_id = client.get_run(self.id).info.experiment_id
+        name = f"{self._info.name}-step-{event['step']:08d}"
+        found = client.search_logged_models(
+            [experiment_id], f"name = '{name}' AND source_run_id = '{self.id}'", max_results=1
+        )
+        model = (
+            found[0]
+            if found
+            else client.create_logged_model(
+                experiment_id,
+                name=name,
+                source_run_id=self.id,
+                tags={
+                    "mlflow.model.isExternal": "true",
+                    "project.url": event["url"],
+                    "project.run": self._info.url,
+                },
+                params={"step": str(event["step"])},
+                model_type="inpainting",
+            )
+        )
+        if model.status != LoggedModelStatus.READY:
+            client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
     def _log_image(self, event: Mapping[str, Any]) -> None:
-        name = f"images/{event['key']}/step-{event['step']:08d}.png"  # a repetition replaces it
-        if (path := Path(event["path"])).exists():
-            with Image.open(path) as image:
-                self._client.log_image(self.id, image.copy(), artifact_file=name)
+        """As MLflow's ``log_image(key=, step=)``, but a repetition replaces the image.
+
+        MLflow's image grid and its slider of steps read key and step from the name.
+        """
+        from mlflow.tracking.multimedia import compress_image_size
+
+        path = Path(event["path"])
+        if not path.exists():
+            return
+        key, step, ms = event["key"].replace("/", "~"), event["step"], event.get("ms", 0)
+        mark = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._info.url}/{key}/{step}")
+        name = f"{key}+step+{step}+timestamp+{ms}+{mark}"
+        with tempfile.TemporaryDirectory() as folder, Image.open(path) as image:
+            image.save(Path(folder, f"{name}.png"))
+            compress_image_size(image).save(Path(folder, f"{name}+compressed.webp"))
+            self._client.log_artifacts(self.id, folder, "images")
+        self._client.set_tag(self.id, "mlflow.loggedImages", True)
 
     def _experiment_id(self) -> str:
         found = self._client.get_experiment_by_name(self._experiment)
         if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise RefusedError(
+                    f"the experiment {self._experiment} was deleted: restore it with `mlflow "
+                    f"experiments restore -x {found.experiment_id}`, or set tracking.experiment"
+                )
             return str(found.experiment_id)
         location = None
         if (path := database_path(self._uri)) is not None:
@@ -243,6 +380,66 @@ class MlflowRun:
         )
         context = InputTag("mlflow.data.context", "training")
         self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
+
+
+def refusal(uri: str, experiment: str) -> str | None:
+    """Why MLflow would refuse a run in ``experiment``, where waiting is no cure.
+
+    None where it would not, and where it does not answer: it may come back.
+    """
+    answer: list[str] = []
+
+    def ask() -> None:
+        probe = MlflowRun(RunInfo("", ""), uri, experiment)
+        try:
+            probe.probe()
+        except RefusedError as error:
+            answer.append(describe_error(error))
+        except Exception as error:
+            log.debug("tracking: no answer from %s: %s", probe.address, error)
+
+    thread = threading.Thread(target=ask, name="tracking-check", daemon=True)
+    thread.start()
+    thread.join(CHECK_S)
+    return answer[0] if answer else None
+
+
+@contextlib.contextmanager
+def _refusals(uri: str) -> Iterator[None]:
+    """Turn errors that waiting does not cure into RefusedError, with the cure."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RefusedError(f"{error}: install the driver of the database") from error
+    except Exception as error:
+        text = describe_error(error)
+        code = getattr(error, "error_code", "")
+        if "out-of-date database schema" in text:
+            database = without_password(uri)
+            raise RefusedError(
+                "the database is of another release of MLflow: back it up, then type `mlflow db "
+                f"upgrade {database}`, or set tracking.uri"
+            ) from error
+        if code in REFUSALS or "must be in the 'active' state" in text:
+            raise RefusedError(text) from error
+        raise
+
+
+def _link(uri: str, experiment_id: str, run_id: str) -> str:
+    """Where people look at the run."""
+    shown = without_password(uri)
+    if uri.startswith(("http://", "https://")):
+        return f"{shown.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return (
+        f"run {run_id}: `mlflow server --backend-store-uri {shown}` shows it at "
+        f"http://127.0.0.1:5000/#/experiments/{experiment_id}/runs/{run_id}"
+    )
+
+
+def _metrics(kind: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """An event of six significant digits: MLflow's tables show every decimal."""
+    rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+    return {"kind": kind, "step": step, "values": rounded, "ms": _now_ms()}
 
 
 def find_run_urls(uri: str, filter_string: str) -> list[str]:

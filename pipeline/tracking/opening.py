@@ -3,16 +3,18 @@
 import hashlib
 import logging
 import os
+import platform
 import re
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
 
-from cluster.git import git_commit
-from cluster.session import job_metadata
+from cluster.git import code_tree, git_commit, git_diff
+from cluster.session import job_metadata, package_url
 from cluster.storage import Store, without_password
 from data_prep.shards import Dataset
 from pipeline.config import Config
@@ -20,20 +22,29 @@ from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import AttemptInfo, HistoryTracker, HistoryWriter
 from pipeline.tracking.image_tracker import ImageFileTracker
-from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
+from pipeline.tracking.mlflow import MlflowTracker, NodeTracker, refusal
 from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
 
 log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 URI_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
+PACKAGES = ("torch", "ray", "deepspeed", "mlflow", "numpy", "pillow")
+
+
+def refuse_early(cfg: Config) -> None:
+    """Raise ValueError for a tracker that would refuse the run, not for one that is away."""
+    if cfg.tracking.backend != "mlflow":
+        return
+    if (reason := refusal(resolve_uri(cfg.tracking.uri), cfg.tracking.experiment)) is not None:
+        raise ValueError(f"MLflow refuses: {reason}; tracking.backend=none trains without it")
 
 
 def open_training_tracker(
     cfg: Config, storage: RunStorage, dataset: Dataset, resume_from_step: int, ranks: Ranks
 ) -> Tracker:
     """The tracker of one attempt at training, whose metrics are also kept with the run."""
-    tracker = open_run_tracker(cfg, storage, dataset, resume_from_step, ranks)
+    tracker = open_run_tracker(cfg, storage, dataset, resume_from_step, ranks, training=True)
     if not ranks.first:
         return tracker
     cuda = ranks.device.type == "cuda"
@@ -50,11 +61,18 @@ def open_training_tracker(
 
 
 def open_run_tracker(
-    cfg: Config, storage: RunStorage, dataset: Dataset, resume_from_step: int, ranks: Ranks
+    cfg: Config,
+    storage: RunStorage,
+    dataset: Dataset,
+    resume_from_step: int,
+    ranks: Ranks,
+    *,
+    training: bool = False,
 ) -> Tracker:
     """The tracker of the run, as its recipe configures it.
 
     Rank 0 records everything, one rank of each other node its system metrics, the rest nothing.
+    ``training``: this start counts as an attempt.
     """
     info = RunInfo(
         name=cfg.name,
@@ -64,6 +82,10 @@ def open_run_tracker(
         dataset_name=dataset.name,
         dataset_url=dataset.url,
         dataset_digest=dataset.digest,
+        tags=_tags(cfg, dataset, ranks) if ranks.first and training else {},
+        note=_note(cfg, storage.run_url, dataset),
+        code_diff=git_diff() if ranks.first and training else "",
+        training=training,
     )
     return open_tracker(
         cfg.tracking.backend if ranks.local_rank == 0 else "none",
@@ -107,6 +129,55 @@ def open_tracker(
             info, uri=uri, experiment=experiment, queue_folder=queue_folder, node=node
         )
     return MlflowTracker(info, uri=uri, experiment=experiment, queue_folder=queue_folder)
+
+
+def _tags(cfg: Config, dataset: Dataset, ranks: Ranks) -> dict[str, str]:
+    """What to filter runs by, and what this attempt ran on."""
+    tags = {
+        "project.dataset": dataset.name,
+        "project.preset": cfg.preset or "",
+        "project.convolution": cfg.model.convolution,
+        "project.guided": str(cfg.model.guided).lower(),
+        "project.seed": str(cfg.train_seed),
+        "project.world_size": str(ranks.world_size),
+        "project.hardware": _hardware(ranks),
+        "project.package": package_url() or "",
+        "project.code_tree": code_tree(Path.cwd()) or "",
+        "project.dirty": str(bool(git_diff())).lower() if git_commit() else "",
+    }
+    tags |= {f"project.version.{name}": _version(name) for name in PACKAGES}
+    return {name: value for name, value in tags.items() if value}
+
+
+def _hardware(ranks: Ranks) -> str:
+    if ranks.device.type == "cuda":
+        return f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+    return f"{os.cpu_count()} CPUs {platform.machine()}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _note(cfg: Config, run_url: str, dataset: Dataset) -> str:
+    """What people read first on the page of the run."""
+    kind = "guided" if cfg.model.guided else "unguided"
+    url = without_password(run_url)
+    return (
+        f"Trains a {kind} DeepFill v2 generator with {cfg.model.convolution} convolutions on "
+        f"{dataset.name} at {cfg.train.size_px} px, {cfg.train.steps} steps of "
+        f"{cfg.train.global_batch} images.\n\n"
+        "Get its best weights:\n\n"
+        f"    python -m pipeline checkpoints pull {url} --step best --out checkpoint\n\n"
+        "Resume it: type the command again that started it. Its settings are the artifact "
+        "`config/resolved.yaml`:\n\n"
+        "    python -m pipeline train resolved.yaml\n\n"
+        "Hold it against another run:\n\n"
+        f"    python -m pipeline compare {url} OTHER --out report.html\n"
+    )
 
 
 def resolve_uri(uri: str | None) -> str:

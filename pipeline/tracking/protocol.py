@@ -23,6 +23,14 @@ class RunInfo:
     dataset_name: str = ""
     dataset_url: str = ""
     dataset_digest: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What to filter runs by."""
+    note: str = ""
+    """Markdown for the page of the run."""
+    code_diff: str = ""
+    """What the checkout has beyond its commit."""
+    training: bool = True
+    """Whether this start trains; others add to the run without counting as an attempt."""
 
 
 class Tracker(Protocol):
@@ -38,6 +46,9 @@ class Tracker(Protocol):
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record a value for each name at ``step``; steps recorded before are not repeated."""
+
+    def log_checkpoint(self, step: int, url: str, values: Mapping[str, float]) -> None:
+        """Record the checkpoint of ``step`` at ``url``, and its metrics as ``log_metrics`` does."""
 
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         """Record an (H, W, 3) uint8 RGB image."""
@@ -88,5 +99,7 @@ class NullTracker(FinishOnExit):
     run_id = None
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_checkpoint(self, step: int, url: str, values: Mapping[str, float]) -> None: ...
 
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None: ...

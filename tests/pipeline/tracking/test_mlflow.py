@@ -13,9 +13,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from data_prep.images import encode_png
 from pipeline.evaluation.run_record import UnknownRunError, find_runs
 from pipeline.tracking import RunInfo, event_queue, mlflow
-from pipeline.tracking.mlflow import MlflowTracker, NodeTracker
+from pipeline.tracking.mlflow import MlflowRun, MlflowTracker, NodeTracker, refusal
 
 INFO = RunInfo(
     name="demo",
@@ -73,7 +74,9 @@ def test_a_run_is_recorded_completely(uri, tmp_path):
     assert INFO.dataset_digest.startswith(dataset.dataset.digest)
     artifacts = tmp_path / "mlartifacts"
     assert next(artifacts.rglob("resolved.yaml")).read_text() == "name: demo\n"
-    assert next(artifacts.rglob("images/samples/step-00000010.png")).exists()
+    assert next(artifacts.rglob("images/samples+step+10+*.png")).exists()
+    assert next(artifacts.rglob("images/samples+step+10+*+compressed.webp")).exists()
+    assert run.data.tags["mlflow.loggedImages"] == "True"
 
 
 def test_a_restart_resumes_the_run_and_repeats_no_step(uri, tmp_path):
@@ -120,7 +123,7 @@ def test_events_survive_an_outage_of_the_server_and_are_sent_later(
     with tracker(uri, tmp_path) as tracked:
         tracked.log_metrics(2, {"loss": 2.0})
     assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
-    assert next((tmp_path / "mlartifacts").rglob("step-00000001.png")).exists()
+    assert next((tmp_path / "mlartifacts").rglob("samples+step+1+*.png")).exists()
 
 
 def test_events_survive_kill_9(uri, tmp_path):
@@ -271,5 +274,101 @@ def test_runs_are_found_by_a_filter_and_by_their_id(uri, tmp_path):
         find("params.`model.convolution` = 'partial'")
     with pytest.raises(ValueError, match="cannot answer"):
         find("nonsense = 1")
-    with pytest.raises(ValueError, match="no such database"):
+    with pytest.raises(ValueError, match="database was not found"):
         find_runs(["a = 1"], storage=None, tracking_uri=f"sqlite:///{tmp_path}/x.db")
+
+
+def test_an_image_that_is_sent_twice_is_there_once(uri, tmp_path):
+    for _ in range(2):
+        run = MlflowRun(INFO, uri, "tests")
+        run.connect()
+        path = tmp_path / "image.png"
+        path.write_bytes(encode_png(np.zeros((4, 6, 3), np.uint8)))
+        run.receive([{"kind": "image", "key": "samples", "step": 1, "path": str(path), "ms": 5}])
+    images = sorted(path.suffix for path in (tmp_path / "mlartifacts").rglob("samples+step*"))
+    assert images == [".png", ".webp"]
+
+
+def test_a_checkpoint_is_a_model_with_metrics_bound_to_it_and_to_the_dataset(uri, tmp_path):
+    for _ in range(2):
+        with tracker(uri, tmp_path) as tracked:
+            tracked.log_checkpoint(10, "s3://bucket/runs/demo/checkpoints/10", {"val/psnr_db": 20})
+            tracked.log_checkpoint(20, "s3://bucket/runs/demo/checkpoints/20", {"val/psnr_db": 25})
+    client = MlflowClient(uri)
+    best, other = client.search_logged_models(
+        [client.get_experiment_by_name("tests").experiment_id],
+        order_by=[{"field_name": "metrics.val/psnr_db", "ascending": False}],
+    )
+    assert best.tags["project.url"] == "s3://bucket/runs/demo/checkpoints/20"
+    (metric,) = best.metrics
+    assert (metric.value, metric.step, metric.dataset_name) == (25, 20, "bundled")
+    assert other.name == "demo-step-00000010"
+    assert history(uri, "val/psnr_db") == [(10, 20.0), (20, 25.0)]
+
+
+def test_an_evaluation_is_no_attempt(uri, tmp_path):
+    for training in (True, False, True):
+        with tracker(uri, tmp_path, replace(INFO, training=training)) as tracked:
+            tracked.log_metrics(1, {"loss": 1.0})
+    assert the_run(uri).data.tags["project.attempt"] == "2"
+
+
+def test_the_link_to_the_run_is_logged_at_the_start(uri, tmp_path, caplog):
+    caplog.set_level("INFO")
+    with tracker(uri, tmp_path) as tracked:
+        deadline = time.monotonic() + 30
+        while tracked.run_id is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.1)
+        assert f"/runs/{tracked.run_id}" in caplog.text
+
+
+def test_values_have_six_digits(uri, tmp_path):
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 0.123456789})
+    assert history(uri, "loss") == [(1, 0.123457)]
+
+
+def test_a_deleted_experiment_is_a_mistake_and_loses_nothing(uri, tmp_path, monkeypatch, caplog):
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("tests")
+    client.delete_experiment(experiment)
+    assert "experiments restore" in (refusal(uri, "tests") or "")
+    monkeypatch.setattr(event_queue, "FLUSH_S", 2.0)
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+    assert "refused, events are kept" in caplog.text
+    client.restore_experiment(experiment)
+    assert refusal(uri, "tests") is None
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(2, {"loss": 2.0})
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_server_that_is_away_is_no_mistake():
+    assert refusal("http://127.0.0.1:1", "tests") is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"{}", b'{"kind": "metrics"}', b'["kind"]', b'{"kind": []}', b"\xff", b"[" * 9999],
+)
+def test_a_foreign_line_in_the_queue_is_passed_over(uri, tmp_path, caplog, line):
+    (tmp_path / "queue").mkdir()
+    mine = b'{"kind": "metrics", "step": 1, "values": {"loss": 1.0}, "ms": 1}'
+    (tmp_path / "queue" / "events.jsonl").write_bytes(line + b"\n" + mine + b"\n")
+    (tmp_path / "queue" / "delivered").write_bytes(b"\xff")
+    assert [event["step"] for event in event_queue.EventQueue(tmp_path / "queue").next_batch()] == [
+        1
+    ]
+    assert "1 damaged lines" in caplog.text
+
+
+def test_a_queue_that_cannot_be_written_is_in_memory(uri, tmp_path, caplog):
+    (tmp_path / "queue").write_text("a file, where the folder would be")
+    with tracker(uri, tmp_path) as tracked:
+        tracked.log_metrics(1, {"loss": 1.0})
+        tracked.log_image("samples", 1, np.zeros((4, 4, 3), np.uint8))
+    assert history(uri, "loss") == [(1, 1.0)]
+    assert caplog.text.count("in memory only") == 1
