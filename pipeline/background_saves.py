@@ -14,6 +14,7 @@ from pipeline.checkpoint_manifest import CheckpointError
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+LONGEST_WAIT_S = 30.0  # that training waits for the save before
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class BackgroundSaves:
     def submit(self, step: int, attempt: Callable[[], None]) -> None:
         """Run ``attempt`` in the background. Raises the failure of an earlier save.
 
-        Waits while the save before is on its first attempts: at most two saves are in memory.
+        Waits for the save before, unless that is being repeated or takes ``LONGEST_WAIT_S``: at
+        most two saves are in memory.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._idle or self._failing_since is not None or self._failure is not None
+                lambda: self._idle or self._failing_since is not None or self._failure is not None,
+                LONGEST_WAIT_S,
             )
             self.raise_failure()
             if self._next is not None:

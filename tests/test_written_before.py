@@ -114,6 +114,24 @@ def test_the_run_resumes_from_the_checkpoint(cfg):
     assert read_history(storage.run).curves["loss/l1_refined"].steps.tolist() == [1, 2, 3]
 
 
+def test_an_empty_newest_manifest_does_not_block_training(cfg):
+    checkpoints = RunStorage.open(cfg).checkpoints
+    checkpoints.put("step-00000003/manifest.json", b"")
+    ran = resumed(cfg, "train.steps=3")
+    assert ran.returncode == DONE, ran.stderr[-4000:]
+    assert "resuming run=before step=2" in ran.stderr
+    assert CheckpointStore(checkpoints).verify(3) == []
+
+
+def test_a_run_that_cannot_save_ends_with_one_line_and_the_step_that_is_safe(cfg, tmp_path):
+    """The folder of the next checkpoint is a file: that is refused, and not repeated."""
+    (Path(RunStorage.open(cfg).checkpoints.url) / "step-00000003").write_text("in the way")
+    ran = resumed(cfg, "train.steps=3")
+    assert ran.returncode == MISTAKE
+    assert "step 3 could not be saved" in ran.stderr.splitlines()[-1]
+    assert "step 2 is safe" in ran.stderr.splitlines()[-1]
+
+
 def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(cfg):
     RunStorage.open(cfg).checkpoints.delete("step-00000002/optimizer.safetensors")
     ran = resumed(cfg)

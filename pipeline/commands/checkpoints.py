@@ -165,6 +165,7 @@ def _prune(arguments: argparse.Namespace) -> bool:
     pruning = checkpoints.plan_pruning()
     if arguments.yes:
         checkpoints.apply(pruning)
+        checkpoints.store.clear_unfinished()
     if arguments.json:
         _print_json(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,25 @@ def test_superseding_does_not_put_the_deadline_off(store: Store, fails: Fails) -
 
     with pytest.raises(CheckpointError, match="could not be saved"):
         train()
+
+
+def test_training_does_not_wait_for_a_save_that_hangs(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background_saves, "LONGEST_WAIT_S", 0.05)
+    answers, real = threading.Event(), store.put
+
+    def hanging(key: str, data: bytes) -> None:
+        assert answers.wait(10)
+        real(key, data)
+
+    monkeypatch.setattr(store, "put", hanging)
+    checkpoints = CheckpointStore(store)
+    for step in (10, 20, 30):
+        checkpoints.save(step, FILES, manifest={})
+    answers.set()
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 30]  # never more than two in memory
 
 
 def test_what_cannot_heal_surfaces_at_the_next_step(s3: tuple[FaultyS3, str]) -> None:

@@ -15,7 +15,9 @@ from botocore.exceptions import ClientError
 from cluster.services import S3Server
 from cluster.storage import (
     MIB,
+    CorruptedTransferError,
     StorageError,
+    StorageRefusedError,
     Store,
     open_store,
     pyarrow_filesystem,
@@ -131,7 +133,7 @@ def test_missing_credentials_are_named(s3_url: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("s3_server")
 def test_a_missing_bucket_is_named() -> None:
-    with pytest.raises(StorageError, match=r"s3://never-made.*bucket was not found"):
+    with pytest.raises(StorageRefusedError, match=r"s3://never-made.*bucket was not found"):
         open_store("s3://never-made/x").put("key", b"")
 
 
@@ -142,6 +144,27 @@ def test_the_error_of_a_server_that_rejects_checksums_names_the_setting() -> Non
         storage_errors("s3://bucket/key"),
     ):
         raise ClientError(answer, "PutObject")
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "kind"),
+    [
+        ("AccessDenied", "", StorageRefusedError),
+        ("SignatureDoesNotMatch", "", StorageRefusedError),
+        ("SlowDown", "", StorageError),
+        ("ExpiredToken", "", StorageError),  # credentials are renewed
+        ("BadDigest", "", CorruptedTransferError),
+        ("InvalidRequest", "The checksum did not match", CorruptedTransferError),
+    ],
+)
+def test_errors_that_may_heal_differ_from_those_that_cannot(
+    code: str, text: str, kind: type[StorageError]
+) -> None:
+    answer: Any = {"Error": {"Code": code, "Message": text}}
+    with pytest.raises(StorageError) as caught, storage_errors("s3://bucket/key"):
+        raise ClientError(answer, "PutObject")
+    assert type(caught.value) is kind
+    assert "when_required" not in str(caught.value)
 
 
 def test_reading_resumes_where_the_connection_broke(

@@ -32,6 +32,15 @@ def test_what_was_put_comes_back(store: Store) -> None:
         assert source.read(2) + source.read() == b"two"
 
 
+def test_a_range_of_a_value_comes_alone(store: Store) -> None:
+    store.put("key", b"0123456789")
+    for again in (store, store.reconnected()):
+        assert again.read_range("key", 0, 4) == b"0123"
+        assert again.read_range("key", 8, 4) == b"89"
+    with pytest.raises(MissingKeyError):
+        store.read_range("missing", 0, 1)
+
+
 def test_an_empty_value_is_a_value(store: Store) -> None:
     store.put("empty", b"")
     assert store.get("empty") == b""
