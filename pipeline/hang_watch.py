@@ -28,7 +28,7 @@ STDERR = 2  # also where sys.stderr is replaced
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """What a rank reports about itself."""
 
     number: int
     step: int
@@ -52,14 +52,14 @@ class HangWatch:
         self._thread: threading.Thread | None = None
         self._store: Any = None
         if ranks.world_size > 1:
-            # A connection of its own: the others may be waiting on theirs.
+            # A separate connection: the other threads may be waiting on theirs.
             store: Any = dist.distributed_c10d._get_default_store()
             store = store.clone()
             store.set_timeout(timedelta(seconds=max(self._pause_s, 1.0)))
             self._store = dist.PrefixStore("hang-watch", store)  # type: ignore[attr-defined]
 
     def progress(self, step: int) -> None:
-        """Something was done, at ``step``."""
+        """Note that something was done, at ``step``."""
         self._step, self._since = step, time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
@@ -127,7 +127,7 @@ class HangWatch:
         return f"all ranks answer, at step {min(steps)}; their stacks are above"
 
     def _beats(self) -> dict[int, Beat]:
-        """The last beat of every rank that has told one."""
+        """The last beat of every rank that has sent one."""
         found: dict[int, Beat] = {}
         for rank in range(self._ranks.world_size if self._store is not None else 0):
             try:

@@ -84,7 +84,7 @@ def parity_rows(cfg: Config) -> Iterator[Row]:
     """Train with every engine from ``cfg.seed``, and compare each with one plain process.
 
     The images are noise, so that no dataset is needed; networks, masks and settings of the update
-    are the recipe's. On GPUs where the node has two, else on processors.
+    are the recipe's. On GPUs where the node has two, else on CPUs.
     """
     if cfg.train.streams < WORLD_SIZE:
         raise ConfigError(f"train.streams {cfg.train.streams} should be at least {WORLD_SIZE}")
