@@ -132,7 +132,7 @@ def read_weights(source: str | None) -> bytes:
     StorageError.
     """
     # Imported here, as h5py below: the network itself runs with torch and numpy alone.
-    from cluster.storage import folder_and_name, open_store
+    from cluster.storage import came_instead, folder_and_name, open_store
 
     if source is None:
         path, expected = packaged_weights(), PACKAGED_SHA256
@@ -141,6 +141,8 @@ def read_weights(source: str | None) -> bytes:
         url, _, expected = source.partition("#sha256=")
         folder, name = folder_and_name(url)
         data = open_store(folder).get(name)
+    if fault := came_instead(data):
+        raise ValueError(f"HED weights {source or path} are {fault}")
     found = hashlib.sha256(data).hexdigest()
     if expected and found != expected:
         raise ValueError(

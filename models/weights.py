@@ -111,6 +111,9 @@ WRITES_COLORS = ("coarse.conv17", "refine.merge.conv17")
 GENERATOR_SCOPE, DISCRIMINATOR_SCOPE = "inpaint_net/", "discriminator/sn_patch_gan/"
 OPTIMIZER_SLOTS = ("/Adam", "/Adam_1")
 # nipponjo keeps the 3×3 identity that its attention fuses scores with as a buffer.
+# What trainers call the networks, and a state dict among other things, in a file.
+NETWORK_NAMES = (("G", "D"), ("netG", "netD"), ("generator", "discriminator"))
+WRAPPERS = ("state_dict", "model", "params", "params_ema", "model_state_dict")
 CONSTANTS = ("contextual_attention.fuse_weight",)
 
 
@@ -136,7 +139,8 @@ class ForeignWeights:
 def read_foreign_weights(path: Path) -> ForeignWeights:
     """The networks in a file of another code; nothing in it is executed.
 
-    ``path`` is a file of nipponjo's (a dict with ``G`` and perhaps ``D``, or the generator alone),
+    ``path`` is a file of nipponjo's (a dict with ``G`` and perhaps ``D``, or the generator alone,
+    also as trainers wrap them: under ``state_dict``, ``model``, ``netG``, names with ``module.``),
     the authors' TensorFlow checkpoint (its prefix, one of its files, or a folder with one of them;
     needs TensorFlow), or an ``.npz`` of that checkpoint's variables under their names (needs
     nothing). OSError where the file is missing, ValueError where it holds something else.
@@ -327,9 +331,9 @@ def _nipponjo(path: Path) -> ForeignWeights:
         return torch.load(file, map_location="cpu", weights_only=True)
 
     content = _loaded(path, load, "not a file of plain tensors, or damaged: torch.save writes them")
-    networks = content if isinstance(content, dict) and "G" in content else {"G": content}
-    generator = _tensors(path, networks["G"])
-    discriminator = _tensors(path, networks.get("D", {}))
+    networks = _unwrapped(content)
+    generator = plain_names(_tensors(path, networks["G"]))
+    discriminator = plain_names(_tensors(path, networks.get("D", {})))
     format: WeightFormat
     for format in ("networks_tf", "networks"):
         if f"{_prefix(LAYERS[0], format)}.weight" in generator:
@@ -338,6 +342,36 @@ def _nipponjo(path: Path) -> ForeignWeights:
         f"{path} should hold a generator under the names of nipponjo's networks or networks_tf, "
         f"but holds {_listed(generator)}"
     )
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what DataParallel, DDP and torch.compile put before their names."""
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): of for name, of in tensors.items()}
+
+
+def _unwrapped(content: Any) -> dict[str, Any]:
+    """Networks by ``G`` and ``D``, out of the dicts that trainers put around a state dict."""
+    while isinstance(content, dict):
+        for generator, discriminator in NETWORK_NAMES:
+            if isinstance(content.get(generator), dict):
+                found = {"G": _state_dict(content[generator])}
+                if discriminator in content:
+                    found["D"] = _state_dict(content[discriminator])
+                return found
+        inner = _state_dict(content)
+        if inner is content:
+            break
+        content = inner
+    return {"G": content}
+
+
+def _state_dict(content: Any) -> Any:
+    """The state dict inside of one wrapper, or else the same."""
+    if isinstance(content, dict):
+        for name in WRAPPERS:
+            if isinstance(content.get(name), dict):
+                return content[name]
+    return content
 
 
 def _loaded(path: Path, load: Callable[[BinaryIO], Loaded], fault: str) -> Loaded:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from cluster.storage import MissingKeyError, folder_and_name, open_store
+from cluster.storage import MissingKeyError, came_instead, folder_and_name, open_store
 from models import Discriminator, Generator
 from models.options import ModelOptions
-from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided
+from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided, plain_names
 from pipeline.checkpoint_urls import choose_checkpoint
 from pipeline.checkpoints import BEST
 from pipeline.config import Config, ConfigError, stored_model_options
@@ -153,11 +153,26 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
 
 def _tensors(data: bytes, name: str) -> dict[str, Tensor]:
     try:
-        tensors = load_tensors(data)
+        tensors = plain_names(load_tensors(data))
     except SafetensorError as error:
-        raise ValueError(f"{name} is not a safetensors file: {error}") from error
+        fault = came_instead(data) or _cut_short(data) or f"not a safetensors file: {error}"
+        raise ValueError(f"{name} is {fault}") from error
     refuse_not_finite(tensors, name)
     return tensors
+
+
+def _cut_short(data: bytes) -> str | None:
+    """How much of a safetensors file is there, where that is not all; by the format's header."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        ends = [header[tensor]["data_offsets"][1] for tensor in header if tensor != "__metadata__"]
+        whole = 8 + length + max(ends)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    if len(data) >= whole:
+        return None
+    return f"cut short, {len(data):,} of {whole:,} bytes: fetch it again"
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:

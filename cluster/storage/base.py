@@ -144,6 +144,20 @@ def describe_error(error: BaseException, max_chars: int = 300) -> str:
     return f"{type(error).__name__}: {text}"[:max_chars].removesuffix(": ")
 
 
+def came_instead(data: bytes) -> str | None:
+    """What a failed download left in place of a binary file, with the remedy; None for others."""
+    start = data[:512].lstrip().lower()
+    if not data:
+        return "empty: fetch it again"
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        return "a pointer of Git LFS, not the file: run `git lfs pull` where it came from"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, not the file: fetch it with the link of the file itself"
+    if start.startswith(b"pk\x03\x04") and data.rfind(b"PK\x05\x06", -(2**16)) < 0:
+        return "cut short, as by a download that stopped: fetch it again"
+    return None
+
+
 def without_password(text: str) -> str:
     """``text`` without the user names and passwords of the URLs in it.
 

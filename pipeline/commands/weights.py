@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cluster.storage import MIB, replacing, scratch_folder
+from cluster.storage import MIB, came_instead, replacing, scratch_folder
 from models import Generator
 from models.generator import STRIDE
 from models.masking import erase, guide
@@ -67,6 +67,8 @@ def import_weights(
             raise ValueError(f"{file} should end in .safetensors")
     if discriminator is not None and discriminator.resolve() == out.resolve():
         raise ValueError(f"{out} cannot hold both networks: give the discriminator another file")
+    if path.is_file() and (fault := came_instead(path.read_bytes())):
+        raise ValueError(f"{path} is {fault}")
     source = read_foreign_weights(path)
     if colors is None and source.format != "tensorflow":
         raise ValueError(

@@ -4,6 +4,7 @@ import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +160,27 @@ def test_nipponjos_files_hold_the_same_weights(
     else:
         expected = discriminator_weights(official, colors="rgb")
         same(discriminator_weights(source, colors="rgb"), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda found: {"state_dict": found["G"], "epoch": 3},
+        lambda found: {"model": {"params": found["G"]}},
+        lambda found: {"netG": found["G"], "netD": found["D"]},
+        lambda found: {"netG": {"state_dict": found["G"]}},
+        lambda found: {"model": found},
+        lambda found: {f"module.{name}": tensor for name, tensor in found["G"].items()},
+        lambda found: {f"_orig_mod.module.{name}": of for name, of in found["G"].items()},
+    ],
+)
+def test_state_dicts_are_read_as_trainers_wrap_them(
+    variables: Variables, npz: Path, tmp_path: Path, wrap: Callable[[Any], Any]
+) -> None:
+    path = tmp_path / "wrapped.pth"
+    torch.save(wrap(as_nipponjo(variables, "networks_tf")), path)
+    expected = generator_weights(read_foreign_weights(npz), colors="rgb")
+    same(generator_weights(read_foreign_weights(path), colors="rgb"), expected)
 
 
 def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_prep.hed import read_weights
 from models import Discriminator, Generator
 from models.options import ModelOptions
 from models.weights import DISCRIMINATOR_KERNEL
 from pipeline import networks
+from pipeline.commands.weights import import_weights
 from pipeline.config import ConfigError, load
 from pipeline.data.batch import Batch
 from pipeline.engine import Adam, TorchEngine
@@ -83,6 +85,38 @@ def test_networks_of_another_width_train_and_are_read_back(tmp_path):
     with torch.no_grad():
         inputs = small_image(guided=True)
         torch.testing.assert_close(loaded(*inputs), generator(*inputs), rtol=0, atol=0)
+
+
+def test_what_a_failed_download_left_is_named(tmp_path):
+    whole = tmp_path / "whole.safetensors"
+    write_weights(whole, ModelOptions(guided=True))
+    data = whole.read_bytes()
+    path = tmp_path / "ema.safetensors"
+    for content, message in (
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html><body>Sign in", "a web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "pointer of Git LFS",
+        ),
+        (data[: len(data) // 2], f"cut short, {len(data) // 2:,} of {len(data):,} bytes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            networks.load_generator(str(path))
+        if content[:1] != data[:1]:
+            with pytest.raises(ValueError, match=message):
+                read_weights(str(path))
+            with pytest.raises(ValueError, match=message):
+                list(import_weights(path.rename(tmp_path / "w.pth"), tmp_path / "o.safetensors"))
+
+
+def test_names_of_a_compiled_or_wrapped_network_are_read(tmp_path):
+    network = Generator(guided=True)
+    tensors = {f"_orig_mod.module.{name}": of for name, of in network.state_dict().items()}
+    save_file({name: of.contiguous() for name, of in tensors.items()}, tmp_path / "g.safetensors")
+    loaded = networks.load_generator(str(tmp_path / "g.safetensors"))
+    torch.testing.assert_close(loaded.state_dict(), network.state_dict())
 
 
 def test_files_that_hold_no_generator_are_refused(tmp_path):
