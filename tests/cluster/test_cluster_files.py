@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -54,3 +60,21 @@ def test_a_worker_has_as_long_to_save_as_a_job() -> None:
     (workers,) = CLUSTER["spec"]["workerGroupSpecs"]
     grace_s = workers["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace_s == int(job["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+
+
+def test_a_pod_that_is_to_go_asks_its_ranks_to_save() -> None:
+    (workers,) = CLUSTER["spec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    python, option, program = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (python, option) == ("python", "-c")
+    waited_s = int(re.findall(r"sleep\((\d+)\)", program)[0])
+    assert waited_s < workers["template"]["spec"]["terminationGracePeriodSeconds"]
+    title = "RayTrainWorker"  # that Ray gives to the process of a rank
+    assert f'"{title}" in' in program
+    ours = f"{title}-{uuid.uuid4().hex}"  # other ranks of this machine are left alone
+    program = program.replace(title, ours).replace(f"sleep({waited_s})", "sleep(0)")
+    with subprocess.Popen(["bash", "-c", f"exec -a ray::{ours} sleep 100"]) as rank:
+        while ours not in psutil.Process(rank.pid).cmdline()[0]:
+            time.sleep(0.01)
+        subprocess.run([sys.executable, "-c", program], check=True)
+        assert rank.wait(timeout=20) == -signal.SIGTERM

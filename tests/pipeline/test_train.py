@@ -1,0 +1,77 @@
+"""Where training runs, what is refused before it starts, and what counts as finished."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline import config
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config import Config
+from pipeline.errors import TrainingError
+from pipeline.ranks import Ranks
+from pipeline.run_storage import RunStorage
+from pipeline.train import train
+
+FIXTURE = Path("tests/fixtures/before_1.0").absolute()
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage with a small dataset."""
+    folder = tmp_path_factory.mktemp("train")
+    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
+        archive.extractall(folder, members, filter="data")
+    return folder / "storage"
+
+
+def recipe(storage: Path, *overrides: str) -> tuple[Config, RunStorage]:
+    cfg = config.load(
+        FIXTURE / "recipe.yaml",
+        [f"storage={storage}", "train.steps=2", "model.width=8", *overrides],
+    )
+    return cfg, RunStorage.open(cfg)
+
+
+@pytest.fixture(scope="module")
+def two_pretended_gpus():
+    """A local Ray that schedules on GPUs which do not exist."""
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=True, _node_ip_address="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+def test_a_rank_without_a_gpu_that_must_have_one_says_so():
+    assert Ranks(kind="cpu").device.type == "cpu"
+    with pytest.raises(TrainingError, match=r"train\.device=cuda and torch finds no GPU"):
+        _ = Ranks(kind="cuda").device
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest"])
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(storage, damage):
+    cfg, stored = recipe(storage, f"name={damage}", "train.save_every_steps=1")
+    assert train(cfg, stored)
+    checkpoints = CheckpointStore(stored.checkpoints)
+    intact = checkpoints.load(2)
+    key = "step-00000002/" + ("manifest.json" if damage == "manifest" else "ema.safetensors")
+    if damage == "missing":
+        stored.checkpoints.delete(key)
+    else:
+        stored.checkpoints.put(key, stored.checkpoints.get(key)[:-100])
+    assert train(cfg, stored)
+    assert checkpoints.load(2)["ema.safetensors"] == intact["ema.safetensors"]
+
+
+def test_on_gpus_that_are_pretended_the_processor_can_train(storage, two_pretended_gpus):
+    more = ("train.launcher=ray", "name=pretended", "tracking.backend=none")
+    cfg, stored = recipe(storage, *more, "train.device=cpu", "train.workers=auto")
+    assert train(cfg, stored)
+    cfg, stored = recipe(
+        *(storage, *more, "name=many", "train.workers=3"),
+        *("train.streams=4", "train.global_batch=4"),
+    )
+    with pytest.raises(TrainingError, match=r"3 ranks need one GPU each, and the cluster has 2"):
+        train(cfg, stored)
