@@ -25,13 +25,15 @@ from benchmarks.reference import networks as reference
 from benchmarks.reference.masks import random_mask
 from benchmarks.reference.step import train_step as reference_step
 from benchmarks.timing import interleaved, parse_on_device, write_result
-from models import Discriminator, Generator
-from models.gated_conv import fuse_gates
+from models import Generator
+from models.options import ModelOptions
+from pipeline.config import TrainSettings
 from pipeline.data.batch import Batch, DeviceBatch
+from pipeline.device import set_backends
 from pipeline.ema import ExponentialMovingAverage
-from pipeline.engine import Adam, TorchEngine
+from pipeline.engine import Adam
+from pipeline.pair import build_pair, fresh_networks
 from pipeline.ranks import Ranks
-from pipeline.step import train_step
 
 VARIANTS = ("reference fp32", "reference bf16", "fp32", "bf16", "bf16 recompute")
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=VARIANTS, help="print peak bytes, time nothing")
     options = parse_on_device(parser)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    set_backends("tf32", deterministic=False)
     device = torch.device(options.device)
     batch = random_batch(options.batch, options.size).to(device)
     if options.memory_of:
@@ -134,24 +136,20 @@ def _reference(
 def _ours(
     batch: DeviceBatch, device: torch.device, precision: torch.dtype, *, recompute: bool
 ) -> Callable[[], object]:
-    generator = Generator(activation_checkpointing=recompute).to(
-        device, memory_format=torch.channels_last
-    )  # type: ignore[call-overload]
-    discriminator = Discriminator().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = ExponentialMovingAverage(generator, 0.999)
-    if device.type == "cpu":
-        fuse_gates(generator)
-    else:
-        generator.compile()
-        discriminator.compile()
-    engines = [TorchEngine(n, Adam(), Ranks(), None) for n in (generator, discriminator)]
-
-    def run() -> object:
-        result = train_step(batch, *engines, precision=precision)
-        average.update(result.bad)
-        return result
-
-    return run
+    settings = TrainSettings(
+        steps=1,
+        global_batch=len(batch.image),
+        streams=1,
+        precision="bf16" if precision == torch.bfloat16 else "tf32",
+        compile=True,
+        activation_checkpointing=recompute,
+    )
+    model = ModelOptions(guided=False)
+    networks = fresh_networks(model, settings, device)
+    pair = build_pair(
+        model, settings, *networks, Ranks(kind="cuda" if device.type == "cuda" else "cpu")
+    )
+    return lambda: pair.step(batch)
 
 
 def finished(run: Callable[[], object], device: torch.device) -> Callable[[], None]:

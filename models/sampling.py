@@ -1,5 +1,7 @@
 """Nearest-neighbor sampling on the authors' grid, whose corners are aligned."""
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,10 +26,19 @@ def shrink(features: Features, factor: int) -> Float[Tensor, "batch channels new
     height, width = features.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"{height}×{width} pixels cannot shrink by {factor}: it must divide both")
-    # Computed on the CPU, so that rounding is the same everywhere, and sent without
-    # waiting for the GPU's earlier work.
-    rows, columns = (
-        nearest_indices(side, side // factor).to(features.device, non_blocking=True)
-        for side in (height, width)
-    )
+    rows, columns = (_indices(side, side // factor, features.device) for side in (height, width))
     return features.index_select(2, rows).index_select(3, columns)
+
+
+def _indices(size: int, new_size: int, device: torch.device) -> Int[Tensor, " new_size"]:
+    """``nearest_indices`` on ``device``, computed on the CPU, so that all round alike."""
+    if torch.compiler.is_compiling() or not isinstance(size, int):  # a size of an exported network
+        return nearest_indices(size, new_size).to(device, non_blocking=True)
+    return _kept_indices(size, new_size, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_indices(size: int, new_size: int, device: torch.device) -> Int[Tensor, " new_size"]:
+    """Sent once: a copy from pageable memory in every pass makes the host wait."""
+    with torch.inference_mode(False):  # training may keep them for its backward pass later
+        return nearest_indices(size, new_size).to(device)

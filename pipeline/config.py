@@ -92,11 +92,15 @@ class TrainSettings(Section):
     """What averages gradients and updates weights."""
     zero_stage: Literal[0, 1, 2] = 1
     """What DeepSpeed shards: 0 nothing, 1 optimizer state, 2 gradients as well."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: convolutions under autocast; parameters, norms and losses stay float32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """``tf32``: a GPU rounds the inputs of convolutions and products to TF32. ``bf16``:
+    convolutions under autocast, the rest as with ``tf32``; parameters, norms and losses stay
+    float32."""
+    deterministic: bool = False
+    """Equal runs give equal bits on GPUs too, where it costs speed; CPUs always do."""
     compile: bool = False
-    """Compile both networks on a GPU, or the gates on a CPU (which needs a C++ compiler).
-    Takes seconds to minutes at the start, pays off in long runs."""
+    """Compile both networks on a GPU, or the gates on a CPU (which needs a compiler). Takes
+    seconds to minutes at the start, pays off in long runs."""
     activation_checkpointing: bool = False
     """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4

@@ -25,6 +25,7 @@ from pipeline.checkpoints import BEST, CheckpointStore, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
+from pipeline.device import memory_explained, refuse_precision, set_backends
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.hang_watch import HangWatch
@@ -60,7 +61,8 @@ def train_on_rank(
     device = ranks.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_flush_denormal(True)  # tails of the attention's softmax cost threefold otherwise
+    refuse_precision(cfg.train.precision, device)
+    set_backends(cfg.train.precision, deterministic=cfg.train.deterministic)
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
     torch.manual_seed(cfg.train_seed)  # equal initial weights on all ranks
@@ -82,7 +84,7 @@ def train_on_rank(
     if not state:
         _load_initial_weights(cfg, generator=generator, discriminator=discriminator)
     pair = build_pair(cfg.model, cfg.train, generator, discriminator, ranks, state)
-    with ExitStack() as stack:
+    with memory_explained(cfg.train), ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
         tracker = stack.enter_context(

@@ -1,5 +1,6 @@
 """Both networks as a recipe trains them: built, compiled, wrapped in engines, updated."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +12,14 @@ from models.options import ModelOptions
 from pipeline import networks
 from pipeline.config import TrainSettings
 from pipeline.data.batch import DeviceBatch
+from pipeline.device import PRECISION, missing_for_compilation
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, Engine, build_engine
 from pipeline.ranks import Ranks
 from pipeline.state import TrainingState
 from pipeline.step import StepResult, train_step
 
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,7 +92,10 @@ def build_pair(
 
 
 def _compile(generator: Generator, discriminator: Discriminator) -> None:
-    if next(generator.parameters()).is_cuda:
+    device = next(generator.parameters()).device
+    if missing := missing_for_compilation(device):
+        log.warning("not compiled, which is slower: %s was not found: install it", missing)
+    elif device.type == "cuda":
         # The discriminator sees 2N images, then N: with dynamic shapes its kernels are slower.
         generator.compile(dynamic=False)
         discriminator.compile(dynamic=False)

@@ -23,6 +23,7 @@ from pipeline import ranks as distributed
 from pipeline.commands.tables import print_table
 from pipeline.config import Config, ConfigError
 from pipeline.data.batch import Batch
+from pipeline.device import set_backends
 from pipeline.engine import EngineState
 from pipeline.pair import build_pair, fresh_networks
 from pipeline.ranks import Device, Ranks
@@ -109,7 +110,7 @@ def _noise(cfg: Config, plain: Trajectory, kind: Device) -> tuple[dict[str, floa
     Gradients: by multiples of its distance to fp32; losses: of their spread between seeds.
     """
     exact = _train(cfg, {**PLAIN, "precision": "fp32"}, Ranks(kind=kind), steps=1)
-    others = [_train(cfg, PLAIN, Ranks(kind=kind), seed=cfg.seed + more) for more in (1, 2)]
+    others = [_train(cfg, PLAIN, Ranks(kind=kind), seed=cfg.train_seed + more) for more in (1, 2)]
     gradients = {
         network: NOISE * _distance(gradient, exact.gradients[network])
         for network, gradient in plain.gradients.items()
@@ -141,7 +142,8 @@ def _train(
     steps: int = STEPS,
 ) -> Trajectory:
     settings = cfg.train.model_copy(update=dict(variant))
-    torch.manual_seed(cfg.seed if seed is None else seed)
+    set_backends(settings.precision, deterministic=settings.deterministic)
+    torch.manual_seed(cfg.train_seed if seed is None else seed)
     networks = fresh_networks(cfg.model, settings, ranks.device)
     pair = build_pair(cfg.model, settings, *networks, ranks)
     weight = ranks.weight(settings.streams)
