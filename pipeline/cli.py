@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoints(commands)
     _add_dataset(commands)
     _add_compare(commands)
+    _add_tracking(commands)
     _add_demo(commands)
     return parser
 
@@ -580,6 +581,36 @@ def _add_compare(commands: Commands) -> None:
     sub.set_defaults(command=_compare)
 
 
+def _add_tracking(commands: Commands) -> None:
+    run = "s3://BUCKET/PREFIX/runs/NAME"
+    actions = _add_group(
+        commands,
+        "tracking",
+        "deliver what waits for MLflow, find the commit of a run",
+        f"tracking sync {run}",
+    )
+    sub = _add(
+        actions,
+        "sync",
+        "send MLflow what it lacks of runs that no longer train; nothing comes twice",
+        f"tracking sync {run} --tracking-uri https://mlflow.example.org",
+    )
+    sub.add_argument(
+        "runs", nargs="+", metavar="RUN", help="name or pattern of names in --storage, folder, URL"
+    )
+    sub.add_argument("--storage", help="path or URL that has the folder runs")
+    sub.add_argument("--tracking-uri", help="MLflow; without it, that of the recipe")
+    sub.set_defaults(command=_tracking, action="sync")
+    sub = _add(
+        actions,
+        "commit",
+        "find the commit of this checkout that has the code of a run",
+        "tracking commit 0123456789abcdef0123456789abcdef01234567",
+    )
+    sub.add_argument("tree", metavar="HASH", help="MLflow's tag project.code_tree")
+    sub.set_defaults(command=_tracking, action="commit")
+
+
 def _add_demo(commands: Commands) -> None:
     sub = _add(
         commands,
@@ -787,6 +818,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     ):
         console.print(part)
     return DONE
+
+
+def _tracking(arguments: argparse.Namespace) -> int:
+    from pipeline.commands import tracking
+
+    return DONE if tracking.ACTIONS[arguments.action](arguments) else MISTAKE
 
 
 def _demo(arguments: argparse.Namespace) -> int:

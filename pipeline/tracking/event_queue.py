@@ -35,9 +35,10 @@ class EventQueue:
     """Events in a file until they are delivered, oldest first; the file survives the process.
 
     Where the file cannot be written or read, events are in memory alone, with one warning.
+    ``resumes``: training resumes, so the status of an earlier process is out of date.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resumes: bool = True) -> None:
         self.folder = folder
         self._store = open_store(str(folder))
         self._delivered_path = folder / "delivered"
@@ -49,6 +50,8 @@ class EventQueue:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._store.clear_unfinished()
             self._events = self._waiting()
+            if resumes:
+                self._events = [event for event in self._events if event["kind"] != "end"]
             self._rewrite()
         except OSError as error:
             self._warn(error)
@@ -65,8 +68,7 @@ class EventQueue:
             log.warning(
                 "tracking: %d damaged lines in %s passed over", strangers, self.folder / EVENTS
             )
-        # The status of an earlier process is out of date: the run has resumed.
-        return [event for event in events if event["kind"] != "end"]
+        return events
 
     def add(self, event: Event) -> None:
         with self._changed:
@@ -169,7 +171,8 @@ class EventSender:
             self._thread.join(0.1)
         if left := len(self._queue):
             log.warning(
-                "tracking: %d events for %s wait in %s; the next command on this run sends them",
+                "tracking: %d events for %s wait in %s; the next attempt sends them, or `python -m "
+                "pipeline tracking sync RUN`",
                 left,
                 self._receiver.address,
                 self._queue.folder,

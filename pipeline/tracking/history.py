@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from cluster.storage import MissingKeyError, Store
-from pipeline.tracking.protocol import Status, Tracker
+from pipeline.tracking.protocol import Point, Status, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +241,18 @@ class History:
                 batch = attempt.info.global_batch or math.nan
                 seen += (np.clip(steps, starts[index], end) - starts[index]) * batch
         return seen
+
+
+def recorded_points(history: History, until_step: int) -> dict[str, list[Point]]:
+    """The values up to ``until_step`` with times, for a tracker; pauses of training left out."""
+    began_ms = history.attempts[0].started_ms if history.attempts else 0
+
+    def points(curve: Curve) -> list[Point]:
+        ms = began_ms + np.nan_to_num(curve.hours) * MS_PER_HOUR
+        rows = zip(curve.steps.tolist(), ms.tolist(), curve.values.tolist(), strict=True)
+        return [(step, int(at), value) for step, at, value in rows if step <= until_step]
+
+    return {name: points(curve) for name, curve in history.curves.items()}
 
 
 def read_history(store: Store) -> History:

@@ -20,8 +20,13 @@ from cluster.session import job_metadata
 from cluster.storage import describe_error, without_password
 from data_prep.images import encode_png
 from pipeline.tracking.database import database_path, ensure_database
-from pipeline.tracking.event_queue import EventQueue, EventSender, RefusedError
-from pipeline.tracking.protocol import FinishOnExit, NullTracker, RunInfo
+from pipeline.tracking.event_queue import (
+    BATCH_VALUES,
+    EventQueue,
+    EventSender,
+    RefusedError,
+)
+from pipeline.tracking.protocol import FinishOnExit, NullTracker, RunInfo, Status
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +201,7 @@ class MlflowRun:
         )
         if self._info.training or not found:
             self._begin_attempt(run)
-        else:
-            client.update_run(run.info.run_id, status="RUNNING")
+        self._send_recorded(run.info.run_id)
         self.id = run.info.run_id
         if self._info.training:
             log.info("tracking: %s", _link(self._uri, experiment_id, self.id))
@@ -215,6 +219,12 @@ class MlflowRun:
             self._client = MlflowClient(tracking_uri=self._uri)
             if self._client.get_experiment_by_name(self._experiment) is not None:
                 self._experiment_id()
+
+    def end_unless_ended(self, status: Status | None) -> None:
+        """Set ``status`` where the run has none that is final."""
+        assert self.id is not None
+        if status and self._client.get_run(self.id).info.status in ("RUNNING", "SCHEDULED"):
+            self._client.set_terminated(self.id, status)
 
     def receive(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Record metrics of the same kind, or one event of another kind."""
@@ -266,6 +276,31 @@ class MlflowRun:
             client.log_text(run_id, self._info.code_diff, f"code/attempt-{attempt}.diff")
         if self._info.dataset_digest and not run.inputs.dataset_inputs:
             self._log_dataset(run_id)
+
+    def _send_recorded(self, run_id: str) -> None:
+        """What the run keeps on storage and MLflow does not have, metric by metric and in order.
+
+        So nothing is lost with a machine, and nothing comes twice.
+        """
+        from mlflow.entities import Metric
+
+        try:
+            recorded = self._info.recorded()
+        except OSError as error:  # storage is away
+            log.warning("tracking: metrics on storage were not read: %s", describe_error(error))
+            return
+        for key, points in recorded.items():
+            if not points:
+                continue
+            known: set[int] = set()
+            if key in self._last_steps:
+                known = {value.step for value in self._client.get_metric_history(run_id, key)}
+            new = [
+                Metric(key, _rounded(v), ms, step) for step, ms, v in points if step not in known
+            ]
+            for start in range(0, len(new), BATCH_VALUES):
+                self._client.log_batch(run_id, metrics=new[start : start + BATCH_VALUES])
+            self._last_steps[key] = max(self._last_steps.get(key, -1), points[-1][0])
 
     def _log_values(
         self,
@@ -382,6 +417,23 @@ class MlflowRun:
         self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
 
 
+def sync(
+    info: RunInfo, *, uri: str, experiment: str, queue_folder: Path, status: Status | None
+) -> int:
+    """Deliver what waits for the run on storage and in ``queue_folder``; returns what is left.
+
+    ``status``: with which the run ends, unless an event that waits, or MLflow, knows it.
+    """
+    run = MlflowRun(info, uri, experiment)
+    with _refusals(uri):
+        run.connect()
+    queue = EventQueue(queue_folder, resumes=False)
+    EventSender(run, queue).close()
+    with _refusals(uri):
+        run.end_unless_ended(status)
+    return len(queue)
+
+
 def refusal(uri: str, experiment: str) -> str | None:
     """Why MLflow would refuse a run in ``experiment``, where waiting is no cure.
 
@@ -437,9 +489,13 @@ def _link(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def _metrics(kind: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-    """An event of six significant digits: MLflow's tables show every decimal."""
-    rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+    rounded = {name: _rounded(value) for name, value in values.items()}
     return {"kind": kind, "step": step, "values": rounded, "ms": _now_ms()}
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: MLflow's tables show every decimal."""
+    return float(f"{value:.6g}")
 
 
 def find_run_urls(uri: str, filter_string: str) -> list[str]:

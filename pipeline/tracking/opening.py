@@ -6,23 +6,30 @@ import os
 import platform
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
 
 from cluster.git import code_tree, git_commit, git_diff
 from cluster.session import job_metadata, package_url
-from cluster.storage import Store, without_password
+from cluster.storage import Store, join, without_password
 from data_prep.shards import Dataset
 from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
-from pipeline.tracking.history import AttemptInfo, HistoryTracker, HistoryWriter
+from pipeline.tracking.history import (
+    AttemptInfo,
+    HistoryTracker,
+    HistoryWriter,
+    read_history,
+    recorded_points,
+)
 from pipeline.tracking.image_tracker import ImageFileTracker
-from pipeline.tracking.mlflow import MlflowTracker, NodeTracker, refusal
+from pipeline.tracking.mlflow import MlflowTracker, NodeTracker, refusal, sync
 from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
 
 log = logging.getLogger(__name__)
@@ -85,6 +92,7 @@ def open_run_tracker(
         tags=_tags(cfg, dataset, ranks) if ranks.first and training else {},
         note=_note(cfg, storage.run_url, dataset),
         code_diff=git_diff() if ranks.first and training else "",
+        recorded=lambda: recorded_points(read_history(storage.run), resume_from_step),
         training=training,
     )
     return open_tracker(
@@ -129,6 +137,43 @@ def open_tracker(
             info, uri=uri, experiment=experiment, queue_folder=queue_folder, node=node
         )
     return MlflowTracker(info, uri=uri, experiment=experiment, queue_folder=queue_folder)
+
+
+def sync_run(
+    store: Store,
+    config: Mapping[str, Any],
+    *,
+    finished: bool,
+    dataset_digest: str = "",
+    uri: str | None = None,
+) -> int:
+    """Deliver to MLflow what waits for the run in ``store``; returns the events that still wait.
+
+    ``config``: its settings under their dotted names. Raises RefusedError and MLflow's own errors
+    where it cannot be reached.
+    """
+    url = join(str(config["storage"]), "runs", str(config["name"]))
+    history = read_history(store)
+    last_step = max((attempt.last_step for attempt in history.attempts), default=0)
+    last = history.attempts[-1].info if history.attempts else AttemptInfo()
+    info = RunInfo(
+        name=str(config["name"]),
+        url=url,
+        params=config,
+        config_yaml=yaml.safe_dump(dict(last.config), sort_keys=False),
+        dataset_name=str(config["data.name"]),
+        dataset_url=join(str(config["storage"]), "datasets", str(config["data.name"])),
+        dataset_digest=dataset_digest,
+        recorded=lambda: recorded_points(history, last_step),
+        training=False,
+    )
+    return sync(
+        info,
+        uri=resolve_uri(uri or config.get("tracking.uri")),
+        experiment=str(config.get("tracking.experiment", "deepfill")),
+        queue_folder=_queue_folder(url),
+        status="FINISHED" if finished else "KILLED",
+    )
 
 
 def _tags(cfg: Config, dataset: Dataset, ranks: Ranks) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """What a tracker offers, and what it has to know about a run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
 import numpy as np
 
+Point = tuple[int, int, float]
+"""Step, milliseconds since 1970, value."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's terminal statuses of a run."""
 
@@ -29,6 +31,8 @@ class RunInfo:
     """Markdown for the page of the run."""
     code_diff: str = ""
     """What the checkout has beyond its commit."""
+    recorded: Callable[[], Mapping[str, Sequence[Point]]] = dict
+    """Every metric's values that the run keeps on storage."""
     training: bool = True
     """Whether this start trains; others add to the run without counting as an attempt."""
 
