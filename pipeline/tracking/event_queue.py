@@ -198,8 +198,9 @@ class EventSender:
                 refused = isinstance(error, RefusedError)
                 if failures == (1 if refused else 2):
                     log.warning(
-                        "tracking: %s, events are kept uri=%s: %s",
-                        "refused" if refused else "no answer",
+                        "tracking: refused, events are kept uri=%s: %s"
+                        if refused
+                        else "tracking: no answer, events are kept uri=%s: %s",
                         self._receiver.address,
                         describe_error(error),
                     )

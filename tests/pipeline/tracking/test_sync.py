@@ -1,5 +1,6 @@
 """Values that wait for MLflow arrive in order and once, also from another machine."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def uri(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _queues_here(tmp_path, monkeypatch):
     monkeypatch.setattr(event_queue, "FLUSH_S", 1.0)
-    monkeypatch.setattr(opening.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
 
 
 def config(tmp_path: Path) -> dict[str, object]:
