@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_formatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands)
     _add_stages(commands)
     _add_parity(commands)
     _add_evaluate(commands)
@@ -299,6 +300,26 @@ def _add_evalpack(commands: Commands) -> None:
     sub.add_argument("url", metavar="URL", help="folder of the pack; path or URL")
     sub.add_argument("--verify", action="store_true", help="read all pixels and compare hashes")
     sub.set_defaults(command=_evalpack, action="show")
+
+
+def _add_init(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "init",
+        "look at a folder of images and write a commented recipe that fits them",
+        "init PHOTOGRAPHS --out photographs.yaml",
+    )
+    sub.add_argument(
+        "folder", metavar="FOLDER", help="folder of images, also inside tars; path or URL"
+    )
+    sub.add_argument(
+        "--out",
+        type=_path,
+        default=Path("recipe.yaml"),
+        help="recipe to write; without it, recipe.yaml",
+    )
+    sub.add_argument("--name", help="name of the run; without it, that of the folder")
+    sub.set_defaults(command=_init)
 
 
 def _add_weights_argument(parser: argparse.ArgumentParser) -> None:
@@ -659,6 +680,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         update=arguments.update,
         retry_failed=arguments.retry_failed,
     )
+    return DONE
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.init import write_recipe
+
+    for line in write_recipe(arguments.folder, arguments.out, name=arguments.name):
+        print(line)
     return DONE
 
 
