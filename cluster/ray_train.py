@@ -100,9 +100,12 @@ def run_workers(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     filesystem, path = pyarrow_filesystem(join(storage_url))
     on_gpus = workers.resource == "GPU"
+
+    def run() -> None:
+        function(config)
+
     trainer = _Trainer(
-        function,
-        train_loop_config=config,
+        run,  # a train_loop_config would be shown by Ray's dashboard, passwords in it included
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=on_gpus),
         torch_config=_Torch(backend="nccl" if on_gpus else "gloo", timeout_s=int(timeout_s)),
         run_config=RunConfig(

@@ -114,3 +114,15 @@ def test_a_lost_worker_is_started_again(tmp_path):
 
 def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):
     assert run(asked_to_leave, tmp_path) == "left"
+
+
+def test_ray_has_no_copy_of_the_configuration_that_it_would_show(tmp_path, monkeypatch):
+    """Ray Train puts a ``train_loop_config`` into the records that its dashboard shows."""
+    shown = []
+    monkeypatch.setattr(
+        "cluster.ray_train.TorchTrainer.fit",
+        lambda trainer: shown.append(trainer.train_loop_config),
+    )
+    (tmp_path / "tries").touch()
+    run(mistaken, tmp_path)
+    assert shown == [None]
