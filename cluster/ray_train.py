@@ -225,7 +225,11 @@ def _reason(error: TrainingFailedError, mistakes: tuple[type[BaseException], ...
     """The worker's own line for a mistake, else rank and kind of the first error."""
     if (mistake := _mistake(error, mistakes)) is not None:
         return str(mistake)
-    for rank, failure in _failures(error).items():
+    # Ranks that lost the connection to another one, which torch reports so, come last.
+    failures = sorted(_failures(error).items(), key=lambda f: isinstance(f[1], RuntimeError))
+    for rank, failure in failures:
         last_line = (str(failure).strip() or "without a message").splitlines()[-1]
+        last_line = last_line.split(". Some common causes")[0]
         return f"rank {rank}: {type(failure).__name__}: {last_line}"
-    return str(error).strip().splitlines()[-1]
+    last_line = (str(error).strip() or "without a message").splitlines()[-1]
+    return f"the ranks were lost: {last_line.split('. Some common causes')[0]}"

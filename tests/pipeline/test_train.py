@@ -10,6 +10,7 @@ from pipeline import config
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import Config
 from pipeline.errors import TrainingError
+from pipeline.loop import train_on_rank
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.train import train
@@ -63,6 +64,29 @@ def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(storage, damage)
         stored.checkpoints.put(key, stored.checkpoints.get(key)[:-100])
     assert train(cfg, stored)
     assert checkpoints.load(2)["ema.safetensors"] == intact["ema.safetensors"]
+
+
+class NodeIsGoing:
+    """What a rank hears whose node is about to go."""
+
+    requested, leaving = False, True
+
+    def __init__(self) -> None:
+        self.safe: list[int] = []
+
+    def note_safe(self, step: int) -> None:
+        self.safe.append(step)
+
+
+def test_a_rank_whose_node_goes_saves_once_and_trains_on(storage):
+    cfg, stored = recipe(storage, "name=going", "train.steps=6", "train.save_every_steps=6")
+    stop = NodeIsGoing()
+    end = train_on_rank(cfg, stored, stored.open_dataset(), Ranks(), stop, None)
+    assert end.step == 6
+    checkpoints = CheckpointStore(stored.checkpoints)
+    assert checkpoints.steps() == [1, 6]
+    assert checkpoints.manifest(1).metrics == {}
+    assert stop.safe[-1] == 6
 
 
 def test_on_gpus_that_are_pretended_the_processor_can_train(storage, two_pretended_gpus):
