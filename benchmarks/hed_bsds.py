@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.timing import needs, skip, write_result
 
-THRESHOLDS = np.arange(0.3, 0.81, 0.025)
+THRESHOLDS = np.arange(0.05, 0.951, 0.025)
 TOLERANCE = 0.0075  # of the image's diagonal
 SKETCH_THRESHOLD = 0.6
 Counts = np.ndarray

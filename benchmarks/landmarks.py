@@ -5,8 +5,8 @@
 FOLDER, else ``$DEEPFILL_DATA``, holds ``faces68`` with 300-W points (``.pts`` files beside the
 images of HELEN and AFW, and with a header beside two portraits; dlib's examples in ``.xml``) and
 ``faces`` with CelebA-HQ. The error is the mean distance of the points over the distance between the
-outer corners of the eyes, as in the 300-W challenge. Where several faces are annotated, the nearest
-counts: which of a group is the largest, annotators do not say.
+outer corners of the eyes, as in the 300-W challenge. It is taken where the face that was found is
+an annotated one. Another face, found in a group of which some are annotated, is a mismatch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def error(points: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(points - truth, axis=1).mean() / between_eyes)
 
 
+def same_face(points: np.ndarray, truth: np.ndarray) -> bool:
+    """Whether (68, 2) points are of the annotated face: about as large, and around its middle."""
+    low, high = truth.min(axis=0), truth.max(axis=0)
+    middle = (points.min(axis=0) + points.max(axis=0)) / 2
+    sizes = np.linalg.norm(np.ptp(points, axis=0)), np.linalg.norm(high - low)
+    inside = ((low <= middle) & (middle <= high)).all()
+    return bool(inside and 0.5 <= sizes[0] / sizes[1] <= 2)
+
+
+def nearest_error(points: np.ndarray, truths: list[np.ndarray]) -> float | None:
+    """The error to the annotated face that these points are of; None if they are of another."""
+    matched = [error(points, truth) for truth in truths if same_face(points, truth)]
+    return min(matched, default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?")
@@ -76,29 +92,34 @@ def main() -> None:
         skip(f"{folder} holds no annotated faces (faces68) or no CelebA-HQ (faces)")
     find = FaceDetector()
     errors: dict[str, list[float]] = {}
-    missed: dict[str, int] = {}
+    missed, mismatched = Counter[str](), Counter[str]()
     for photograph, truths in photographs:
         source = photograph.relative_to(folder).parts[1]
-        missed.setdefault(source, 0)
         face = find(decode(photograph.read_bytes()).pixels)
         if face is None:
             missed[source] += 1
+            continue
+        of_match = nearest_error(face.points, truths)
+        if of_match is None:
+            mismatched[source] += 1
         else:
-            nearest = min(error(face.points, truth) for truth in truths)
-            errors.setdefault(source, []).append(nearest)
+            errors.setdefault(source, []).append(of_match)
     of_all = [one for some in errors.values() for one in some]
     with_face = sum(find(decode(path.read_bytes()).pixels) is not None for path in celebrities)
     write_result(
         "landmarks",
         {
             "pictures": len(photographs),
-            "percent_found": round(100 * len(of_all) / len(photographs), 1),
+            "percent_found": round(100 * (1 - missed.total() / len(photographs)), 1),
+            "percent_matched": round(100 * len(of_all) / len(photographs), 1),
+            "mismatched": mismatched.total(),
             "percent_error": round(100 * float(np.mean(of_all)), 2),
             "percent_error_median": round(100 * float(np.median(of_all)), 2),
             "farther_off_than_a_tenth": sum(one > FAR for one in of_all),
             "by_source": {
                 source: {
-                    "found": len(errors.get(source, [])),
+                    "matched": len(errors[source]),
+                    "mismatched": mismatched[source],
                     "missed": missed[source],
                     "percent_error": round(100 * float(np.mean(errors[source])), 2),
                 }

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import goals
+from benchmarks import goals, landmarks
 from benchmarks.__main__ import ON_CPU, commands
 from benchmarks.goals import BEGIN, END, GOALS, README, table
 from benchmarks.timing import RESULTS
@@ -52,3 +53,13 @@ def test_a_result_is_judged_by_goal_and_floor(
 def test_a_name_chooses_its_benchmark_on_every_device() -> None:
     assert commands(["step"]) == [["step"], ["step", "--device", "cuda", "--batch", "32"]]
     assert [command[0] for command in commands([])][: len(ON_CPU)] == list(ON_CPU)
+
+
+def test_a_face_that_nobody_annotated_is_a_mismatch_and_no_error() -> None:
+    truth = np.random.default_rng(0).uniform(100, 200, (68, 2))
+    assert landmarks.nearest_error(truth + 3, [truth]) == pytest.approx(
+        landmarks.error(truth + 3, truth)
+    )
+    assert landmarks.nearest_error(truth + 300, [truth]) is None
+    assert landmarks.nearest_error(truth.mean(axis=0) + 0.3 * (truth - 150), [truth]) is None
+    assert landmarks.nearest_error(truth, [truth + 300, truth + 1]) is not None
