@@ -26,13 +26,9 @@ from benchmarks.reference.masks import random_mask
 from benchmarks.reference.step import train_step as reference_step
 from benchmarks.timing import interleaved, parse_on_device, write_result
 from models import Generator
-from models.options import ModelOptions
-from pipeline.config import TrainSettings
 from pipeline.data.batch import Batch, DeviceBatch
-from pipeline.device import set_backends
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam
-from pipeline.pair import build_pair, fresh_networks
 from pipeline.ranks import Ranks
 
 VARIANTS = ("reference fp32", "reference bf16", "fp32", "bf16", "bf16 recompute")
@@ -50,6 +46,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=VARIANTS, help="print peak bytes, time nothing")
     options = parse_on_device(parser)
+    from pipeline.device import set_backends
+
     set_backends("tf32", deterministic=False)
     device = torch.device(options.device)
     batch = random_batch(options.batch, options.size).to(device)
@@ -107,7 +105,10 @@ def random_batch(batch: int, size: int) -> Batch:
 
 
 def step(variant: str, batch: DeviceBatch, device: torch.device) -> Callable[[], object]:
-    """One update of fresh networks as ``variant`` makes it."""
+    """One update of fresh networks as ``variant`` makes it.
+
+    Ours is built as training builds it, which needs the whole installation.
+    """
     torch.manual_seed(0)
     precision = PRECISION[variant.split()[-1] if "reference" in variant else variant.split()[0]]
     if "reference" in variant:
@@ -136,6 +137,10 @@ def _reference(
 def _ours(
     batch: DeviceBatch, device: torch.device, precision: torch.dtype, *, recompute: bool
 ) -> Callable[[], object]:
+    from models.options import ModelOptions
+    from pipeline.config import TrainSettings
+    from pipeline.pair import build_pair, fresh_networks
+
     settings = TrainSettings(
         steps=1,
         global_batch=len(batch.image),

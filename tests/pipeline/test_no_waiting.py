@@ -1,7 +1,7 @@
 """A step never waits for its device: shown on `meta`, which has no values to read."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,22 +25,32 @@ CAST = (torch.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__
 class MetaAutocast(TorchFunctionMode):
     """Autocast for `meta`, which torch lacks: convolutions and products run in ``dtype``."""
 
+    active: ClassVar[list["MetaAutocast"]] = []
+
     def __init__(self, device: str, dtype: torch.dtype = torch.float32, enabled: bool = True):
         super().__init__()
         assert device == "meta", f"a tensor stayed on {device}"
-        self.dtype = dtype if enabled else torch.float32
+        self.dtype = dtype if enabled else None
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function in CAST:
+        if self.dtype and function in CAST and self is self.active[-1]:  # the innermost
             args = tuple(map(self._cast, args))
             kwargs = {name: self._cast(value) for name, value in (kwargs or {}).items()}
         return function(*args, **(kwargs or {}))
 
+    def __enter__(self) -> Any:
+        self.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.active.pop()
+        super().__exit__(*error)
+
     def _cast(self, value: Any) -> Any:
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(self.dtype) if floats else value
+        return value.to(dtype=self.dtype) if floats else value
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
