@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoints(commands)
     _add_dataset(commands)
     _add_compare(commands)
+    _add_fork(commands)
     _add_tracking(commands)
     _add_demo(commands)
     return parser
@@ -602,6 +603,26 @@ def _add_compare(commands: Commands) -> None:
     sub.set_defaults(command=_compare)
 
 
+def _add_fork(commands: Commands) -> None:
+    run = "s3://BUCKET/PREFIX/runs/NAME"
+    sub = _add(
+        commands,
+        "fork",
+        "train a new run from a step of another, with changed settings",
+        f"fork {run} --step 5000 name=warmer train.learning_rate=2e-4",
+    )
+    sub.add_argument("run", metavar="RUN", help="name in --storage, folder, URL or MLflow run id")
+    _add_overrides(sub)
+    sub.add_argument("--step", required=True, help="a step, 'newest' or 'best'")
+    sub.add_argument(
+        "--recipe",
+        type=_path,
+        help="a YAML file of settings; without it, those that the run recorded",
+    )
+    sub.add_argument("--storage", help="path or URL that has the folder runs")
+    sub.set_defaults(command=_fork)
+
+
 def _add_tracking(commands: Commands) -> None:
     run = "s3://BUCKET/PREFIX/runs/NAME"
     actions = _add_group(
@@ -847,6 +868,24 @@ def _compare(arguments: argparse.Namespace) -> int:
     ):
         console.print(part)
     return DONE
+
+
+def _fork(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.fork import fork
+
+    which = arguments.step
+    if which not in ("newest", "best"):
+        if not which.isdigit():
+            raise ValueError(f"--step {which} should be a step, newest or best")
+        which = int(which)
+    finished = fork(
+        arguments.run,
+        which,
+        arguments.overrides,
+        recipe=arguments.recipe,
+        storage=arguments.storage,
+    )
+    return DONE if finished else STOPPED
 
 
 def _tracking(arguments: argparse.Namespace) -> int:

@@ -303,6 +303,16 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     return _validated(recipe, _with_preset(_read(recipe, overrides)[0]))
 
 
+def changed(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """The settings that a run ``recorded``, with ``section.key=value`` overrides on top.
+
+    Raises ConfigError, which lists every mistake at once.
+    """
+    tree = _renamed(json.loads(json.dumps(recorded)))
+    _apply(tree, overrides)
+    return _validated(Path("the recorded recipe"), tree)
+
+
 def describe(recipe: Path, overrides: Sequence[str] = ()) -> list[Setting]:
     """Every setting of ``load(recipe, overrides)``, with its origin and its documentation."""
     given, overridden = _read(recipe, overrides)
@@ -401,6 +411,11 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
         tree = _renamed(tree)
     except ValueError as error:
         raise ConfigError(f"{recipe}: {error}") from error
+    return tree, _apply(tree, overrides)
+
+
+def _apply(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set ``overrides`` in ``tree``; the names that they set."""
     typed: dict[str, str] = {}  # the name that was typed, by the name that the setting has today
     for override in overrides:
         old, _, value = override.partition("=")
@@ -410,7 +425,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
         if name != old:
             _log_renamed(old, name)
         _set_in(tree, name if "=" not in override else f"{name}={value}")
-    return tree, list(typed)
+    return list(typed)
 
 
 def _load_yaml(text: str) -> Any:

@@ -171,6 +171,10 @@ def differing(
     rows["dataset digest"] = [run.dataset_digest[:12] or None for run in runs]
     rows["step of the newest checkpoint"] = [run.newest_step for run in runs]
     rows["step evaluated"] = [record.step if record else None for record in records]
+    rows["forked from"] = [
+        (run.history.attempts[0].info.forked_from if run.history.attempts else "") or None
+        for run in runs
+    ]
     rows["world size"] = [
         run.history.attempts[-1].info.world_size if run.history.attempts else None for run in runs
     ]

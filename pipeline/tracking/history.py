@@ -58,6 +58,8 @@ class AttemptInfo:
     dataset_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The complete resolved configuration."""
+    forked_from: str = ""
+    """URL and step of the run that this one was forked from."""
 
 
 class HistoryWriter:

@@ -19,6 +19,7 @@ from cluster.session import job_metadata, package_url
 from cluster.storage import Store, join, without_password
 from data_prep.shards import Dataset
 from pipeline.config import Config
+from pipeline.fork import fork_origin
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import (
@@ -63,6 +64,7 @@ def open_training_tracker(
         git_commit=job_metadata().get("git_commit") or git_commit() or "",
         dataset_digest=dataset.digest,
         config=cfg.recorded(),
+        forked_from=str(fork_origin(storage.run) or ""),
     )
     return HistoryTracker(tracker, HistoryWriter(storage.run, attempt))
 
@@ -89,7 +91,7 @@ def open_run_tracker(
         dataset_name=dataset.name,
         dataset_url=dataset.url,
         dataset_digest=dataset.digest,
-        tags=_tags(cfg, dataset, ranks) if ranks.first and training else {},
+        tags=_tags(cfg, storage, dataset, ranks) if ranks.first and training else {},
         note=_note(cfg, storage.run_url, dataset),
         code_diff=git_diff() if ranks.first and training else "",
         recorded=lambda: recorded_points(read_history(storage.run), resume_from_step),
@@ -176,7 +178,7 @@ def sync_run(
     )
 
 
-def _tags(cfg: Config, dataset: Dataset, ranks: Ranks) -> dict[str, str]:
+def _tags(cfg: Config, storage: RunStorage, dataset: Dataset, ranks: Ranks) -> dict[str, str]:
     """What to filter runs by, and what this attempt ran on."""
     tags = {
         "project.dataset": dataset.name,
@@ -186,6 +188,7 @@ def _tags(cfg: Config, dataset: Dataset, ranks: Ranks) -> dict[str, str]:
         "project.seed": str(cfg.train_seed),
         "project.world_size": str(ranks.world_size),
         "project.hardware": _hardware(ranks),
+        "project.forked_from": str(fork_origin(storage.run) or ""),
         "project.package": package_url() or "",
         "project.code_tree": code_tree(Path.cwd()) or "",
         "project.dirty": str(bool(git_diff())).lower() if git_commit() else "",
