@@ -609,7 +609,7 @@ def _add_fork(commands: Commands) -> None:
         commands,
         "fork",
         "train a new run from a step of another, with changed settings",
-        f"fork {run} --step 5000 name=warmer train.learning_rate=2e-4",
+        f"fork {run} name=warmer train.learning_rate=2e-4 --step 5000",
     )
     sub.add_argument("run", metavar="RUN", help="name in --storage, folder, URL or MLflow run id")
     _add_overrides(sub)

@@ -65,6 +65,7 @@ def test_a_changed_fork_names_its_origin(trained, capsys):
     assert main(["fork", *arguments]) == DONE
     storage = RunStorage.open(trained.model_copy(update={"name": "demo-from-2"}))
     origin = fork_origin(storage.run)
+    assert origin is not None
     assert (origin.url, origin.step) == (run, 2)
     (attempt,) = read_history(storage.run).attempts
     assert attempt.info.forked_from == f"{run} step 2"
