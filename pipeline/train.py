@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.session import connect, job_has_ended, job_metadata
-from cluster.storage import join
+from cluster.storage import StorageRefusedError, join
 from data_prep.masks import MaskSampler
 from data_prep.shards import Dataset
 from pipeline import ranks as distributed
@@ -38,7 +38,7 @@ RESOURCE: Mapping[Device, Literal["GPU", "CPU"] | None] = {
     "cuda": "GPU",
 }
 """What a rank takes one of in a Ray cluster."""
-MISTAKES = (ValueError, CheckpointError, TrainingError)
+MISTAKES = (ValueError, FileNotFoundError, StorageRefusedError, CheckpointError, TrainingError)
 """What would only happen again if a rank were started again."""
 
 
