@@ -64,7 +64,7 @@ def _dataset(checkpoints: CheckpointStore, manifest: CheckpointManifest) -> Iter
     try:
         dataset = _open_dataset(checkpoints, manifest)
         if dataset is None:
-            link = replace(link, found="not reached: no such dataset beside the run")
+            link = replace(link, found="not reached: its dataset.json was not found on storage")
     except StorageError as error:
         dataset, link = None, replace(link, found=f"not reached: {error}")
     except ShardError as error:
