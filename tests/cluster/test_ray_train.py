@@ -18,8 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray,
 def two_pretended_gpus():
     """A local Ray that schedules on GPUs which do not exist."""
     ray.init(num_cpus=3, num_gpus=2, include_dashboard=True, _node_ip_address="127.0.0.1")
+    # Ray Train takes over Ctrl-C in the main thread and keeps it; the product calls it elsewhere.
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     yield
     ray.shutdown()
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 def room(wanted: Any, resource: Any = None, **changes: Any) -> Workers | None:
