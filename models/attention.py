@@ -25,8 +25,9 @@ from torch import Tensor
 
 from models.masking import valid_keys
 from models.options import AttentionPreset
+from models.regions import Region, Span
 from models.sampling import shrink
-from models.types import Features, Mask
+from models.types import Features, Mask, at_least_float32
 
 Pairs = Float[Tensor, "batch queries keys"]
 
@@ -34,6 +35,10 @@ SOFTMAX_SCALE = 10.0
 SMALLEST_NORM = 1e-4
 CACHED_ROWS, CACHED_PAIRS = 8, 2**21  # measured: twice as fast as the whole for 512×512 pixels
 HALO = 3  # query rows around a band that its scores are made from
+PATCH, STEP, BORDER = 4, 2, 1  # copied patches: their side, their distance, zeros around
+KERNEL = 3  # side of the compared ones
+MATRICES = 8  # of some queries of a window and all keys, that live at a time
+CACHED_QUERIES, GPU_PAIRS = 64, 2**26
 
 
 def contextual_attention(
@@ -66,7 +71,7 @@ def contextual_attention(
             mixed = torch.cat([_attend(*sample, preset, rows) for sample in samples])
         else:
             mixed = _attend(features, valid, preset, rows)
-        return mixed / _overlaps(mixed, preset)
+        return mixed / _overlaps(mixed, preset, *mixed.shape[2:])
 
 
 def band_rows(height: int, width: int, max_bytes: int) -> int:
@@ -100,7 +105,7 @@ def _attend(
     rows: int,
 ) -> Features:
     """The mixture of patches, overlaps added up."""
-    small = shrink(features, 2).float()
+    small = at_least_float32(shrink(features, 2))
     batch, channels, height, width = small.shape
     # A column of zeros keeps the rows apart, so that a step may leave the image sideways.
     pixels = F.pad(small, [0, 1])
@@ -109,7 +114,7 @@ def _attend(
     phases = features.reshape(batch, channels, height, 2, width, 2).permute(0, 3, 5, 1, 2, 4)
     phases = F.pad(phases, [0, 1]).flatten(4)
     painted = features.new_zeros(batch, 2, 2, channels, height, width + 1)
-    keep = valid[:, None].float()  # (N, 1, L)
+    keep = valid[:, None].to(small.dtype)  # (N, 1, L)
     for first, last in _bands(height, rows):
         scores = _scores(pixels, inverse_norms, first, last)
         scores = _masked(scores, valid, preset)
@@ -124,9 +129,149 @@ def _attend(
     return painted.reshape(batch, channels, 2 * height, 2 * width)
 
 
+@torch.no_grad()
+def attend_within(
+    window: Region,
+    features: Features,
+    mask: Mask,
+    *,
+    preset: AttentionPreset = "official",
+    max_bytes: int | None = None,
+) -> Float[Tensor, "batch channels window_height window_width"]:
+    """``window`` of the result of ``contextual_attention``, without gradients.
+
+    Computed from the queries whose patches reach into it and from every key, some queries at a
+    time.
+    """
+    valid = valid_keys(shrink(mask, STEP))
+    rows, columns = queries_reaching(window.rows), queries_reaching(window.columns)
+    together = queries_together(features, max_bytes)
+    painted = []
+    with torch.autocast(features.device.type, enabled=False):
+        for sample, keep in zip(torch.split(features, 1), torch.split(valid, 1), strict=True):
+            patches = F.unfold(sample, PATCH, padding=BORDER, stride=STEP)  # (1, 16 C, L)
+            patches = patches.mul_(keep[:, None])[0].T
+            mixed = patches.new_empty(rows.length, columns.length, patches.shape[1])
+            for top, left, scores in _window_scores(sample, rows, columns, together):
+                height, width = scores.shape[:2]
+                weights = _masked(scores.flatten(0, 1)[None], keep, preset).softmax(dim=2)
+                del scores
+                block = weights[0].to(patches.dtype) @ patches
+                mixed[top : top + height, left : left + width] = block.view(height, width, -1)
+            size = tuple(STEP * (span.length - 1) + PATCH for span in (rows, columns))
+            painted.append(F.fold(mixed.flatten(0, 1).T[None], size, PATCH, stride=STEP))
+    top, left = (
+        wanted.start - (STEP * queries.start - BORDER)
+        for wanted, queries in ((window.rows, rows), (window.columns, columns))
+    )
+    inside = torch.cat(painted)[..., top : top + window.rows.length, :]
+    inside = inside[..., left : left + window.columns.length]
+    return inside / window.of(_overlaps(inside, preset, window.rows.size, window.columns.size))
+
+
+def queries_reaching(wanted: Span) -> Span:
+    """The queries, of one axis, whose patches hold pixels of ``wanted``."""
+    size = wanted.size // STEP
+    first = -(-(wanted.start + BORDER - PATCH + 1) // STEP)
+    last = (wanted.stop - 1 + BORDER) // STEP
+    return Span(max(first, 0), min(last + 1, size), size)
+
+
+def queries_together(features: Features, max_bytes: int | None) -> int:
+    """How many queries of a window are worked on at a time."""
+    keys = features.shape[2] * features.shape[3] // STEP**2
+    on_cpu = features.device.type == "cpu"
+    together = max(CACHED_QUERIES, (CACHED_PAIRS if on_cpu else GPU_PAIRS) // keys)
+    if max_bytes is not None and window_bytes(keys, together) > max_bytes:
+        together = max_bytes // window_bytes(keys, 1)
+        if together == 0:
+            raise ValueError(
+                f"attention to {keys:,} keys needs {window_bytes(keys, 1) / 2**20:,.0f} MiB for a "
+                f"single query, but {max_bytes / 2**20:,.0f} MiB are allowed: allow more or use a "
+                "smaller image"
+            )
+    return together
+
+
+def window_bytes(keys: int, queries: int) -> int:
+    """Bytes that ``queries`` of a window take at a time, beside the patches of the keys.
+
+    A single one is compared with its eight neighbors, of several most are neighbors themselves.
+    """
+    return MATRICES * 4 * keys * 3 * queries
+
+
+def window_products(window: Region, channels: int) -> int:
+    """Multiplications that ``window`` of the rebuilt features takes."""
+    rows, columns = queries_reaching(window.rows), queries_reaching(window.columns)
+    pairs = (rows.length + 2) * (columns.length + 2) * rows.size * columns.size
+    return pairs * channels * (KERNEL**2 + PATCH**2)
+
+
+def _window_scores(
+    sample: Features, rows: Span, columns: Span, together: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """First row and column within the window, and scores (rows, columns, keys), block by block.
+
+    Block by block downwards, so that each query is compared once but for the columns around.
+    """
+    small = at_least_float32(shrink(sample, STEP))
+    height, width = small.shape[2:]
+    inverse_norms = _inverse_norms(small)[0]  # (1, L)
+    keys = F.unfold(small, KERNEL, padding=KERNEL // 2)[0].mul_(inverse_norms)  # (9 C, L)
+    # Of two queries that do not exist, before the first and after the last, all scores are 0.
+    lengths = F.pad(1 / inverse_norms, [1, 1])
+
+    def similarity(first: int, last: int, left: int, right: int) -> Tensor:
+        """Of the queries of some rows, from ``left`` to ``right`` in each; rows are joined."""
+        index = torch.arange(first, last)[:, None] * width + torch.arange(left, right)
+        index = index.flatten().to(keys.device)
+        queries = keys.index_select(1, index.clamp(0, height * width - 1)) * lengths[:, index + 1]
+        return (queries.T @ keys).view(last - first, right - left, -1)
+
+    def along_rows(first: int, last: int, left: int, right: int) -> Tensor:
+        """Similarity raised where the next pixels of query and key match, rows joined."""
+        scores = similarity(first, last, left - 1, right + 1)
+        fused = torch.empty_like(scores[:, 1:-1])
+        fused[..., 0] = scores[:, 1:-1, 0]
+        torch.add(scores[:, 1:-1, 1:], scores[:, :-2, :-1], out=fused[..., 1:])
+        fused[..., :-1] += scores[:, 2:, 1:]
+        return fused
+
+    across = min(columns.length, together)
+    down = max(together // across, 1)
+    for left in range(columns.start, columns.stop, across):
+        right = min(left + across, columns.stop)
+        fused: dict[int, Tensor] = {}
+        for top in range(rows.start, rows.stop, down):
+            bottom = min(top + down, rows.stop)
+            first, last = max(top - 1, 0), min(bottom + 1, height)
+            fused = {row: fused[row] for row in range(first, last) if row in fused}
+            first += len(fused)
+            if first < last:
+                added = along_rows(first, last, left, right)
+                fused.update(zip(range(first, last), added, strict=True))
+            scores = torch.stack([fused[row] for row in range(top, bottom)])
+            for row, total in zip(range(top, bottom), scores, strict=True):
+                # Columns are joined end to end: above the top row is the bottom one, a column to
+                # the left.
+                if row > 0:
+                    _add_up(total[None], fused[row - 1][None], width)
+                elif (start := max(left, 1)) < right:
+                    above = along_rows(height - 1, height, start - 1, right - 1)
+                    _add_up(total[None, start - left :], above, width)
+                if row < height - 1:
+                    _add_down(total[None], fused[row + 1][None], width)
+                elif (stop := min(right, width - 1)) > left:
+                    below = along_rows(0, 1, left + 1, stop + 1)
+                    _add_down(total[None, : stop - left], below, width)
+            yield top - rows.start, left - columns.start, scores
+            del scores
+
+
 def _masked(scores: Pairs, valid: Bool[Tensor, "batch keys"], preset: AttentionPreset) -> Pairs:
     if preset == "official":
-        return scores * (SOFTMAX_SCALE * valid[:, None].float())
+        return scores * (SOFTMAX_SCALE * valid[:, None].to(scores.dtype))
     lowest = torch.finfo(scores.dtype).min
     return (SOFTMAX_SCALE * scores).masked_fill(~valid[:, None], lowest)
 
@@ -259,9 +404,8 @@ def _moved_back(even: Tensor, odd: Tensor, step: int) -> Tensor:
     return total
 
 
-def _overlaps(mixed: Tensor, preset: AttentionPreset) -> Tensor:
-    """How many patches every pixel is divided by, (h, w)."""
-    height, width = mixed.shape[2:]
+def _overlaps(mixed: Tensor, preset: AttentionPreset, height: int, width: int) -> Tensor:
+    """How many patches every pixel is divided by, (height, width); in the type of ``mixed``."""
     counts = []
     for size in (height, width):
         count = mixed.new_full((size,), 2.0)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.options import ConvolutionKind, Padding
-from models.types import Features, Mask
+from models.regions import Region, Span, Window, mirrored
+from models.types import Features, Mask, at_least_float32
 from models.upsampling import Interleave, for_phases, upsampled_conv3
 
 Activation = Literal["elu", "relu"]
@@ -67,32 +68,103 @@ class Convolution(nn.Module):
         nn.init.xavier_uniform_(self.weight)  # for a gated one: over features and gates together
 
     def convolve(
-        self, features: Features, weight: Tensor, bias: Tensor | None, halves: int = 1
+        self,
+        features: Features,
+        weight: Tensor,
+        bias: Tensor | None,
+        halves: int = 1,
+        window: Window | None = None,
     ) -> Tensor:
         """The bare convolution with this layer's geometry; ``placed`` puts its pixels in place.
 
         In between, every pixel may be changed alike, each of ``halves`` equal groups of channels in
-        its own way.
+        its own way. With ``window``, ``features`` are those that it gives.
         """
         if self.in_phases:
+            if window is not None:
+                return upsampled_conv3(self._cut(features, window), weight, bias, halves, 0)
             return upsampled_conv3(features, weight, bias, halves)
         if self.upsample:
             features = F.interpolate(features, scale_factor=2.0, mode="nearest")
-        features, padding = self._pad(features)
+        if window is not None:
+            features, padding = self._cut(features, window), (0, 0)
+        else:
+            features, padding = self._pad(features)
         return F.conv2d(features, weight, bias, self.stride, padding, self.dilation)
 
-    def placed(self, outputs: Tensor) -> NewFeatures:
+    def placed(self, outputs: Tensor, window: Window | None = None) -> NewFeatures:
         """The result of ``convolve`` with its pixels in place."""
-        return Interleave.apply(outputs) if self.in_phases else outputs  # type: ignore[no-untyped-call]
+        if not self.in_phases:
+            return outputs
+        pixels: Tensor = Interleave.apply(outputs)  # type: ignore[no-untyped-call]
+        if window is None:
+            return pixels
+        rows, columns = window.wanted.rows, window.wanted.columns
+        top, left = rows.start % 2, columns.start % 2  # phases come in pairs
+        return pixels[..., top : top + rows.length, left : left + columns.length]
 
-    def propagate(self, features: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def propagate(
+        self, features: Tensor, known: Tensor | None, window: Window | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """New features, and where they are known (1); None: everywhere, or nobody needs it."""
-        return self(features), known
+        return self(features, window), known
 
-    def count_known(self, known: Mask) -> NewMask:
+    def count_known(self, known: Mask, window: Window | None = None) -> NewMask:
         """How many pixels of each window are known; ``known`` is 1 there, unlike other masks."""
         ones = known.new_ones(1, 1, self.kernel, self.kernel)
-        return self.placed(self.convolve(known, ones, None))
+        return self.placed(self.convolve(known, ones, None, window=window), window)
+
+    def needed(self, wanted: Region) -> Region:
+        """The pixels of the input that the outputs ``wanted`` are made from.
+
+        Exact for inputs whose sides are multiples of the stride.
+        """
+        return Region(self._needed(wanted.rows), self._needed(wanted.columns))
+
+    def _needed(self, wanted: Span) -> Span:
+        first, last, size = self._reach(wanted)
+        seen = range(max(first, 0), min(last + 1, size))
+        low, high = seen[0], seen[-1]
+        if self.padding == "reflect":
+            both_ends = mirrored(first, last, size)
+            low, high = int(both_ends.min()), int(both_ends.max())
+        if self.upsample and not self.in_phases:
+            low, high, size = low // 2, high // 2, size // 2
+        return Span(low, high + 1, size)
+
+    def _reach(self, wanted: Span) -> tuple[int, int, int]:
+        """First and last pixel that go into ``wanted``, beyond the border as well, and the size.
+
+        They are counted after nearest ×2, unless the layer works in phases.
+        """
+        if self.in_phases:
+            return wanted.start // 2 - 1, (wanted.stop - 1) // 2 + 1, wanted.size // 2
+        size = wanted.size * self.stride
+        extent = self.dilation * (self.kernel - 1)
+        before = extent // 2
+        if self.padding == "same":
+            before = same_padding(size, self.kernel, self.stride, self.dilation)[0]
+        first, last = wanted.start * self.stride, (wanted.stop - 1) * self.stride
+        return first - before, last - before + extent, size
+
+    def _cut(self, features: Tensor, window: Window) -> Tensor:
+        """What the outputs of ``window`` are made from, with the padding beyond the border."""
+        scale = 2 if self.upsample and not self.in_phases else 1
+        ends: list[int] = []
+        for axis, wanted, given in (
+            (2, window.wanted.rows, window.given.rows),
+            (3, window.wanted.columns, window.given.columns),
+        ):
+            first, last, size = self._reach(wanted)
+            start = given.start * scale
+            if self.padding == "reflect":
+                index = mirrored(first, last, size) - start
+                features = features.index_select(axis, index.to(features.device))
+                continue
+            low, high = max(first, 0), min(last + 1, size)
+            features = features.narrow(axis, low - start, high - low)
+            ends = [low - first, last + 1 - high, *ends]
+        return F.pad(features, ends) if any(ends) else features
 
     def _pad(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``features``, padded where the convolution itself cannot, and the padding left to it."""
@@ -118,8 +190,9 @@ class Convolution(nn.Module):
 class Conv(Convolution):
     """A convolution with bias (paper, eq. 1), then an optional activation."""
 
-    def forward(self, features: Features) -> NewFeatures:
-        raw = self.placed(self.convolve(features, self.weight, self.bias))
+    def forward(self, features: Features, window: Window | None = None) -> NewFeatures:
+        raw = self.convolve(features, self.weight, self.bias, window=window)
+        raw = self.placed(raw, window)
         return raw if self.activation is None else ACTIVATIONS[self.activation](raw)
 
 
@@ -129,13 +202,13 @@ class GatedConv(Convolution):
     raw_channels = 2
     fused = False
 
-    def forward(self, features: Features) -> NewFeatures:
+    def forward(self, features: Features, window: Window | None = None) -> NewFeatures:
         if self.fused and not torch.compiler.is_compiling():
-            raw = self.convolve(features, self.weight, None, halves=2)
+            raw = self.convolve(features, self.weight, None, 2, window)
             bias = for_phases(self.bias, 2) if self.in_phases else self.bias
-            return self.placed(_fused(raw, bias, self.activation))
-        raw = self.convolve(features, self.weight, self.bias, halves=2)
-        return self.placed(gated(raw, self.activation))
+            return self.placed(_fused(raw, bias, self.activation), window)
+        raw = self.convolve(features, self.weight, self.bias, 2, window)
+        return self.placed(gated(raw, self.activation), window)
 
     def gates(self, features: Features) -> NewFeatures:
         """σ(gate): how much of each feature passes, in [0, 1]."""
@@ -151,15 +224,20 @@ class PartialConv(Convolution):
     beyond the border are unknown.
     """
 
-    def propagate(self, features: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def propagate(
+        self, features: Tensor, known: Tensor | None, window: Window | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if known is None:
             known = torch.ones_like(features[:, :1])
-        return self(features, known)  # type: ignore[no-any-return]
+        return self(features, known, window)  # type: ignore[no-any-return]
 
-    def forward(self, features: Features, known: Mask) -> tuple[NewFeatures, NewMask]:
+    def forward(
+        self, features: Features, known: Mask, window: Window | None = None
+    ) -> tuple[NewFeatures, NewMask]:
         """New features, and where they are known."""
-        raw = self.placed(self.convolve(features * known, self.weight, None))
-        counts = self.count_known(known).float()
+        raw = self.convolve(features * known, self.weight, None, window=window)
+        raw = self.placed(raw, window)
+        counts = at_least_float32(self.count_known(known, window))
         any_known = (counts > 0.5).to(known.dtype)
         scale = any_known * self.kernel**2 / counts.clamp_min(1)
         outputs = raw * scale + self.bias[:, None, None] * any_known

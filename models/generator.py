@@ -3,7 +3,7 @@
 The layer tables are those of docs/model.md, section 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import contextual_attention
+from models.attention import attend_within, contextual_attention, window_products
 from models.gated_conv import CONVOLUTIONS, Activation, Conv, Convolution
 from models.masking import known, paste
 from models.options import ModelOptions
+from models.regions import Region, Window
 from models.sampling import shrink
-from models.types import Features, Image, Mask, Sketch
+from models.types import Features, Image, Mask, Sketch, at_least_float32
 
 SEGMENT = 6  # layers between kept activations under activation checkpointing
 STRIDE = 8  # ÷4 in the encoders, ÷2 in the attention: both sides must be multiples of it
 COLORS = 3
+BEFORE, BEHIND = slice(0, 6), slice(6, 8)  # convolutions around attention
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,36 @@ class ConvStack(nn.Module):
         if to_rgb is not None:
             self.add_module(f"conv{to_rgb:02d}", Conv(inputs, COLORS, padding=options.padding))
 
-    def run(self, part: slice, features: Features, known: Mask | None = None) -> Tensor:
-        """``features`` through ``part`` of the convolutions."""
+    def windows(self, part: slice, wanted: Region) -> list[Window]:
+        """What each convolution of ``part`` is given and computes so that ``wanted`` comes out."""
+        windows: list[Window] = []
+        for convolution in reversed(list(self.children())[part]):
+            assert isinstance(convolution, Convolution)
+            windows.insert(0, Window(convolution.needed(wanted), wanted))
+            wanted = windows[0].given
+        return windows
+
+    def products(self, windows: Sequence[Window]) -> int:
+        """Multiplications in the last ``len(windows)`` convolutions for what ``windows`` want."""
+        convolutions = list(self.children())[-len(windows) :]
+        weights = [sum(p.numel() for p in layer.parameters()) for layer in convolutions]
+        areas = [window.wanted.area for window in windows]
+        return sum(weight * area for weight, area in zip(weights, areas, strict=True))
+
+    def run(
+        self,
+        part: slice,
+        features: Features,
+        known: Mask | None = None,
+        windows: Sequence[Window] | None = None,
+    ) -> Tensor:
+        """``features`` through ``part`` of the convolutions.
+
+        With ``windows``, they are those that the first one gives.
+        """
         convolutions = list(self.children())[part]
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return _run(convolutions, features, known)[0]
+        if windows is not None or not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return _run(convolutions, features, known, windows)[0]
         for first in range(0, len(convolutions), SEGMENT):
             segment = convolutions[first : first + SEGMENT]
             features, known = checkpoint(
@@ -89,13 +116,24 @@ class ConvSequence(ConvStack):
     def forward(self, features: Features, known: Mask | None = None) -> Tensor:
         return self.run(slice(None), features, known)
 
+    def within(self, wanted: Region, features: Features, known: Mask | None = None) -> Tensor:
+        """``wanted`` of the outputs for the whole ``features``, and no more computed than that."""
+        windows = self.windows(slice(None), wanted)
+        given = windows[0].given
+        known = None if known is None else given.of(known)
+        return self.run(slice(None), given.of(features), known, windows)
+
 
 def _run(
-    convolutions: Iterable[nn.Module], features: Tensor, known: Tensor | None
+    convolutions: Sequence[nn.Module],
+    features: Tensor,
+    known: Tensor | None,
+    windows: Sequence[Window] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    for convolution in convolutions:
+    for number, convolution in enumerate(convolutions):
         assert isinstance(convolution, Convolution)
-        features, known = convolution.propagate(features, known)
+        window = None if windows is None else windows[number]
+        features, known = convolution.propagate(features, known, window)
     return features, known
 
 
@@ -174,11 +212,20 @@ class AttentionBranch(ConvStack):
         self.preset = options.attention
 
     def forward(self, inputs: Features, mask: Mask, max_bytes: int | None = None) -> Tensor:
-        features = self.run(slice(0, 6), inputs)
         features = contextual_attention(
-            features, shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
+            self.run(BEFORE, inputs), shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
         )
-        return self.run(slice(6, 8), features)
+        return self.run(BEHIND, features)
+
+    def within(
+        self, wanted: Region, features: Tensor, mask: Mask, max_bytes: int | None = None
+    ) -> Tensor:
+        """``wanted`` of the outputs, from all ``features`` that come out before attention."""
+        windows = self.windows(BEHIND, wanted)
+        mixed = attend_within(
+            windows[0].given, features, shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
+        )
+        return self.run(BEHIND, mixed, None, windows)
 
 
 class Refine(nn.Module):
@@ -189,17 +236,50 @@ class Refine(nn.Module):
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
-        self.sees_mask = options.refine_mask
+        self.sees_mask, self.width = options.refine_mask, options.width
         inputs = COLORS + 2 if self.sees_mask else COLORS
         self.hallu = hallucination(inputs, options)
         self.attn = AttentionBranch(inputs, options)
         self.merge = merge(options)
 
     def forward(self, image: Image, mask: Mask, max_bytes: int | None = None) -> Tensor:
-        inputs = torch.cat([image, torch.ones_like(mask), mask], dim=1) if self.sees_mask else image
+        inputs = self._inputs(image, mask)
         branches = [self.hallu(inputs), self.attn(inputs, mask, max_bytes)]
         merged: Tensor = self.merge(torch.cat(branches, dim=1))
         return merged
+
+    def within(
+        self, regions: Sequence[Region], image: Image, mask: Mask, max_bytes: int | None = None
+    ) -> list[Tensor]:
+        """The output in each of ``regions``, and no more computed than that."""
+        inputs = self._inputs(image, mask)
+        features = self.attn.run(BEFORE, inputs)  # all of them: attention copies from anywhere
+        outputs = []
+        for region in regions:
+            windows = self.merge.windows(slice(None), region)
+            wanted = windows[0].given
+            branches = [
+                self.hallu.within(wanted, inputs),
+                self.attn.within(wanted, features, mask, max_bytes),
+            ]
+            merged = self.merge.run(slice(None), torch.cat(branches, dim=1), None, windows)
+            outputs.append(merged)
+        return outputs
+
+    def products(self, region: Region) -> int:
+        """Multiplications that ``region`` takes beyond what all regions share."""
+        windows = self.merge.windows(slice(None), region)
+        wanted = windows[0].given
+        behind = self.attn.windows(BEHIND, wanted)
+        return (
+            self.merge.products(windows)
+            + self.hallu.products(self.hallu.windows(slice(None), wanted))
+            + self.attn.products(behind)
+            + window_products(behind[0].given, 4 * self.width)
+        )
+
+    def _inputs(self, image: Image, mask: Mask) -> Tensor:
+        return torch.cat([image, torch.ones_like(mask), mask], dim=1) if self.sees_mask else image
 
 
 class Generator(nn.Module):
@@ -262,12 +342,15 @@ class Generator(nn.Module):
         sketch: Sketch | None = None,
         *,
         max_attention_bytes: int | None = None,
+        regions: Sequence[Region] | None = None,
     ) -> tuple[Image, Image]:
         """Coarse and refined images, whole, in float32 [-1, 1].
 
         ``incomplete`` is 0 in the hole (``masking.erase``), ``sketch`` is 0 outside it
         (``masking.guide``); both sides are multiples of 8. ``max_attention_bytes`` is the
-        ``max_bytes`` of ``contextual_attention``. ValueError for other sizes, for a missing sketch,
+        ``max_bytes`` of ``contextual_attention``. With ``regions``, which hold the whole hole, both
+        are computed in these alone, without gradients, and are ``incomplete`` elsewhere; the values
+        there are those of the whole images. ValueError for other sizes, for a missing sketch,
         and for one that an unguided generator cannot use.
         """
         height, width = incomplete.shape[-2:]
@@ -284,7 +367,35 @@ class Generator(nn.Module):
             )
         guides = [] if sketch is None else [sketch]
         inputs = torch.cat([incomplete, *guides, torch.ones_like(mask), mask], dim=1)
-        coarse = torch.tanh(self.coarse(inputs, known(mask)).float())
+        if regions is not None:
+            return self._within(regions, inputs, incomplete, mask, max_attention_bytes)
+        coarse = torch.tanh(at_least_float32(self.coarse(inputs, known(mask))))
         composite = paste(coarse, into=incomplete, mask=mask)
-        refined = torch.tanh(self.refine(composite, mask, max_attention_bytes).float())
+        refined = torch.tanh(at_least_float32(self.refine(composite, mask, max_attention_bytes)))
+        return coarse, refined
+
+    def products(self, region: Region) -> int:
+        """Multiplications that filling ``region`` takes, but for what all regions share."""
+        coarse = self.coarse.products(self.coarse.windows(slice(None), region))
+        return coarse + self.refine.products(region)
+
+    @torch.no_grad()
+    def _within(
+        self,
+        regions: Sequence[Region],
+        inputs: Tensor,
+        incomplete: Image,
+        mask: Mask,
+        max_attention_bytes: int | None,
+    ) -> tuple[Image, Image]:
+        coarse, refined = incomplete.clone(), incomplete.clone()
+        for region in regions:
+            colors = self.coarse.within(region, inputs, known(mask))
+            region.of(coarse).copy_(torch.tanh(at_least_float32(colors)))
+        if not regions:
+            return coarse, refined
+        composite = paste(coarse, into=incomplete, mask=mask)
+        outputs = self.refine.within(regions, composite, mask, max_attention_bytes)
+        for region, colors in zip(regions, outputs, strict=True):
+            region.of(refined).copy_(torch.tanh(at_least_float32(colors)))
         return coarse, refined

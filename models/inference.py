@@ -1,14 +1,16 @@
 """Fill images of any size with a trained generator, within a bounded amount of memory."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from models.attention import attention_bytes
+from models.attention import STEP, window_bytes
 from models.gated_conv import NewFeatures
 from models.generator import STRIDE, Generator
 from models.masking import erase, paste
 from models.options import ModelOptions
+from models.regions import hole_regions
 from models.types import Features, Image, Mask, Sketch
 
 # Per pixel, and per pixel and feature of the first layer; measured. At the widest layer the release
@@ -29,6 +31,7 @@ def fill(
     """``image`` with its hole filled; known pixels keep their values, bit for bit.
 
     Any size from one pixel on: sides are mirrored up to a multiple of 8 and cut off afterwards.
+    What cannot reach a pixel of the hole is not computed; holes far apart are filled one by one.
     With ``max_memory_bytes`` attention works in bands, so that activations stay below it;
     ``ValueError`` before anything is computed if they cannot. None: no bound.
     """
@@ -51,11 +54,13 @@ def fill(
         return plane.index_select(2, rows).index_select(3, columns)
 
     padded = pad(mask)
+    hole = F.pad(mask, [0, len(columns) - width, 0, len(rows) - height])  # not the mirrored ones
     _, refined = generator(
         erase(pad(image), padded),
         padded,
         None if sketch is None else pad(sketch),
         max_attention_bytes=max_attention_bytes,
+        regions=hole_regions(hole, generator.products),
     )
     return paste(refined[..., :height, :width], into=image, mask=mask)
 
@@ -67,7 +72,7 @@ def memory_bytes(options: ModelOptions, batch: int, height: int, width: int) -> 
     """
     rows, columns = -(-height // STRIDE), -(-width // STRIDE)
     pixels = batch * rows * columns * STRIDE**2
-    band = batch * attention_bytes(rows, columns, 1)
+    band = window_bytes(pixels // batch // (4 * STEP) ** 2, 1)
     widest = (LAYER_BYTES + LAYER_BYTES_PER_FEATURE * options.width) * pixels
     return max(widest, kept_bytes(options) * pixels + band)
 

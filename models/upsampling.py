@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 def upsampled_conv3(
-    features: Tensor, weight: Tensor, bias: Tensor | None, halves: int
+    features: Tensor, weight: Tensor, bias: Tensor | None, halves: int, zeros: int = 1
 ) -> Float[Tensor, "batch phases next_height next_width"]:
     """A zero-padded 3×3 convolution of ``features`` after nearest ×2, in phases.
 
     An output pixel sees only 2×2 different inputs, so with the weights added up for each of its
     four positions 4 products suffice instead of 9. The four positions come out as channels, in each
-    of the ``halves`` separately; ``Interleave`` makes them neighbors.
+    of the ``halves`` separately; ``Interleave`` makes them neighbors. ``zeros`` pixels are padded
+    on each side.
     """
     spread = F.pad(weight, [1, 1, 1, 1])
     spread = spread[:, :, 1:] + spread[:, :, :-1]
@@ -24,7 +25,7 @@ def upsampled_conv3(
     spread = spread.reshape(halves, -1, weight.shape[1], 2, 2, 2, 2)
     spread = spread.permute(0, 4, 6, 1, 2, 3, 5).flatten(0, 3)
     bias = bias if bias is None else for_phases(bias, halves)
-    return F.conv2d(features, spread, bias, padding=1)
+    return F.conv2d(features, spread, bias, padding=zeros)
 
 
 def for_phases(bias: Tensor, halves: int) -> Tensor:
