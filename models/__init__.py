@@ -12,8 +12,9 @@
 
 Read in this order: options, types, masking, sampling, gated_conv, attention, generator,
 discriminator, losses; then what uses them: inference, inspection, weights. ``upsampling`` makes
-gated_conv fast, ``regions`` let it compute a part of an image. ``benchmarks/reference`` has the same
-networks without any optimization; the tests compare the two. docs/model.md specifies the model.
+gated_conv fast, ``regions`` let it compute a part of an image. ``benchmarks/reference`` has the
+same networks without any optimization; the tests compare the two. docs/model.md specifies the
+model.
 """
 
 import importlib
