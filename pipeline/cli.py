@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoints(commands)
     _add_dataset(commands)
     _add_compare(commands)
+    _add_sweep(commands)
     _add_fork(commands)
     _add_tracking(commands)
     _add_demo(commands)
@@ -603,6 +604,32 @@ def _add_compare(commands: Commands) -> None:
     sub.set_defaults(command=_compare)
 
 
+def _add_sweep(commands: Commands) -> None:
+    sub = _add(
+        commands,
+        "sweep",
+        "run every combination of settings under one parent, then compare all",
+        "sweep pipeline/recipes/convolutions.yaml model.convolution=gated,partial,vanilla",
+    )
+    sub.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file of settings")
+    sub.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="section.key=a,b",
+        help="settings that vary, and settings that replace those of the recipe",
+    )
+    sub.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="runs that train at the same time, for which train.workers should be a number; "
+        "without it, 1",
+    )
+    sub.add_argument("--pack", metavar="URL", help="evaluation pack to measure and compare on")
+    sub.add_argument("--out", type=_path, help="HTML file of the comparison")
+    sub.set_defaults(command=_sweep)
+
+
 def _add_fork(commands: Commands) -> None:
     run = "s3://BUCKET/PREFIX/runs/NAME"
     sub = _add(
@@ -868,6 +895,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     ):
         console.print(part)
     return DONE
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.sweep import sweep
+
+    return sweep(
+        arguments.recipe,
+        arguments.overrides,
+        at_once=arguments.at_once,
+        pack=arguments.pack,
+        out=arguments.out,
+    )
 
 
 def _fork(arguments: argparse.Namespace) -> int:

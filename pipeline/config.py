@@ -187,6 +187,8 @@ class TrackingSettings(Section):
     """MLflow experiment of the run."""
     uri: str | None = None
     """MLflow server or database; else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``."""
+    parent: str | None = None
+    """Folder of the sweep that this run is part of; ``sweep`` sets it."""
 
 
 RENAMED: Mapping[str, str] = {

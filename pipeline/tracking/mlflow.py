@@ -258,6 +258,8 @@ class MlflowRun:
         tags = dict(self._info.tags) | _origin_tags() | {"project.attempt": str(attempt)}
         if self._info.note and NOTE not in run.data.tags:  # people write there as well
             tags[NOTE] = self._info.note
+        if self._info.parent:
+            tags["mlflow.parentRunId"] = self._parent_id(run.info.experiment_id)
         if self._info.dataset_digest:
             tags["project.dataset.digest"] = self._info.dataset_digest
         params = {key: str(value)[:PARAM_LENGTH] for key, value in self._info.params.items()}
@@ -276,6 +278,18 @@ class MlflowRun:
             client.log_text(run_id, self._info.code_diff, f"code/attempt-{attempt}.diff")
         if self._info.dataset_digest and not run.inputs.dataset_inputs:
             self._log_dataset(run_id)
+
+    def _parent_id(self, experiment_id: str) -> str:
+        """The run of the sweep, found or created."""
+        url = self._info.parent
+        found = self._client.search_runs(
+            [experiment_id], f"tags.`project.sweep` = '{url}'", max_results=1
+        )
+        if found:
+            return str(found[0].info.run_id)
+        name = url.rstrip("/").rpartition("/")[2]
+        run = self._client.create_run(experiment_id, run_name=name, tags={"project.sweep": url})
+        return str(run.info.run_id)
 
     def _send_recorded(self, run_id: str) -> None:
         """What the run keeps on storage and MLflow does not have, metric by metric and in order.
@@ -432,6 +446,20 @@ def sync(
     with _refusals(uri):
         run.end_unless_ended(status)
     return len(queue)
+
+
+def end_parent(uri: str, *, experiment: str, url: str, status: Status) -> None:
+    """Set the status of the run of the sweep at ``url``; a warning where MLflow is away."""
+    try:
+        with _importing_mlflow():
+            from mlflow.client import MlflowClient
+        client = MlflowClient(tracking_uri=uri)
+        if (found := client.get_experiment_by_name(experiment)) is not None:
+            runs = client.search_runs([found.experiment_id], f"tags.`project.sweep` = '{url}'")
+            for run in runs:
+                client.set_terminated(run.info.run_id, status)
+    except Exception as error:  # no failure of a tracker may stop a sweep
+        log.warning("tracking: the status of the sweep was not set: %s", describe_error(error))
 
 
 def refusal(uri: str, experiment: str) -> str | None:

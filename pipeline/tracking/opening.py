@@ -30,8 +30,8 @@ from pipeline.tracking.history import (
     recorded_points,
 )
 from pipeline.tracking.image_tracker import ImageFileTracker
-from pipeline.tracking.mlflow import MlflowTracker, NodeTracker, refusal, sync
-from pipeline.tracking.protocol import NullTracker, RunInfo, Tracker
+from pipeline.tracking.mlflow import MlflowTracker, NodeTracker, end_parent, refusal, sync
+from pipeline.tracking.protocol import NullTracker, RunInfo, Status, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def open_run_tracker(
         dataset_url=dataset.url,
         dataset_digest=dataset.digest,
         tags=_tags(cfg, storage, dataset, ranks) if ranks.first and training else {},
+        parent=cfg.tracking.parent or "",
         note=_note(cfg, storage.run_url, dataset),
         code_diff=git_diff() if ranks.first and training else "",
         recorded=lambda: recorded_points(read_history(storage.run), resume_from_step),
@@ -139,6 +140,14 @@ def open_tracker(
             info, uri=uri, experiment=experiment, queue_folder=queue_folder, node=node
         )
     return MlflowTracker(info, uri=uri, experiment=experiment, queue_folder=queue_folder)
+
+
+def finish_sweep(cfg: Config, status: Status) -> None:
+    """Give the parent run of the sweep in ``cfg.tracking.parent`` its status, as far as MLflow is
+    there."""
+    if cfg.tracking.backend == "mlflow" and cfg.tracking.parent:
+        uri = resolve_uri(cfg.tracking.uri)
+        end_parent(uri, experiment=cfg.tracking.experiment, url=cfg.tracking.parent, status=status)
 
 
 def sync_run(

@@ -29,6 +29,8 @@ class RunInfo:
     """What to filter runs by."""
     note: str = ""
     """Markdown for the page of the run."""
+    parent: str = ""
+    """Folder of the sweep that the run is part of."""
     code_diff: str = ""
     """What the checkout has beyond its commit."""
     recorded: Callable[[], Mapping[str, Sequence[Point]]] = dict
