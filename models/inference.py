@@ -16,7 +16,7 @@ from models.types import Features, Image, Mask, Sketch
 # Per pixel, and per pixel and feature of the first layer; measured. At the widest layer the release
 # takes 700 in float32 and the greediest of the options 870, beside the attention's matrices 140.
 LAYER_BYTES, LAYER_BYTES_PER_FEATURE = 132, 32
-KEPT_BYTES, KEPT_BYTES_PER_FEATURE = 80, 5
+KEPT_BYTES, KEPT_BYTES_PER_FEATURE = 80, 16
 
 
 @torch.no_grad()

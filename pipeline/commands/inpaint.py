@@ -7,20 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
 
-from data_prep.images import IMAGE_SUFFIXES, Pixels
+from data_prep.images import IMAGE_SUFFIXES
 from models import Generator
-from models.inference import fill, memory_bytes
-from models.masking import guide
+from models.inference import memory_bytes
 from pipeline.commands.image_files import (
-    as_plane,
     existing_file,
     read_mask_of,
     read_original,
     refuse_to_write,
 )
-from pipeline.memory import available_bytes
+from pipeline.filling import fill_pixels
 from pipeline.networks import load_generator
 
 log = logging.getLogger(__name__)
@@ -86,7 +83,7 @@ def inpaint(
     for job in jobs:
         job.out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _fill_file(generator, device, job, max_memory_bytes)
+            _fill_file(generator, job, max_memory_bytes)
         except (ValueError, OSError) as error:
             if not image.is_dir():
                 raise
@@ -159,9 +156,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _fill_file(
-    generator: Generator, device: torch.device, job: FillJob, max_memory_bytes: int | None
-) -> None:
+def _fill_file(generator: Generator, job: FillJob, max_memory_bytes: int | None) -> None:
     original = read_original(job.image)
     shape = original.pixels.shape
     mask = read_mask_of(job.image, shape, job.mask)
@@ -178,26 +173,5 @@ def _fill_file(
     log.info("filling image=%s size=%dx%d needs_gib=%.2f", job.image, width, height, needed)
     if lost := original.lost_in(job.out.suffix.lower()):
         log.warning("%s will lose %s of %s", job.out, " and ".join(lost), job.image)
-    filled = _filled(generator, device, original.pixels, mask, drawn, max_memory_bytes)
+    filled = fill_pixels(generator, original.pixels, mask, drawn, max_memory_bytes)
     original.save(job.out, filled, mask)
-
-
-def _filled(
-    generator: Generator,
-    device: torch.device,
-    original: Pixels,
-    mask: np.ndarray,
-    drawn: np.ndarray,
-    max_memory_bytes: int | None,
-) -> Float32[np.ndarray, "height width 3"]:
-    """The filled image in [0, 1]; outside of the hole it is of no use."""
-    image = torch.tensor(original, device=device).permute(2, 0, 1)[None] / 127.5 - 1
-    hole = as_plane(mask, device)
-    sketch = guide(as_plane(drawn, device), hole) if generator.guided else None
-    allowed = max_memory_bytes or available_bytes(device)
-    completed = fill(generator, image, hole, sketch, max_memory_bytes=allowed)
-    if not torch.isfinite(completed).all():
-        raise ValueError("the network's output is not finite: use other weights")
-    filled = (completed[0].permute(1, 2, 0).float() + 1) / 2
-    result: np.ndarray = filled.clamp(0, 1).cpu().numpy()
-    return result
