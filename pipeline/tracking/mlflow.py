@@ -17,7 +17,7 @@ from PIL import Image
 
 from cluster.git import git_commit
 from cluster.session import job_metadata
-from cluster.storage import describe_error, without_password
+from cluster.storage import describe_error, one_line, without_password
 from data_prep.images import encode_png
 from pipeline.tracking.database import database_path, ensure_database
 from pipeline.tracking.event_queue import (
@@ -474,7 +474,7 @@ def refusal(uri: str, experiment: str) -> str | None:
         try:
             probe.probe()
         except RefusedError as error:
-            answer.append(describe_error(error))
+            answer.append(one_line(str(error)))
         except Exception as error:
             log.debug("tracking: no answer from %s: %s", probe.address, error)
 
@@ -500,7 +500,12 @@ def _refusals(uri: str) -> Iterator[None]:
                 "the database is of another release of MLflow: back it up, then type `mlflow db "
                 f"upgrade {database}`, or set tracking.uri"
             ) from error
-        if code in REFUSALS or "must be in the 'active' state" in text:
+        if code in REFUSALS:
+            raise RefusedError(
+                f"{without_password(uri)} refuses: check tracking.uri, and the credentials in "
+                f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or _TOKEN ({text})"
+            ) from error
+        if "must be in the 'active' state" in text:
             raise RefusedError(text) from error
         raise
 

@@ -4,8 +4,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,7 @@ def test_events_survive_an_outage_of_the_server_and_are_sent_later(
 def test_events_survive_kill_9(uri, tmp_path):
     program = f"""
 import os, signal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tests.pipeline.tracking.test_mlflow import INFO, tracker
 tracked = tracker("http://127.0.0.1:1", Path({str(tmp_path)!r}))
@@ -372,3 +375,20 @@ def test_a_queue_that_cannot_be_written_is_in_memory(uri, tmp_path, caplog):
         tracked.log_image("samples", 1, np.zeros((4, 4, 3), np.uint8))
     assert history(uri, "loss") == [(1, 1.0)]
     assert caplog.text.count("in memory only") == 1
+
+
+@pytest.mark.parametrize(("code", "refused"), [(401, True), (403, True), (404, True), (503, False)])
+def test_only_what_a_server_will_not_change_by_itself_is_a_refusal(code, refused):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reason = refusal(f"http://127.0.0.1:{server.server_port}", "tests")
+        server.shutdown()
+    assert (reason is not None) == refused
+    assert not refused or "credentials" in str(reason)
