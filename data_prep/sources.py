@@ -58,6 +58,18 @@ class DataSource:
     needs_root: bool = True
 
 
+def refuse_missing_root(data: DataSettings) -> None:
+    """ValueError where ``data.root`` is a path at which nothing is; StorageError for other URLs
+    than storage has. Asks no server."""
+    if data.root is None:
+        return
+    path = open_store(data.root).local_path()
+    if path is not None and not path.exists():
+        raise ValueError(
+            f"data.root={data.root} was not found: give a folder, a tar, or an s3:// prefix"
+        )
+
+
 def list_images(data: DataSettings) -> list[SourceImage]:
     """Every image of ``data.source``, sorted by key; the images are not opened.
 

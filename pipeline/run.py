@@ -1,9 +1,11 @@
 """The stages of a job in order: prepare, train, evaluate."""
 
 from cluster.session import connect
+from cluster.storage import open_store
 from data_prep.build import build_dataset
 from data_prep.settings import BuildOptions
 from data_prep.shards import Dataset
+from data_prep.sources import refuse_missing_root
 from pipeline.config import Config
 from pipeline.evaluation.job import evaluate_run
 from pipeline.progress import progress
@@ -17,6 +19,7 @@ def run(cfg: Config, storage: RunStorage, *, replace: bool = False) -> bool:
 
     ``replace`` builds over a dataset of other settings.
     """
+    refuse_missing_images(cfg, storage)
     with connect():
         prepare(cfg, storage, replace=replace)
         if not train(cfg, storage):
@@ -38,6 +41,7 @@ def prepare(
     A finished one changes only on request: ``replace`` builds over one of other settings,
     ``update`` follows images that came or went, ``retry_failed`` reads those again that failed.
     """
+    refuse_missing_images(cfg, storage)
     # Inside connect: Ray takes SIGTERM for itself there.
     with connect(), sigterm_interrupts(), progress("prepare", "images") as advance:
         return build_dataset(
@@ -48,3 +52,9 @@ def prepare(
             options=BuildOptions(replace=replace, update=update, retry_failed=retry_failed),
             progress=advance,
         )
+
+
+def refuse_missing_images(cfg: Config, storage: RunStorage) -> None:
+    """Raise before Ray starts where there are no images to prepare; finished ones need none."""
+    if not open_store(storage.dataset_url).exists("dataset.json"):
+        refuse_missing_root(cfg.data)

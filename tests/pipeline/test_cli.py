@@ -138,6 +138,16 @@ def test_a_full_gpu_is_reported_in_one_line(capsys, monkeypatch):
     assert line.startswith("the GPU has no memory left: use smaller images")
 
 
+@pytest.mark.parametrize("command", ["prepare", "run"])
+def test_a_missing_folder_of_images_is_reported_before_ray_starts(
+    command, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("pipeline.run.connect", lambda: pytest.fail("Ray was started"))
+    settings = ["data.source=folder", f"data.root={tmp_path}/nowhere", f"storage={tmp_path}/st"]
+    assert cli.main([command, str(DEMO), *settings]) == cli.MISTAKE
+    assert f"data.root={tmp_path}/nowhere was not found: give a folder" in capsys.readouterr().err
+
+
 URL_COMMANDS = [
     "inpaint w.safetensors i.png m.png --out s3://bucket/o.png",
     "inpaint w.safetensors s3:/bucket/i.png m.png --out o.png",
