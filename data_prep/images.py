@@ -39,6 +39,8 @@ MAX_ASPECT = 16  # panoramas have up to 10; edges of longer images would not fit
 APP1, APP13 = 0xE1FF, 0xEDFF
 PROFILE_SEGMENT = b"ICC_PROFILE\0"
 END_OF_IMAGE = b"\xff\xd9"
+MARKER = re.compile(rb"\xff+[\x01-\xfe]")  # a stuffed zero is none
+START_OF_SCAN, PROGRESSIVE = 0xDA, 0xC2
 ORIENTATION = 0x0112  # the EXIF tag
 # Tags of TIFF that say how large a sample can be.
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281
@@ -283,9 +285,11 @@ def _decode_jpeg(
 def _undamaged(data: bytes, warning: str) -> bytes:
     """``data``, with a marker at the end; ImageError where libjpeg's ``warning`` is of lost pixels.
 
-    Harmless are a missing marker at the end, and filler before that marker.
+    Harmless are a missing marker at the end, filler before that marker, and bytes between the
+    segments before the first scan, which every decoder skips.
     """
-    if warning.startswith("Premature end of JPEG file"):
+    # Of a progressive file that is cut short whole scans may be missing, which libjpeg allows.
+    if warning.startswith("Premature end of JPEG file") and not _is_progressive(data):
         try:
             simplejpeg.decode_jpeg(data + END_OF_IMAGE, _native(data))
             return data + END_OF_IMAGE
@@ -293,12 +297,46 @@ def _undamaged(data: bytes, warning: str) -> bytes:
             warning = str(error)
     if not warning.startswith(("Corrupt JPEG data", "Premature end")):
         return data
+    if (tidy := _without_header_filler(data)) != data:
+        try:
+            simplejpeg.decode_jpeg(tidy, _native(tidy))
+            return data
+        except ValueError as error:
+            warning = str(error)
     extra = re.match(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9", warning)
     if extra:
         end = data.rfind(END_OF_IMAGE)
         if set(data[end - int(extra[1]) : end]) in ({0}, {0xFF}):
             return data
     raise ImageError("damaged", f"JPEG: {warning}")
+
+
+def _without_header_filler(data: bytes) -> bytes:
+    """A JPEG without the bytes that belong to no segment before its first scan (SOS)."""
+    segments = [data[start:end] for _, start, end in _header_segments(data)]
+    return b"".join([data[:2], *segments]) if segments else data
+
+
+def _is_progressive(data: bytes) -> bool:
+    return any(kind == PROGRESSIVE for kind, *_ in _header_segments(data))
+
+
+def _header_segments(data: bytes) -> list[tuple[int, int, int]]:
+    """Kind, start and end of every segment of a JPEG; the first scan reaches to the end.
+
+    Nothing where the file has no scan.
+    """
+    segments: list[tuple[int, int, int]] = []
+    at = 2
+    while match := MARKER.search(data, at):
+        start, kind = match.end() - 2, data[match.end() - 1]
+        if kind == START_OF_SCAN:
+            return [*segments, (kind, start, len(data))]
+        at = match.end()
+        if kind != 0x01 and not 0xD0 <= kind <= 0xD9:  # those have no length
+            at += int.from_bytes(data[at : at + 2])
+            segments.append((kind, start, at))
+    return []
 
 
 def _native(data: bytes) -> str:

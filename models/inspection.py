@@ -1,5 +1,7 @@
 """Gates of a trained generator, and the masks that partial convolution would have instead."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def gate_activations(
     gates: dict[str, Tensor] = {}
     names = {layer: name for name, layer in generator.named_modules()}
 
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    def keep(layer: nn.Module, inputs: tuple[Any, ...], _: Tensor) -> None:
         assert isinstance(layer, GatedConv)
         gates[names[layer]] = layer.gates(inputs[0])
 

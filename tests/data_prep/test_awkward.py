@@ -160,6 +160,8 @@ ODD = {
     "pillow_truncated_end_chunk.png": ("failed", "damaged"),
     "pillow_truncated_image.png": ("failed", "damaged"),
     "pillow_truncated_jpeg.jpg": ("failed", "damaged"),
+    "pillow_hopper_bad_exif.jpg": ("failed", "damaged"),  # its scan is torn
+    "pillow_16bit.cropped.tif": ("failed", "unsupported_mode"),  # dark: 12 bits, or a dark image
     "exifsamples_invalid_image01713.jpg": ("skipped", "too_small"),
     "exifsamples_invalid_image01980.jpg": ("skipped", "too_small"),
     "imagenet_n01871265_tusker.jpg": ("skipped", "too_small"),

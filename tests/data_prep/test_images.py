@@ -188,6 +188,7 @@ def test_a_jpeg_that_is_odd_and_whole_is_decoded(photo: np.ndarray, mode: str) -
     data = saved(image, "JPEG", quality=95)
     expected = decode(data).pixels
     restarts = saved(image, "JPEG", quality=95, restart_marker_rows=1)
+    first = 4 + int.from_bytes(data[4:6])  # the end of the first segment
     odd = {
         "no end": data[:-2],
         "garbage behind": data + b"garbage" * 99,
@@ -195,9 +196,18 @@ def test_a_jpeg_that_is_odd_and_whole_is_decoded(photo: np.ndarray, mode: str) -
         "filler before the end": data[:-2] + b"\xff" * 300 + data[-2:],
         "restarts": restarts,
         "restarts, no end": restarts[:-2],
+        "bytes between segments": data[:first] + b"junk" + data[first:],
     }
     for name, changed in odd.items():
         assert psnr_db(decode(changed).pixels, expected) > 45, name
+
+
+def test_a_progressive_jpeg_that_is_cut_short_is_damaged(photo: np.ndarray) -> None:
+    """Its missing scans would only make it blurred, and libjpeg does not mention them."""
+    data = saved(Image.fromarray(photo), "JPEG", quality=95, progressive=True)
+    with pytest.raises(ImageError) as raised:
+        decode(data[: 2 * len(data) // 3])
+    assert raised.value.reason == "damaged"
 
 
 def test_a_deep_image_is_scaled_by_what_it_says_it_holds(photo: np.ndarray) -> None:
@@ -328,6 +338,8 @@ def test_a_sketch_cut_short_is_damaged(cut: int) -> None:
 
 
 REFUSED = {
+    "pillow_16bit.cropped.tif": "unsupported_mode",  # dark: 12 bits, or a dark image
+    "pillow_hopper_bad_exif.jpg": "damaged",  # its scan is torn: stripes are missing
     "pillow_broken_data_stream.png": "damaged",
     "pillow_truncated_end_chunk.png": "damaged",
     "pillow_truncated_image.png": "damaged",
