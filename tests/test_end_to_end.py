@@ -22,6 +22,8 @@ from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import read_history
 from tests.weights import write_weights
 
+pytestmark = pytest.mark.timeout(900)  # whole jobs, on machines that may be busy
+
 RECIPE = "pipeline/recipes/demo.yaml"
 STEPS = 14
 
@@ -60,7 +62,7 @@ def settings(images, tmp_path_factory) -> list[str]:
     ]
 
 
-def pipeline(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def pipeline(*arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *arguments],
         capture_output=True,
@@ -173,7 +175,8 @@ def test_the_job_runs_on_a_folder_of_faces(photographs, settings):
     succeeded("run", RECIPE, *overrides)
     record = json.loads((Path(RunStorage.open(cfg).dataset_url) / "dataset.json").read_text())
     assert record["counts"]["pictures"]["failed"] == 0
-    assert record["counts"]["sketches"] == {"landmarks68": 49}
+    faces = len(list((photographs / "faces").iterdir()))
+    assert record["counts"]["sketches"] == {"landmarks68": faces}
     assert (checkpoints(cfg) / "step-00000002/manifest.json").exists()
 
 
