@@ -154,7 +154,7 @@ def _ours(
     pair = build_pair(
         model, settings, *networks, Ranks(kind="cuda" if device.type == "cuda" else "cpu")
     )
-    return lambda: pair.step(batch)
+    return lambda: pair.step(batch, 0)
 
 
 def finished(run: Callable[[], object], device: torch.device) -> Callable[[], None]:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 
 from models.gated_conv import Conv
 from models.options import ModelOptions
-from models.types import Image, Mask, Scores, Sketch
+from models.types import Image, Mask, Scalar, Scores, Sketch
 
 CHANNELS = (64, 128, 256, 256, 256, 256)
 
@@ -18,7 +18,8 @@ CHANNELS = (64, 128, 256, 256, 256, 256)
 class Discriminator(nn.Module):
     """Is an image real, given its mask? 5,946,816 parameters, guided 5,948,416.
 
-    ``options`` are the other fields of ``ModelOptions``; ``discriminator_head`` alone matters here.
+    ``options`` are the other fields of ``ModelOptions``; those that begin with ``discriminator_``
+    alone matter here.
     "leaky" applies leaky ReLU after the last convolution too, as the authors' code does; the hinge
     loss usually takes a "linear" one.
     """
@@ -29,7 +30,8 @@ class Discriminator(nn.Module):
         inputs = 5 if guided else 4  # RGB, mask, sketch
         for number, outputs in enumerate(CHANNELS, start=1):
             conv = Conv(inputs, outputs, kernel=5, stride=2)
-            register_parametrization(conv, "weight", SpectralNorm(conv.weight))
+            norm = SpectralNorm(conv.weight, divide=not self.regularized)
+            register_parametrization(conv, "weight", norm)
             self.add_module(f"conv{number}", conv)
             inputs = outputs
 
@@ -59,6 +61,22 @@ class Discriminator(nn.Module):
     def guided(self) -> bool:
         """Whether it takes a sketch."""
         return self.options.guided
+
+    @property
+    def regularized(self) -> bool:
+        """Whether the largest singular values are to be penalized instead of set to 1."""
+        return self.options.discriminator_norm == "regularized"
+
+    def spectral_penalty(self) -> Scalar:
+        """½ · Σ σ² over the layers (Yoshida and Miyato 2017), by the u and v of the last call."""
+        singular = [
+            norm.singular_value(norms.original)
+            for norms in self.modules()
+            if isinstance(norms, ParametrizationList)
+            for norm in norms
+            if isinstance(norm, SpectralNorm)
+        ]
+        return torch.stack(singular).square().sum() / 2
 
     def forward(self, image: Image, mask: Mask, sketch: Sketch | None = None) -> Scores:
         """256 scores for every 64×64 pixels, rounded up; row by row, channels together.
@@ -93,8 +111,10 @@ class SpectralNorm(nn.Module):
     _u: Tensor
     _v: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, *, divide: bool = True) -> None:
+        """Without ``divide`` the weight stays as it is, and σ is estimated all the same."""
         super().__init__()
+        self.divide = divide
         outputs, inputs = weight.flatten(1).shape
         u = nn.init.trunc_normal_(torch.empty(outputs))
         self.register_buffer("_u", F.normalize(u, dim=0, eps=1e-12))
@@ -111,4 +131,9 @@ class SpectralNorm(nn.Module):
                     self._v.copy_(v)
             else:
                 u, v = self._u, self._v
-            return weight / torch.dot(u, matrix @ v)
+            return weight / torch.dot(u, matrix @ v) if self.divide else weight
+
+    def singular_value(self, weight: Tensor) -> Tensor:
+        """σ of ``weight`` by the vectors of the last call; gradients pass through ``weight``."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.dot(self._u, weight.flatten(1) @ self._v)

@@ -7,6 +7,7 @@ ConvolutionKind: TypeAlias = str  # a name in ``gated_conv.CONVOLUTIONS``
 Padding = Literal["same", "symmetric", "reflect"]
 AttentionPreset = Literal["official", "renormalized", "renormalised"]
 DiscriminatorHead = Literal["leaky", "linear"]
+DiscriminatorNorm = Literal["spectral", "regularized"]
 OLD_SPELLINGS = {"renormalised": "renormalized"}
 """Values that older recipes and weights files have, with the value that they mean today."""
 
@@ -31,6 +32,9 @@ class ModelOptions:
     """Stage two also sees the mask, as in DeepFill v1; released weights are without."""
     discriminator_head: DiscriminatorHead = "leaky"
     """``leaky``: the authors' code; ``linear``: as the hinge loss is usually written."""
+    discriminator_norm: DiscriminatorNorm = "spectral"
+    """``spectral``: weights over their largest singular value, as the authors; ``regularized``:
+    weights as they are, and a penalty on those values in training (Yoshida and Miyato 2017)."""
     width: int = 24
     """Features after the generator's first layer; released weights have 24."""
 
@@ -40,6 +44,7 @@ class ModelOptions:
             "padding": get_args(Padding),
             "attention": get_args(AttentionPreset),
             "discriminator_head": get_args(DiscriminatorHead),
+            "discriminator_norm": get_args(DiscriminatorNorm),
         }
         if self.convolution != "gated":
             from models.gated_conv import CONVOLUTIONS  # here: it imports torch, recipes need none

@@ -104,7 +104,19 @@ class TrainSettings(Section):
     activation_checkpointing: bool = False
     """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4
-    """Learning rate of Adam, for both networks, constant."""
+    """Of Adam, for both networks."""
+    generator_learning_rate: PositiveFloat | None = None
+    """Of the generator, instead of ``learning_rate``."""
+    discriminator_learning_rate: PositiveFloat | None = None
+    """Of the discriminator, instead of ``learning_rate``."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which both learning rates rise from zero, in a line."""
+    learning_rate_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How both learning rates fall after the warm-up until ``steps``."""
+    final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What is left of the learning rates at the end of a decay."""
+    grad_clip_norm: PositiveFloat | None = None
+    """Scale the gradients of each network down to this norm; without it, never, as the authors."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Adam's decay of the mean of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -113,6 +125,13 @@ class TrainSettings(Section):
     """Weight of the L1 losses of both stages; raise it to 10 when a run diverges."""
     gan_weight: NonNegativeFloat = 1.0
     """Weight of the adversarial loss; lower it to 0.1 when a run turns gray or diverges."""
+    gan_start_step: NonNegativeInt = 0
+    """Steps before the adversarial loss counts."""
+    gan_ramp_steps: NonNegativeInt = 0
+    """Steps over which its weight then rises to ``gan_weight``, in a line."""
+    spectral_penalty: NonNegativeFloat = 0.01
+    """Weight of the penalty on the discriminator's largest singular values, with
+    ``model.discriminator_norm=regularized``."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged generator, the one that is evaluated and used."""
     log_every_steps: PositiveInt = 50

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, total_over_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,8 +34,11 @@ class Adam:
     """
 
     learning_rate: float = 1e-4
+    """Of the first update; ``Engine.set_learning_rate`` changes it."""
     betas: tuple[float, float] = (0.5, 0.999)
     eps: float = 1e-8
+    clip_norm: float | None = None
+    """Scale the gradients down to this norm over all parameters of the network; None: never."""
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
         return torch.optim.Adam(
@@ -65,6 +68,16 @@ class Engine(Protocol):
         """The bare network: for passes whose gradients belong to the other network."""
 
     def __call__(self, *inputs: Tensor | None) -> Any: ...
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """The rate of the next updates."""
+
+    @property
+    def squared_grad_norm(self) -> Tensor:
+        """0-dim, of the last update before clipping, on the device.
+
+        Its mean over ranks, each with its weight, is that of the whole network.
+        """
 
     def update(self, loss: Tensor, gate: Gate) -> None:
         """Back-propagate ``loss``, average the gradients over ranks, take a step of Adam.
@@ -109,12 +122,27 @@ def build_engine(
 class _RevertibleEngine:
     """What the engines share: an update that the device can refuse, a copy to return to."""
 
-    def __init__(self, module: nn.Module, adam: torch.optim.Adam, weight: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        adam: torch.optim.Adam,
+        weight: float,
+        *,
+        clip_norm: float | None,
+        shares: int = 1,
+    ) -> None:
+        """``shares``: over how many ranks gradients are partitioned where Adam steps."""
         self.module, self._adam, self._weight = module, adam, weight
+        self._clip_norm, self._shares = clip_norm, shares
+        self.squared_grad_norm = torch.zeros(())
         self._gate: Gate | None = None
         self._copy: list[Tensor] = []
         # Where Adam steps, gradients are averaged over ranks, and partitioned under ZeRO.
-        adam.register_step_pre_hook(self._ask_gate)
+        adam.register_step_pre_hook(self._before_step)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -139,7 +167,8 @@ class _RevertibleEngine:
         tensors += [value for parameter in flat for value in self._adam.state[parameter].values()]
         return [tensor.detach() for tensor in {id(tensor): tensor for tensor in tensors}.values()]
 
-    def _ask_gate(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+    @torch.no_grad()
+    def _before_step(self, adam: torch.optim.Optimizer, *_: Any) -> None:
         assert self._gate is not None
         grads = [
             parameter.grad
@@ -148,8 +177,13 @@ class _RevertibleEngine:
             if parameter.grad is not None
         ]
         # The sum of squares, since Adam's second moment has to be finite as well.
-        finite = torch.stack(torch._foreach_norm(grads)).isfinite().all()
-        adam.found_inf = self._gate((~finite).float())  # type: ignore[attr-defined]
+        norms = torch.stack(torch._foreach_norm(grads))
+        adam.found_inf = self._gate((~norms.isfinite().all()).float())  # type: ignore[attr-defined]
+        squared = norms.square().sum()
+        self.squared_grad_norm = squared * self._shares / self._weight
+        if self._clip_norm is not None:
+            whole = total_over_ranks(squared) if self._shares > 1 else squared
+            torch._foreach_mul_(grads, (self._clip_norm / whole.sqrt()).clamp(max=1.0))
 
 
 class TorchEngine(_RevertibleEngine):
@@ -163,7 +197,7 @@ class TorchEngine(_RevertibleEngine):
         state: EngineState | None,
         weight: float = 1.0,
     ) -> None:
-        super().__init__(module, adam.over(module.parameters()), weight)
+        super().__init__(module, adam.over(module.parameters()), weight, clip_norm=adam.clip_norm)
         for name, parameter in module.named_parameters():
             self._adam.state[parameter] = (
                 _adam_state(
@@ -264,7 +298,8 @@ class DeepSpeedEngine(_RevertibleEngine):
             },
         )
         self._zero_stage = zero_stage
-        super().__init__(module, optimizer, weight)
+        shares = ranks.world_size if zero_stage else 1
+        super().__init__(module, optimizer, weight, clip_norm=adam.clip_norm, shares=shares)
         self._make_adam_state(state.steps if state else 0)
         if state is not None and state.steps:
             self._restore(state.moments)

@@ -35,6 +35,7 @@ from pipeline.pair import NetworkPair, build_pair, fresh_networks
 from pipeline.progress import format_duration
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
+from pipeline.schedule import learning_rates
 from pipeline.state import Position, TrainingState
 from pipeline.stop_request import StopRequest
 from pipeline.tracking import Tracker, open_training_tracker
@@ -133,7 +134,7 @@ class TrainingLoop:
         for epoch, epoch_step, batch in clock.waiting(
             loader.batches(position.epoch, position.epoch_step)
         ):
-            result = self.pair.step(batch.to(device))
+            result = self.pair.step(batch.to(device), position.step)
             position = Position(position.step + 1, epoch, epoch_step + 1)
             interval.add(position, batch.keys, result)
             clock.steps += 1
@@ -176,19 +177,24 @@ class TrainingLoop:
         device = self.ranks.device
         values = interval.read(device)
         means = values.means | clock.read()
-        means["lr/generator"] = means["lr/discriminator"] = self.cfg.train.learning_rate
+        rates = learning_rates(self.cfg.train, position.step - 1)
+        means["lr/generator"], means["lr/discriminator"] = rates
+        for network in ("generator", "discriminator"):
+            squared = means.pop(f"health/squared_grad_norm_{network}", math.nan)
+            means[f"health/grad_norm_{network}"] = math.sqrt(squared)
         means["health/bad_steps"] = float(len(values.bad))
         self.tracker.log_metrics(position.step, means)
         left_s = (self.cfg.train.steps - position.step) / means["speed/steps_per_s"]
         log.info(
-            "step=%d/%d epoch=%d l1=%.4f adversarial=%.4f discriminator=%.4f images_per_s=%.1f "
-            "left=%s",
+            "step=%d/%d epoch=%d l1=%.4f adversarial=%.4f discriminator=%.4f margin=%.4f "
+            "images_per_s=%.1f left=%s",
             position.step,
             self.cfg.train.steps,
             position.epoch,
             means.get("loss/l1_refined", math.nan),
             means.get("loss/adversarial", math.nan),
             means.get("loss/discriminator", math.nan),
+            means.get("score/margin", math.nan),
             means["speed/images_per_s"],
             format_duration(left_s),
         )

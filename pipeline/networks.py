@@ -103,7 +103,8 @@ def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
     if wanted.guided and not found.guided:
         found = Generator.guided_from(found)
     options = asdict(found.options)
-    del options["discriminator_head"]  # which the other network's weights decide
+    for name in ("discriminator_head", "discriminator_norm"):  # the other network's weights decide
+        del options[name]
     _refuse_other_options(wanted, options, f"train.init_from: {source}")
     return found.state_dict()
 
@@ -115,12 +116,13 @@ def _starting_discriminator(wanted: ModelOptions, source: str) -> dict[str, Tens
         raise ValueError(
             f"{name} is not a discriminator: the tensor {DISCRIMINATOR_KERNEL} is missing"
         )
-    head = (_described(data, name) or ModelOptions()).discriminator_head
-    found = Discriminator(is_guided(weights), discriminator_head=head)
+    described = _described(data, name) or ModelOptions()
+    kept = {key: vars(described)[key] for key in ("discriminator_head", "discriminator_norm")}
+    found = Discriminator(is_guided(weights), **kept)
     _fill(found, weights, name)
     if wanted.guided and not found.guided:
         found = Discriminator.guided_from(found)
-    options = {"guided": found.guided, "discriminator_head": head}
+    options = {"guided": found.guided, **kept}
     _refuse_other_options(wanted, options, f"train.init_discriminator_from: {source}")
     return found.state_dict()
 

@@ -16,6 +16,7 @@ from pipeline.device import PRECISION, missing_for_compilation
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Adam, Engine, build_engine
 from pipeline.ranks import Ranks
+from pipeline.schedule import gan_weight, learning_rates
 from pipeline.state import TrainingState
 from pipeline.step import StepResult, train_step
 
@@ -32,14 +33,19 @@ class NetworkPair:
     discriminator: Engine
     average: ExponentialMovingAverage[Generator]
 
-    def step(self, batch: DeviceBatch) -> StepResult:
-        """Update both networks, then the average. Collective: all ranks call it."""
+    def step(self, batch: DeviceBatch, done: int) -> StepResult:
+        """Update both networks, then the average, after ``done`` steps. Collective."""
+        for engine, rate in zip(
+            (self.generator, self.discriminator), learning_rates(self.settings, done), strict=True
+        ):
+            engine.set_learning_rate(rate)
         result = train_step(
             batch,
             self.generator,
             self.discriminator,
             l1_weight=self.settings.l1_weight,
-            gan_weight=self.settings.gan_weight,
+            gan_weight=gan_weight(self.settings, done),
+            spectral_penalty=self.settings.spectral_penalty,
             guided=self.model.guided,
             precision=PRECISION[self.settings.precision],
         )
@@ -76,7 +82,7 @@ def build_pair(
     engine = partial(
         build_engine,
         settings.engine,
-        adam=Adam(settings.learning_rate, (settings.beta1, settings.beta2)),
+        adam=Adam(betas=(settings.beta1, settings.beta2), clip_norm=settings.grad_clip_norm),
         ranks=ranks,
         zero_stage=settings.zero_stage,
         batch_per_rank=-(-settings.global_batch // ranks.world_size),

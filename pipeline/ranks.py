@@ -139,6 +139,13 @@ def largest(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def total_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum of ``value`` over all ranks; stays on the device."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
 def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum of each scalar over all ranks, in double precision."""
     stacked = torch.tensor(list(values.values()), dtype=torch.float64, device=device)

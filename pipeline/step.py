@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.discriminator import Discriminator
 from models.losses import hinge_discriminator, hinge_generator
 from models.masking import erase, paste
 from pipeline.data.batch import DeviceBatch
@@ -46,6 +47,7 @@ def train_step(
     *,
     l1_weight: float = 1.0,
     gan_weight: float = 1.0,
+    spectral_penalty: float = 0.0,
     guided: bool = False,
     precision: torch.dtype = torch.float32,
 ) -> StepResult:
@@ -53,6 +55,8 @@ def train_step(
 
     The generator runs once: the discriminator learns from its detached result. With ``precision``
     bfloat16 the networks run under autocast; parameters and losses stay float32.
+
+    ``spectral_penalty`` weighs the penalty on singular values of a regularized discriminator.
 
     A step in which a loss or a gradient is not finite on any rank is bad: it leaves both networks,
     their optimizers and the power iteration of spectral normalization as they were. The device
@@ -78,7 +82,11 @@ def train_step(
     real_score, fake_score = scores.float().chunk(2)
     discriminator_loss = hinge_discriminator(real_score, fake_score)
     faults.check(discriminator_loss)
-    discriminator.update(discriminator_loss, faults.note)
+    critic = discriminator.module
+    penalized = discriminator_loss
+    if isinstance(critic, Discriminator) and critic.regularized:
+        penalized = discriminator_loss + spectral_penalty * critic.spectral_penalty()
+    discriminator.update(penalized, faults.note)
 
     # `.module`, not the engine: DeepSpeed and DDP expect their own backward pass.
     with frozen(discriminator.module) as module, autocast:
@@ -95,6 +103,8 @@ def train_step(
         "loss/l1_coarse": l1_coarse,
         "loss/l1_refined": l1_refined,
         "score/margin": real_score.mean() - fake_score.mean(),
+        "health/squared_grad_norm_generator": generator.squared_grad_norm,
+        "health/squared_grad_norm_discriminator": discriminator.squared_grad_norm,
     }
     losses = {name: value.detach() for name, value in values.items()}
     return StepResult(losses, faults.found)

@@ -150,7 +150,7 @@ def _train(
     gradients: dict[str, Tensor] = {}
     losses = []
     for step in range(steps):
-        result = pair.step(_batch(cfg, step, ranks).to(ranks.device))
+        result = pair.step(_batch(cfg, step, ranks).to(ranks.device), step)
         losses.append(distributed.mean(result.losses, ranks.device, weight=weight))
         if step == 0:
             gradients = {

@@ -148,3 +148,27 @@ def test_a_linear_head_scores_below_what_a_leaky_one_lets_through() -> None:
     torch.testing.assert_close(
         leaky.eval()(image, mask), torch.nn.functional.leaky_relu(scores, 0.2)
     )
+
+
+def test_regularized_weights_stay_as_they_are_and_pay_for_their_singular_values() -> None:
+    torch.manual_seed(0)
+    network = Discriminator(discriminator_norm="regularized")
+    image, mask = torch.rand(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
+    for _ in range(100):  # power iterations
+        network(image, mask)
+    weights = [parameter for name, parameter in network.named_parameters() if "original" in name]
+    for conv, weight in zip(network.children(), weights, strict=True):
+        assert torch.equal(torch.as_tensor(conv.weight), weight)
+    largest = torch.stack([torch.linalg.matrix_norm(weight.flatten(1), 2) for weight in weights])
+    penalty = network.spectral_penalty()
+    torch.testing.assert_close(penalty, largest.square().sum() / 2, rtol=3e-2, atol=0)
+    penalty.backward()
+    for weight, sigma in zip(weights, largest, strict=True):
+        assert weight.grad is not None
+        # d(½σ²)/dW = σ·u·vᵀ, whose norm is σ.
+        torch.testing.assert_close(weight.grad.norm(), sigma, rtol=3e-2, atol=0)
+
+
+def test_both_ways_to_bound_the_discriminator_share_their_weights_files() -> None:
+    spectral, regularized = Discriminator(), Discriminator(discriminator_norm="regularized")
+    regularized.load_state_dict(spectral.state_dict())

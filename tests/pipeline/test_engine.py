@@ -231,6 +231,38 @@ def test_deepspeed_clips_no_gradient(zero_stage):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+def clipped(kind: Kind, zero_stage: Stage, clip_norm: float | None) -> tuple[float, float]:
+    """The generator's squared gradient norm, and the norm that its first update learned from."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    ranks = distributed.current()
+    generator, discriminator = (
+        build_engine(
+            kind, network, adam=Adam(clip_norm=clip_norm), ranks=ranks, zero_stage=zero_stage
+        )
+        for network in (Generator(guided=True, width=4), Discriminator(guided=True))
+    )
+    shared = batch(0, ranks.rank, ranks.world_size).to(torch.device("cpu"))
+    result = train_step(shared, generator, discriminator, l1_weight=1000.0, guided=True)
+    norms = distributed.mean(result.losses, torch.device("cpu"))
+    moments = generator.state().moments
+    means = [value.norm() for name, value in moments.items() if name.startswith("exp_avg.")]
+    learned = float(torch.stack(means).norm()) / (1 - 0.5)
+    return norms["health/squared_grad_norm_generator"] ** 0.5, learned
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero_stage"), [("ddp", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
+)
+def test_clipping_looks_at_the_whole_network_under_every_engine(kind, zero_stage):
+    norm, unclipped = clipped("ddp", 1, None)
+    assert unclipped == pytest.approx(norm, rel=1e-4)
+    for found, learned in on_ranks(2, clipped, kind, zero_stage, norm / 4):
+        assert found == pytest.approx(norm, rel=1e-3)
+        assert learned == pytest.approx(norm / 4, rel=1e-3)
+    assert clipped("ddp", 1, 4 * norm)[1] == unclipped
+
+
 def precision_inside(kind: Kind) -> torch.dtype:
     """What stage one computes in during a step in bf16, as a GPU's autocast has it."""
     torch.set_num_threads(1)

@@ -152,3 +152,19 @@ def test_a_sketch_is_for_guided_networks() -> None:
     pictures = batch(0)
     with pytest.raises(ValueError, match="takes no sketch"):
         train_step(pictures, *engines(width=4), guided=True)
+
+
+def test_a_regularized_discriminator_learns_from_its_penalty() -> None:
+    updated = []
+    for penalty in (0.0, 100.0):
+        torch.manual_seed(0)
+        generator, discriminator = (
+            Generator(width=4),
+            Discriminator(discriminator_norm="regularized"),
+        )
+        pair = [TorchEngine(n, Adam(), Ranks(), None) for n in (generator, discriminator)]
+        losses = train_step(batch(0), *pair, spectral_penalty=penalty).losses
+        updated.append((losses, gradients(discriminator)))
+    (without, free), (with_penalty, paying) = updated
+    assert without["loss/discriminator"] == with_penalty["loss/discriminator"]
+    assert sum(g.norm() for g in paying) > 2 * sum(g.norm() for g in free)
