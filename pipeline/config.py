@@ -104,11 +104,11 @@ class TrainSettings(Section):
     activation_checkpointing: bool = False
     """Compute most activations a second time instead of keeping them: less memory, more time."""
     learning_rate: PositiveFloat = 1e-4
-    """Of Adam, for both networks."""
+    """Learning rate of Adam, for both networks."""
     generator_learning_rate: PositiveFloat | None = None
-    """Of the generator, instead of ``learning_rate``."""
+    """Learning rate of the generator, instead of ``learning_rate``."""
     discriminator_learning_rate: PositiveFloat | None = None
-    """Of the discriminator, instead of ``learning_rate``."""
+    """Learning rate of the discriminator, instead of ``learning_rate``."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which both learning rates rise from zero, in a line."""
     learning_rate_decay: Literal["constant", "linear", "cosine"] = "constant"
@@ -130,8 +130,8 @@ class TrainSettings(Section):
     gan_ramp_steps: NonNegativeInt = 0
     """Steps over which its weight then rises to ``gan_weight``, in a line."""
     spectral_penalty: NonNegativeFloat = 0.01
-    """Weight of the penalty on the discriminator's largest singular values, with
-    ``model.discriminator_norm=regularized``."""
+    """Weight of the penalty on the discriminator's largest singular values, where
+    ``model.discriminator_norm`` is ``regularized``."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged generator, the one that is evaluated and used."""
     log_every_steps: PositiveInt = 50

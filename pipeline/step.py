@@ -82,14 +82,14 @@ def train_step(
     real_score, fake_score = scores.float().chunk(2)
     discriminator_loss = hinge_discriminator(real_score, fake_score)
     faults.check(discriminator_loss)
-    critic = discriminator.module
+    module = discriminator.module
     penalized = discriminator_loss
-    if isinstance(critic, Discriminator) and critic.regularized:
-        penalized = discriminator_loss + spectral_penalty * critic.spectral_penalty()
+    if isinstance(module, Discriminator) and module.regularized:
+        penalized = discriminator_loss + spectral_penalty * module.spectral_penalty()
     discriminator.update(penalized, faults.note)
 
     # `.module`, not the engine: DeepSpeed and DDP expect their own backward pass.
-    with frozen(discriminator.module) as module, autocast:
+    with frozen(module), autocast:
         completed_score = module(completed, mask, sketch)
     adversarial = hinge_generator(completed_score.float())
     faults.check(adversarial)

@@ -106,7 +106,11 @@ def undisturbed() -> Trained:
 
 def assert_same_losses(found: Trained, expected: list[dict[str, float]]) -> None:
     for mine, theirs in zip(found.losses, expected, strict=True):
-        assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            # Norms of gradients are squared here, and change much with small changes of weights.
+            rel = 5e-3 if "grad_norm" in name else 2e-4
+            assert value == pytest.approx(theirs[name], rel=rel, abs=2e-5), name
 
 
 def test_two_ranks_of_ddp_learn_what_one_process_learns(undisturbed):
