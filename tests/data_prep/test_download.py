@@ -68,8 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def body(self, data: bytes) -> None:
+        self.server.sent += len(data)  # before: the client may look as soon as it has all
         self.wfile.write(data)
-        self.server.sent += len(data)
 
     @property
     def first(self) -> int:

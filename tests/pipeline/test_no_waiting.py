@@ -18,6 +18,8 @@ from pipeline.ranks import Ranks
 from pipeline.state import Position
 from pipeline.step import train_step
 
+pytestmark = pytest.mark.slow  # half a second and more each
+
 META = torch.device("meta")
 CAST = (torch.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 

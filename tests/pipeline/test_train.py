@@ -16,7 +16,10 @@ from pipeline.run_storage import RunStorage
 from pipeline.train import train
 
 FIXTURE = Path("tests/fixtures/before_1.0").absolute()
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+pytestmark = [
+    pytest.mark.slow,  # half a second and more each
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray, about itself
+]
 
 
 @pytest.fixture(scope="module")

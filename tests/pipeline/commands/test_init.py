@@ -8,6 +8,8 @@ from data_prep.sources import list_images
 from pipeline import cli, config
 from pipeline.data.sample_order import dataset_misfits
 
+pytestmark = pytest.mark.slow  # half a second and more each
+
 
 def images(folder, count, size=(300, 200)):
     folder.mkdir(parents=True, exist_ok=True)
