@@ -19,6 +19,8 @@ from pipeline.ranks import Ranks
 from pipeline.step import train_step
 from tests.weights import write_weights
 
+pytestmark = pytest.mark.slow  # seconds together
+
 DEMO = Path("pipeline/recipes/demo.yaml")  # guided
 
 

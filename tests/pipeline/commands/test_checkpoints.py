@@ -11,6 +11,8 @@ from cluster.storage import open_store
 from pipeline import cli
 from pipeline.checkpoints import CheckpointStore
 
+pytestmark = pytest.mark.slow  # seconds together
+
 WEIGHTS = save_tensors({"kernel": np.ones(4, np.float32)})
 
 

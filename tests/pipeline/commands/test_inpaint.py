@@ -18,6 +18,8 @@ from pipeline.commands.inpaint import NotFilledError, inpaint
 from tests.data_prep.profiles import wide_profile
 from tests.weights import write_weights
 
+pytestmark = pytest.mark.slow  # seconds together
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unguided", "guided"])
 def weights(request, tmp_path_factory) -> str:

@@ -18,6 +18,8 @@ from pipeline import cli
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load
 
+pytestmark = pytest.mark.slow  # seconds together
+
 RECIPE = """
 name: traced
 storage: {storage}

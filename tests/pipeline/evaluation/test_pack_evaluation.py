@@ -42,6 +42,8 @@ from tests.pipeline.data.tiny_dataset import shards_of, write_dataset
 from tests.pipeline.evaluation.test_feature_metrics import inception, vgg
 from tests.weights import write_weights
 
+pytestmark = pytest.mark.slow  # seconds together
+
 GRAY = Contestant("gray", baseline="gray")
 
 

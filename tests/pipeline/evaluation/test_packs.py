@@ -21,6 +21,8 @@ from pipeline.evaluation.packs import (
 )
 from tests.pipeline.data.tiny_dataset import image_of, shards_of, write_dataset
 
+pytestmark = pytest.mark.slow  # seconds together
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:

@@ -20,6 +20,8 @@ from pipeline.evaluation.run_record import UnknownRunError, find_runs
 from pipeline.tracking import RunInfo, event_queue, mlflow
 from pipeline.tracking.mlflow import MlflowRun, MlflowTracker, NodeTracker, refusal
 
+pytestmark = pytest.mark.slow  # seconds together
+
 INFO = RunInfo(
     name="demo",
     url="s3://bucket/runs/demo",
