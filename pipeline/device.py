@@ -22,7 +22,7 @@ COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang", "c
 
 
 def set_backends(precision: str, *, deterministic: bool) -> None:
-    """Set every switch of torch's backends; the only place that touches them.
+    """Set every switch of torch's backends for training.
 
     "fp32" is float32 on GPUs too, where torch by itself lets convolutions round to TF32; "tf32" and
     "bf16" allow it wherever float32 is left. ``deterministic`` gives equal bits in equal runs.
@@ -35,6 +35,13 @@ def set_backends(precision: str, *, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.set_flush_denormal(True)  # tails of the attention's softmax cost threefold otherwise
+
+
+def set_exact_convolutions() -> None:
+    """For measuring: equal bits in any order of images, in float32, whatever a recipe says."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def refuse_precision(precision: str, device: torch.device) -> None:

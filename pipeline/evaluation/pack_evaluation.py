@@ -24,6 +24,7 @@ from cluster.storage import MissingKeyError, Store, join
 from data_prep.images import Pixels, encode_png
 from pipeline import networks
 from pipeline import ranks as distributed
+from pipeline.device import set_exact_convolutions
 from pipeline.evaluation.adherence import Adherence
 from pipeline.evaluation.baselines import BASELINES, Filler, GeneratorFiller, UntrainedFiller
 from pipeline.evaluation.feature_metrics import (
@@ -175,13 +176,11 @@ def _measure_share(
     shares: int,
 ) -> list[PackRow]:
     """Each ``shares``-th image from number ``share`` on."""
-    device = distributed.current().device if dist.is_initialized() else distributed.Ranks().device
+    device = distributed.current().device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # What is fastest may differ in the last digits from one group of images to the next.
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
+    set_exact_convolutions()
     filler = contestant.filler(device)
     adherence = Adherence(measured.detector, device) if measured.detector else None
     lpips = Lpips(measured.vgg, device) if measured.vgg else None
