@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.storage import MissingKeyError, Store
-from pipeline.checkpoint_manifest import MANIFEST, CheckpointError, manifest_bytes
 from pipeline.checkpoints import CheckpointStore
+from pipeline.checkpoints.manifest import MANIFEST, CheckpointError, manifest_bytes
 from pipeline.run_storage import RunStorage
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cluster.storage import MissingKeyError, Store
-from pipeline.checkpoint_manifest import CheckpointError
+from pipeline.checkpoints.manifest import CheckpointError
 
 log = logging.getLogger(__name__)
 

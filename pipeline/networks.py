@@ -15,8 +15,8 @@ from cluster.storage import MissingKeyError, came_instead, folder_and_name, open
 from models import Discriminator, Generator
 from models.options import ModelOptions
 from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided, plain_names
-from pipeline.checkpoint_urls import choose_checkpoint
 from pipeline.checkpoints import BEST
+from pipeline.checkpoints.urls import choose_checkpoint
 from pipeline.config import Config, ConfigError, stored_model_options
 
 M = TypeVar("M", bound=nn.Module)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from models.options import ModelOptions
 from pipeline import config
-from pipeline.cli import DONE, MISTAKE, STOPPED
+from pipeline.arguments.common import DONE, MISTAKE, STOPPED
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import read_history
 from tests.weights import write_weights

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data_prep.shards import ShardError, verify
 from pipeline import config
-from pipeline.checkpoint_urls import list_checkpoints
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import BEST, CheckpointStore
-from pipeline.cli import DONE, MISTAKE
+from pipeline.checkpoints.urls import list_checkpoints
 from pipeline.run import prepare
 from pipeline.run_storage import RunStorage
 from pipeline.state import Position, TrainingState

@@ -1,1 +1,1 @@
-"""The commands around the job: one module for each, wired up in ``pipeline.cli``."""
+"""The commands around the job: one module for each, called from ``pipeline.arguments``."""

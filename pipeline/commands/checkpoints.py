@@ -11,21 +11,21 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.checkpoint_manifest import CheckpointManifest
-from pipeline.checkpoint_pull import pull
-from pipeline.checkpoint_urls import (
-    choose_checkpoint,
-    describe_checkpoints,
-    find_checkpoints,
-    find_runs,
-    list_checkpoints,
-)
 from pipeline.checkpoints import (
     BEST,
     CheckpointChoice,
     CheckpointError,
     CheckpointStore,
     MetricMode,
+)
+from pipeline.checkpoints.manifest import CheckpointManifest
+from pipeline.checkpoints.pull import pull
+from pipeline.checkpoints.urls import (
+    choose_checkpoint,
+    describe_checkpoints,
+    find_checkpoints,
+    find_runs,
+    list_checkpoints,
 )
 from pipeline.commands.tables import print_table
 from pipeline.progress import progress

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config
-from pipeline.checkpoint_manifest import CheckpointError
-from pipeline.checkpoint_urls import choose_checkpoint
 from pipeline.checkpoints import BEST, CheckpointChoice
+from pipeline.checkpoints.manifest import CheckpointError
+from pipeline.checkpoints.urls import choose_checkpoint
 from pipeline.evaluation.run_record import find_runs
 from pipeline.fork import fork_checkpoint
 from pipeline.run_storage import RunStorage

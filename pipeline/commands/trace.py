@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from cluster.storage import StorageError, join, open_store, without_password
 from data_prep.shards import Dataset, ShardError
-from pipeline.checkpoint_manifest import CheckpointManifest
 from pipeline.checkpoints import CheckpointStore
+from pipeline.checkpoints.manifest import CheckpointManifest
 
 
 @dataclass(frozen=True)

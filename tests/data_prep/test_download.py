@@ -26,6 +26,7 @@ from data_prep import download as fetching
 from data_prep.download import FILES, LICENSE, FetchError, check_archives, fetch
 from data_prep.places2 import ARCHIVES, LISTS, Published
 from pipeline import cli
+from pipeline.arguments.common import DONE, MISTAKE
 
 NAME, FILE = "places2-val-256", "val_256.tar"
 DATA = random.Random(0).randbytes(300_000)
@@ -529,7 +530,7 @@ def test_archives_that_are_not_there_or_unknown_are_reported_in_one_line(
         FILE: f"{tmp_path}/{FILE}: No such file or directory",
     }
     for name, line in lines.items():
-        assert cli.main(["dataset", "check-archives", str(tmp_path / name)]) == cli.MISTAKE
+        assert cli.main(["dataset", "check-archives", str(tmp_path / name)]) == MISTAKE
         (reported,) = capsys.readouterr().err.splitlines()
         assert line in reported
 
@@ -538,14 +539,14 @@ def test_a_wrong_archive_fails_the_command_and_each_has_one_line(
     archives: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["dataset", "check-archives", str(tmp_path)]
-    assert cli.main(command) == cli.MISTAKE
+    assert cli.main(command) == MISTAKE
     assert "holds no archive of Places2 under its published name" in capsys.readouterr().err
     for name, data in archives.items():
         (tmp_path / name).write_bytes(data)
-    assert cli.main(command) == cli.DONE
+    assert cli.main(command) == DONE
     assert capsys.readouterr().out == "ok val_256.tar\nok val_large.tar\n"
     (tmp_path / FILE).write_bytes(OTHER)
-    assert cli.main(command) == cli.MISTAKE
+    assert cli.main(command) == MISTAKE
     wrong, right = capsys.readouterr().out.splitlines()
     assert wrong.startswith("wrong val_256.tar has MD5 ")
     assert right == "ok val_large.tar"

@@ -24,11 +24,10 @@ from cluster.storage import (
     records,
 )
 from cluster.storage.records import seal
-from pipeline import background_saves
-from pipeline.checkpoint_manifest import manifest_bytes
-from pipeline.checkpoint_pull import pull
-from pipeline.checkpoint_urls import list_checkpoints
-from pipeline.checkpoints import CheckpointError, CheckpointStore
+from pipeline.checkpoints import CheckpointError, CheckpointStore, background_saves
+from pipeline.checkpoints.manifest import manifest_bytes
+from pipeline.checkpoints.pull import pull
+from pipeline.checkpoints.urls import list_checkpoints
 from tests.cluster.storage.faulty_s3 import FaultyS3, faulty_s3
 
 WEIGHTS = save_tensors({"kernel": np.arange(300, dtype=np.float32)})

@@ -16,15 +16,16 @@ import pytest
 from safetensors.numpy import save as save_tensors
 
 from cluster.storage import StorageRefusedError, Store, join, open_store, records
-from pipeline import background_saves, checkpoint_pull
-from pipeline.checkpoint_pull import pull
-from pipeline.checkpoint_urls import choose_checkpoint, find_checkpoints, list_checkpoints
 from pipeline.checkpoints import (
     CheckpointChoice,
     CheckpointError,
     CheckpointStore,
     MetricMode,
+    background_saves,
 )
+from pipeline.checkpoints import pull as pulling
+from pipeline.checkpoints.pull import pull
+from pipeline.checkpoints.urls import choose_checkpoint, find_checkpoints, list_checkpoints
 
 FILES = {"weights.bin": b"G" * 1000, "state.json": b"{}", "empty.bin": b""}
 BEST: tuple[str, MetricMode] = ("val/l1", "min")
@@ -387,8 +388,8 @@ def test_a_pull_cut_short_resumes_in_the_middle_of_a_file(
 ) -> None:
     data = os.urandom(1000)
     save(checkpoints, 20, other={"weights.bin": data})
-    monkeypatch.setattr(checkpoint_pull, "PART", 300)
-    monkeypatch.setattr(checkpoint_pull, "READERS", 1)
+    monkeypatch.setattr(pulling, "PART", 300)
+    monkeypatch.setattr(pulling, "READERS", 1)
     fetched: list[tuple[str, int]] = []
     real, killing = run.read_range, [True]
 

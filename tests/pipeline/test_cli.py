@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline import cli, config
+from pipeline.arguments.common import DONE, MISTAKE, STOPPED
 from pipeline.commands.reference import reference
 from pipeline.config import documented_settings
 
@@ -80,7 +81,7 @@ def test_flags_in_british_spelling_are_accepted_and_not_shown(command, old, new,
 
 
 def test_describe_prints_one_line_for_every_setting_into_a_pipe(capsys):
-    assert cli.main(["show", str(DEMO), "--describe", "train.steps=7"]) == cli.DONE
+    assert cli.main(["show", str(DEMO), "--describe", "train.steps=7"]) == DONE
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(documented_settings())
     (steps,) = (line for line in lines if line.startswith("train.steps "))
@@ -92,7 +93,7 @@ def test_describe_prints_one_line_for_every_setting_into_a_pipe(capsys):
 def test_describe_wraps_documentation_to_the_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert cli.main(["show", str(DEMO), "--describe"]) == cli.DONE
+    assert cli.main(["show", str(DEMO), "--describe"]) == DONE
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     for name in documented_settings():
@@ -105,7 +106,7 @@ def test_an_interruption_exits_with_3_and_says_how_to_resume(capsys, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.config.load", interrupted)
-    assert cli.main(["show", str(DEMO)]) == cli.STOPPED == 3
+    assert cli.main(["show", str(DEMO)]) == STOPPED == 3
     assert capsys.readouterr().err == "stopped: run the same command to resume\n"
 
 
@@ -114,13 +115,13 @@ def test_an_error_of_several_lines_is_reported_in_one(capsys, monkeypatch):
         raise OSError("first\nsecond s3://key:secret@host/x")
 
     monkeypatch.setattr("pipeline.config.load", failing)
-    assert cli.main(["show", str(DEMO)]) == cli.MISTAKE == 1
+    assert cli.main(["show", str(DEMO)]) == MISTAKE == 1
     assert capsys.readouterr().err == "OSError: first second s3://host/x\n"
 
 
 def test_mistakes_are_reported_without_a_traceback(capsys):
     code = cli.main(["train", str(DEMO), "train.step=5", "train.engine=fsdp"])
-    assert code == cli.MISTAKE
+    assert code == MISTAKE
     message = capsys.readouterr().err
     assert message.startswith("ConfigError: ")
     assert "train.engine" in message
@@ -133,7 +134,7 @@ def test_a_full_gpu_is_reported_in_one_line(capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
     monkeypatch.setattr(config, "load", fail)
-    assert cli.main(["show", str(DEMO)]) == cli.MISTAKE
+    assert cli.main(["show", str(DEMO)]) == MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("the GPU has no memory left: use smaller images")
 
@@ -144,7 +145,7 @@ def test_a_missing_folder_of_images_is_reported_before_ray_starts(
 ):
     monkeypatch.setattr("pipeline.run.connect", lambda: pytest.fail("Ray was started"))
     settings = ["data.source=folder", f"data.root={tmp_path}/nowhere", f"storage={tmp_path}/st"]
-    assert cli.main([command, str(DEMO), *settings]) == cli.MISTAKE
+    assert cli.main([command, str(DEMO), *settings]) == MISTAKE
     assert f"data.root={tmp_path}/nowhere was not found: give a folder" in capsys.readouterr().err
 
 
@@ -165,7 +166,7 @@ def test_a_url_where_a_path_goes_is_refused_in_one_line(command, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         cli.main(command.split())
-    assert caught.value.code == cli.MISTAKE
+    assert caught.value.code == MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
     assert "is a URL, and a file or folder of this machine belongs there" in line
     assert not any(tmp_path.iterdir())
@@ -183,17 +184,17 @@ def test_a_file_url_is_a_path(tmp_path):
 
 def test_settings_may_follow_flags(capsys):
     code = cli.main(["prepare", str(DEMO), "--update", "storage=http://x", "--replace", "name=a/b"])
-    assert code == cli.MISTAKE
+    assert code == MISTAKE
     assert "letters, digits" in capsys.readouterr().err
     code = cli.main(["prepare", str(DEMO), "--update", "storage=http://x"])
-    assert code == cli.MISTAKE
+    assert code == MISTAKE
     assert capsys.readouterr().err.startswith("StorageError: http://x: storage is a plain path")
 
 
 @pytest.mark.parametrize("command", ["prepare", "run"])
 def test_a_wrong_storage_is_reported_before_ray_starts(command, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.run.connect", pytest.fail)
-    assert cli.main([command, str(DEMO), "storage=http://x"]) == cli.MISTAKE
+    assert cli.main([command, str(DEMO), "storage=http://x"]) == MISTAKE
     assert capsys.readouterr().err.startswith("StorageError: http://x: storage is a plain path")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
-from pipeline.cli import DONE, MISTAKE, main
+from pipeline.cli import main
 from pipeline.fork import fork_origin
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.history import read_history

@@ -14,8 +14,8 @@ import pytest
 
 from cluster.storage import Store
 from pipeline import lease as leases
+from pipeline.arguments.common import MISTAKE
 from pipeline.checkpoints import CheckpointStore
-from pipeline.cli import MISTAKE
 from pipeline.lease import LEASE, HeldLease, Lease, LeaseLostError, RunTakenError, held
 
 pytestmark = pytest.mark.slow  # half a second and more each

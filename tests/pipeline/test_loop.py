@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
-from pipeline.cli import DONE, MISTAKE
 
 FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 DIVERGING = ("train.learning_rate=1e10", "train.steps=20")

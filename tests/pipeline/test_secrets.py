@@ -10,6 +10,7 @@ from safetensors.numpy import save as save_tensors
 
 from cluster.storage import open_store
 from pipeline import cli
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load
 
@@ -49,7 +50,7 @@ def test_the_password_of_the_tracking_server_is_in_no_file_and_no_output(
         ["verify", str(run)],
         ["prune", str(run), "--keep", "1"],
     ):
-        assert cli.main(["checkpoints", *command]) == cli.DONE
+        assert cli.main(["checkpoints", *command]) == DONE
     shown = capsys.readouterr()
     assert SECRET not in shown.out + shown.err
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -75,7 +76,7 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(
     action: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"pull": ["--out", str(tmp_path / "out")], "prune": ["--keep", "1"]}
-    assert cli.main(["checkpoints", action, url, *options.get(action, [])]) == cli.MISTAKE
+    assert cli.main(["checkpoints", action, url, *options.get(action, [])]) == MISTAKE
     shown = capsys.readouterr()
     assert SECRET not in shown.out + shown.err
     assert len(shown.err.strip().splitlines()) == 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import MISTAKE, STOPPED
+from pipeline.arguments.common import MISTAKE, STOPPED
 from pipeline.ranks import Vote
 from pipeline.stop_request import PolledStop, SignalStop, time_to_save_s
 from tests.distributed import on_ranks

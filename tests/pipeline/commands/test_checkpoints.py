@@ -9,6 +9,7 @@ from safetensors.numpy import save as save_tensors
 
 from cluster.storage import open_store
 from pipeline import cli
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
 
 pytestmark = pytest.mark.slow  # seconds together
@@ -33,7 +34,7 @@ def run(tmp_path: Path) -> str:
 
 
 def test_ls_lists_every_step_with_its_metrics_and_marks_best_and_newest(run, capsys):
-    assert cli.main(["checkpoints", "ls", run]) == cli.DONE
+    assert cli.main(["checkpoints", "ls", run]) == DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [
         "step",
@@ -49,7 +50,7 @@ def test_ls_lists_every_step_with_its_metrics_and_marks_best_and_newest(run, cap
         ["20", "0", "min", "0.0", "7.5", "20.5", "best"],
         ["30", "0", "min", "0.0", "8", "30.5", "newest"],
     ]
-    assert cli.main(["checkpoints", "ls", run, "--json"]) == cli.DONE
+    assert cli.main(["checkpoints", "ls", run, "--json"]) == DONE
     listed = json.loads(capsys.readouterr().out)
     assert [(found["step"], found["best"], found["newest"]) for found in listed] == [
         (10, False, False),
@@ -62,14 +63,14 @@ def test_ls_of_a_storage_lists_its_runs(tmp_path, capsys):
     for name, error in (("first", 3.0), ("second", 2.0)):
         save(tmp_path / "runs" / name, [(10, error)])
     (tmp_path / "datasets").mkdir()
-    assert cli.main(["checkpoints", "ls", str(tmp_path)]) == cli.DONE
+    assert cli.main(["checkpoints", "ls", str(tmp_path)]) == DONE
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["run", "checkpoints"],
         ["first", "1"],
         ["second", "1"],
     ]
-    assert cli.main(["checkpoints", "ls", str(tmp_path), "--json"]) == cli.DONE
+    assert cli.main(["checkpoints", "ls", str(tmp_path), "--json"]) == DONE
     rows = json.loads(capsys.readouterr().out)
     assert [(row["run"], row["best"], row["val/l1_percent"]) for row in rows] == [
         ("first", 10, 3.0),
@@ -79,40 +80,40 @@ def test_ls_of_a_storage_lists_its_runs(tmp_path, capsys):
 
 @pytest.mark.parametrize(("which", "step"), [("newest", 30), ("best", 20), ("10", 10)])
 def test_show_and_pull_take_a_step_by_number_or_by_merit(run, tmp_path, capsys, which, step):
-    assert cli.main(["checkpoints", "show", run, "--step", which]) == cli.DONE
+    assert cli.main(["checkpoints", "show", run, "--step", which]) == DONE
     assert json.loads(capsys.readouterr().out)["step"] == step
     out = tmp_path / "pulled"
-    assert cli.main(["checkpoints", "pull", run, "--step", which, "--out", str(out)]) == cli.DONE
+    assert cli.main(["checkpoints", "pull", run, "--step", which, "--out", str(out)]) == DONE
     assert (out / "weights.bin").read_bytes() == b"weights %d" % step
 
 
 def test_verify_names_the_damaged_file_and_fails(run, capsys):
-    assert cli.main(["checkpoints", "verify", run]) == cli.DONE
+    assert cli.main(["checkpoints", "verify", run]) == DONE
     damaged = Path(run) / "checkpoints/step-00000020/weights.bin"
     damaged.write_bytes(b"weights 2x")
-    assert cli.main(["checkpoints", "verify", run]) == cli.MISTAKE
+    assert cli.main(["checkpoints", "verify", run]) == MISTAKE
     assert str(damaged) in capsys.readouterr().out
 
 
 def test_pull_says_step_and_metric_and_takes_another_metric_for_best(run, tmp_path, capsys):
     out = str(tmp_path / "out")
     wanted = ["checkpoints", "pull", run, "--out", out]
-    assert cli.main([*wanted, "--step", "best:val/psnr_db:max"]) == cli.DONE
+    assert cli.main([*wanted, "--step", "best:val/psnr_db:max"]) == DONE
     assert capsys.readouterr().out.startswith("step 30, val/psnr_db 30.5, ")
-    assert cli.main([*wanted, "--step", "best:val/psnr_db"]) == cli.MISTAKE
+    assert cli.main([*wanted, "--step", "best:val/psnr_db"]) == MISTAKE
     assert "say also whether low or high is best" in capsys.readouterr().err
 
 
 def test_pull_over_another_step_is_refused_without_overwrite(run, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["checkpoints", "pull", run, "--out", str(out)]) == cli.DONE
+    assert cli.main(["checkpoints", "pull", run, "--out", str(out)]) == DONE
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     wanted = ["checkpoints", "pull", run, "--step", "10", "--out", str(out)]
     capsys.readouterr()
-    assert cli.main(wanted) == cli.MISTAKE
+    assert cli.main(wanted) == MISTAKE
     assert f"{out} holds step 30, and step 10 was asked for" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert cli.main([*wanted, "--overwrite"]) == cli.DONE
+    assert cli.main([*wanted, "--overwrite"]) == DONE
     assert (out / "weights.bin").read_bytes() == b"weights 10"
     assert json.loads((out / "manifest.json").read_bytes())["step"] == 10
 
@@ -120,7 +121,7 @@ def test_pull_over_another_step_is_refused_without_overwrite(run, tmp_path, caps
 def test_a_pull_into_a_folder_of_something_else_is_refused(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
-    assert cli.main(["checkpoints", "pull", run, "--out", str(tmp_path / "out")]) == cli.MISTAKE
+    assert cli.main(["checkpoints", "pull", run, "--out", str(tmp_path / "out")]) == MISTAKE
     assert "holds other files" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
@@ -136,23 +137,23 @@ def test_a_pulled_folder_is_a_checkpoint_for_every_command(run, tmp_path, capsys
         else {"ema.safetensors", "weights.bin", "manifest.json"}
     )
     capsys.readouterr()
-    assert cli.main(["checkpoints", "ls", out, "--json"]) == cli.DONE
+    assert cli.main(["checkpoints", "ls", out, "--json"]) == DONE
     assert [found["step"] for found in json.loads(capsys.readouterr().out)] == [20]
-    assert cli.main(["checkpoints", "show", out]) == cli.DONE
+    assert cli.main(["checkpoints", "show", out]) == DONE
     assert json.loads(capsys.readouterr().out)["step"] == 20
-    assert cli.main(["checkpoints", "verify", out]) == cli.DONE
-    assert cli.main(["checkpoints", "pull", out, "--out", f"{out}2", *options]) == cli.DONE
+    assert cli.main(["checkpoints", "verify", out]) == DONE
+    assert cli.main(["checkpoints", "pull", out, "--out", f"{out}2", *options]) == DONE
     (Path(out) / "ema.safetensors").write_bytes(WEIGHTS[:-1] + b"X")
-    assert cli.main(["checkpoints", "verify", out]) == cli.MISTAKE
+    assert cli.main(["checkpoints", "verify", out]) == MISTAKE
     assert "ema.safetensors is damaged" in capsys.readouterr().out
-    assert cli.main(["checkpoints", "prune", out, "--keep", "1"]) == cli.MISTAKE
+    assert cli.main(["checkpoints", "prune", out, "--keep", "1"]) == MISTAKE
 
 
 def test_a_full_pull_completes_a_folder_of_weights(run, tmp_path):
     out = tmp_path / "pulled"
     pull = ["checkpoints", "pull", run, "--out", str(out)]
-    assert cli.main([*pull, "--weights-only"]) == cli.DONE
-    assert cli.main(pull) == cli.DONE
+    assert cli.main([*pull, "--weights-only"]) == DONE
+    assert cli.main(pull) == DONE
     assert {path.name for path in out.iterdir()} == {
         "ema.safetensors",
         "weights.bin",
@@ -165,7 +166,7 @@ def test_prune_shows_what_it_would_do_and_deletes_with_yes(run, capsys):
     (Path(run) / "checkpoints/step-00000015").mkdir()
     (Path(run) / "checkpoints/step-00000015/weights.bin").write_bytes(b"cut short")
     prune = ["checkpoints", "prune", run, "--keep", "1"]
-    assert cli.main(prune) == cli.DONE
+    assert cli.main(prune) == DONE
     assert capsys.readouterr().out.splitlines() == [
         "keep step 20: best val/l1_percent",
         "keep step 30: newest, newest healthy",
@@ -174,14 +175,14 @@ def test_prune_shows_what_it_would_do_and_deletes_with_yes(run, capsys):
         "nothing was deleted: repeat with --yes",
     ]
     assert checkpoints.steps() == [10, 20, 30]
-    assert cli.main([*prune, "--every", "10", "--json"]) == cli.DONE
+    assert cli.main([*prune, "--every", "10", "--json"]) == DONE
     planned = json.loads(capsys.readouterr().out)
     assert (planned["deleted"], planned["orphans"], planned["done"]) == ([], [15], False)
-    assert cli.main([*prune, "--yes"]) == cli.DONE
+    assert cli.main([*prune, "--yes"]) == DONE
     assert "deleted step 10: 0.0 MB" in capsys.readouterr().out
     assert checkpoints.steps() == [20, 30]
     assert not (Path(run) / "checkpoints/step-00000015").exists()
-    assert cli.main([*prune, "--yes"]) == cli.DONE
+    assert cli.main([*prune, "--yes"]) == DONE
     assert capsys.readouterr().out.endswith("nothing to delete\n")
 
 
@@ -194,5 +195,5 @@ def test_prune_shows_what_it_would_do_and_deletes_with_yes(run, capsys):
     ],
 )
 def test_a_mistake_is_one_line(run, capsys, arguments):
-    assert cli.main([word.format(run=run) for word in arguments]) == cli.MISTAKE
+    assert cli.main([word.format(run=run) for word in arguments]) == MISTAKE
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

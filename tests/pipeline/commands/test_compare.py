@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cli import DONE, MISTAKE, main
+from pipeline.arguments.common import DONE, MISTAKE
+from pipeline.cli import main
 from tests.pipeline.evaluation.runs import (
     config,
     image_table,

@@ -6,6 +6,7 @@ from PIL import Image
 
 from data_prep.sources import list_images
 from pipeline import cli, config
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.data.sample_order import dataset_misfits
 
 pytestmark = pytest.mark.slow  # half a second and more each
@@ -20,7 +21,7 @@ def images(folder, count, size=(300, 200)):
 
 
 def write(folder, out):
-    assert cli.main(["init", str(folder), "--out", str(out)]) == cli.DONE
+    assert cli.main(["init", str(folder), "--out", str(out)]) == DONE
     return config.load(out)
 
 
@@ -88,12 +89,12 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys):
         ("nowhere", "was not found"),
     ):
         out = tmp_path / "recipe.yaml"
-        assert cli.main(["init", str(tmp_path / folder), "--out", str(out)]) == cli.MISTAKE
+        assert cli.main(["init", str(tmp_path / folder), "--out", str(out)]) == MISTAKE
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "Error" in line]
         assert message in line
         assert not out.exists()
     (tmp_path / "recipe.yaml").write_text("mine")
     images(tmp_path / "set", 8)
     out = tmp_path / "recipe.yaml"
-    assert cli.main(["init", str(tmp_path / "set"), "--out", str(out)]) == cli.MISTAKE
+    assert cli.main(["init", str(tmp_path / "set"), "--out", str(out)]) == MISTAKE
     assert out.read_text() == "mine"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from cluster.storage import open_store
 from models.options import ModelOptions
 from pipeline import cli
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointError, CheckpointStore
 from pipeline.commands.inpaint import NotFilledError, inpaint
 from tests.data_prep.profiles import wide_profile
@@ -188,17 +189,17 @@ def test_a_image_that_takes_more_memory_than_allowed_is_refused(weights, tmp_pat
     draw(tmp_path)
     image, mask, out = (str(tmp_path / f"{name}.png") for name in ("image", "mask", "filled"))
     command = ["inpaint", weights, image, mask, "--out", out]
-    assert cli.main([*command, "--memory-gib", "0.001"]) == cli.MISTAKE
+    assert cli.main([*command, "--memory-gib", "0.001"]) == MISTAKE
     assert "37×50 pixels takes 0.00 GiB, but 0.00 GiB are allowed" in capsys.readouterr().err
     assert not (tmp_path / "filled.png").exists()
-    assert cli.main([*command, "--memory-gib", "0.5"]) == cli.DONE
+    assert cli.main([*command, "--memory-gib", "0.5"]) == DONE
     assert (tmp_path / "filled.png").exists()
 
 
 @pytest.mark.parametrize("memory", ["inf", "nan", "0", "-1"])
 def test_memory_is_a_number_above_0(weights, tmp_path, capsys, memory):
     command = ["inpaint", weights, *("image.png", "mask.png"), "--out", str(tmp_path / "o.png")]
-    assert cli.main([*command, "--memory-gib", memory]) == cli.MISTAKE
+    assert cli.main([*command, "--memory-gib", memory]) == MISTAKE
     assert "should be above 0" in capsys.readouterr().err
 
 
@@ -252,7 +253,7 @@ def test_a_mistake_is_reported_in_one_line(weights, tmp_path, capsys, spoil, mes
         ["inpaint", paths["weights"], paths["image"], paths["mask"], "--out", paths["out"]]
     )
     error = capsys.readouterr().err
-    assert code == cli.MISTAKE
+    assert code == MISTAKE
     assert message in error
     assert len(error.strip().splitlines()) == 1
 
@@ -279,7 +280,7 @@ def test_a_folder_continues_past_what_cannot_be_filled_and_lists_it_at_the_end(
     (images / "photo.jpg").mkdir()
     (images / "._b.png").write_bytes(b"hidden")
     (images / "notes.txt").write_text("not an image")
-    assert cli.main(["inpaint", weights, str(images), str(masks), "--out", str(out)]) == cli.MISTAKE
+    assert cli.main(["inpaint", weights, str(images), str(masks), "--out", str(out)]) == MISTAKE
     assert [path.name for path in out.iterdir()] == ["b.png"]
     printed = capsys.readouterr()
     assert printed.out == f"{out / 'b.png'}\n"
@@ -331,7 +332,7 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path, capsys, valu
     save_file(tensors, broken)
     draw(tmp_path)
     image, mask, out = (str(tmp_path / f"{name}.png") for name in ("image", "mask", "filled"))
-    assert cli.main(["inpaint", str(broken), image, mask, "--out", out]) == cli.MISTAKE
+    assert cli.main(["inpaint", str(broken), image, mask, "--out", out]) == MISTAKE
     error = capsys.readouterr().err
     assert f"{broken} holds values that are not finite, in coarse.conv01.bias" in error
     assert len(error.strip().splitlines()) == 1

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.cli import DONE, MISTAKE, main
+from pipeline.arguments.common import DONE, MISTAKE
+from pipeline.cli import main
 from pipeline.commands import parity
 from pipeline.commands.parity import Row
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import DONE, MISTAKE, main
+from pipeline.arguments.common import DONE, MISTAKE
+from pipeline.cli import main
 from pipeline.commands.sweep import _Children, plan_sweep, split_values
 from pipeline.config import ConfigError
 from pipeline.tracking.database import ensure_database

@@ -15,6 +15,7 @@ from cluster.git import git_commit
 from cluster.storage import open_store
 from data_prep.build import SerialScheduler, build_dataset
 from pipeline import cli
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load
 
@@ -69,7 +70,7 @@ def test_the_chain_from_the_checkpoint_to_the_job_is_printed_and_checked(
     storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, links = trace(storage, capsys)
-    assert code == cli.DONE
+    assert code == DONE
     assert {name: link["found"] for name, link in links.items()} == {
         "checkpoint": "every byte is whole",
         "recipe": "the settings in the manifest have this digest",
@@ -81,7 +82,7 @@ def test_the_chain_from_the_checkpoint_to_the_job_is_printed_and_checked(
         "Ray submission": "recorded",
     }
     assert links["Ray submission"]["value"] == "job-1"
-    assert cli.main(["checkpoints", "show", str(storage / "runs/traced"), "--trace"]) == cli.DONE
+    assert cli.main(["checkpoints", "show", str(storage / "runs/traced"), "--trace"]) == DONE
     assert "manifest.parquet has this sha256" in capsys.readouterr().out
 
 
@@ -100,7 +101,7 @@ def test_a_flipped_byte_names_its_link(
     data[len(data) // 2] ^= 1
     (storage / path).write_bytes(data)
     code, links = trace(storage, capsys)
-    assert code == cli.MISTAKE
+    assert code == MISTAKE
     assert [link["name"] for link in links.values() if link["fault"]] == [name]
 
 
@@ -109,5 +110,5 @@ def test_links_that_cannot_be_reached_are_no_faults(
 ) -> None:
     (storage / "datasets/small/dataset.json").unlink()
     code, links = trace(storage, capsys)
-    assert code == cli.DONE
+    assert code == DONE
     assert "not reached" in links["dataset"]["found"]

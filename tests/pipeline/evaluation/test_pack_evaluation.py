@@ -19,8 +19,9 @@ from data_prep.images import decode
 from data_prep.shards import Dataset
 from models.options import ModelOptions
 from pipeline import networks
+from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
-from pipeline.cli import DONE, MISTAKE, build_parser, main
+from pipeline.cli import build_parser, main
 from pipeline.evaluation.baselines import BASELINES, Filled, GeneratorFiller
 from pipeline.evaluation.metrics import METRICS, measure
 from pipeline.evaluation.pack_evaluation import (

@@ -11,7 +11,8 @@ import pytest
 from cluster.storage import Store, join, open_store
 from data_prep.images import encode_png
 from data_prep.shards import Dataset
-from pipeline.cli import MISTAKE, main
+from pipeline.arguments.common import MISTAKE
+from pipeline.cli import main
 from pipeline.evaluation.packs import (
     MASK_FAMILIES,
     Pack,

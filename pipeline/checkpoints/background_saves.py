@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.storage import StorageError, StorageRefusedError
-from pipeline.checkpoint_manifest import CheckpointError
+from pipeline.checkpoints.manifest import CheckpointError
 
 log = logging.getLogger(__name__)
 

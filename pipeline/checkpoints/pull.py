@@ -20,7 +20,7 @@ from cluster.storage import (
     replacing,
 )
 from cluster.storage.records import RecordError, read_insisting
-from pipeline.checkpoint_manifest import (
+from pipeline.checkpoints.manifest import (
     MANIFEST,
     PULLED,
     CheckpointError,
@@ -28,7 +28,7 @@ from pipeline.checkpoint_manifest import (
     StoredFile,
     parse_manifest,
 )
-from pipeline.checkpoints import CheckpointStore
+from pipeline.checkpoints.store import CheckpointStore
 
 WEIGHTS = "ema.safetensors"
 PART = 16 * MIB

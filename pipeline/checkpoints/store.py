@@ -24,8 +24,8 @@ from cluster.storage import (
 )
 from cluster.storage.records import NewerReleaseError, RecordError, read_insisting
 from models.options import ModelOptions
-from pipeline.background_saves import BackgroundSaves
-from pipeline.checkpoint_manifest import (
+from pipeline.checkpoints.background_saves import BackgroundSaves
+from pipeline.checkpoints.manifest import (
     MANIFEST,
     PULLED,
     CheckpointError,
@@ -52,8 +52,6 @@ BEST: tuple[str, MetricMode] = ("val/l1_percent", "min")
 """The metric by which a checkpoint is the best one of its run."""
 S = TypeVar("S")
 T = TypeVar("T")
-
-__all__ = ["CheckpointError", "CheckpointManifest", "CheckpointStore"]
 
 
 class CheckpointStore:

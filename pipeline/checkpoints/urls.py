@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 from cluster.storage import MissingKeyError, join, open_store
 from cluster.storage.records import RecordError
-from pipeline.checkpoint_manifest import MANIFEST, CheckpointManifest, parse_manifest
-from pipeline.checkpoints import (
+from pipeline.checkpoints.manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointManifest,
+    parse_manifest,
+)
+from pipeline.checkpoints.store import (
     BEST,
     CheckpointChoice,
-    CheckpointError,
     CheckpointStore,
     MetricMode,
     best_of,

@@ -1,0 +1,179 @@
+"""Arguments of the commands that use and convert weights, and draw what they do."""
+
+import argparse
+import math
+
+from pipeline.arguments.common import (
+    DONE,
+    Commands,
+    add_command,
+    add_group,
+    add_image_arguments,
+    add_old_spelling,
+    add_overrides,
+    add_recipe_option,
+    add_weights_argument,
+    load_recipe,
+    local_path,
+)
+
+
+def add_inpaint(commands: Commands) -> None:
+    sub = add_command(
+        commands,
+        "inpaint",
+        "fill the holes of one image or of a folder of images",
+        "inpaint checkpoint/ema.safetensors photo.jpg mask.png --out filled.png",
+    )
+    add_weights_argument(sub)
+    add_image_arguments(sub, "file or folder")
+    sub.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        help="file or folder to write; known pixels stay exactly as they are, except in JPEG",
+    )
+    sub.add_argument(
+        "--memory-gib",
+        type=float,
+        help="limit of the memory to use, in GiB; without it, most of what is free",
+    )
+    sub.set_defaults(command=_inpaint)
+
+
+def add_weights(commands: Commands) -> None:
+    actions = add_group(
+        commands,
+        "weights",
+        "import weights of other codes, export ours as ONNX or .pt2",
+        "weights export checkpoint/ema.safetensors --format onnx --out generator.onnx",
+    )
+    sub = add_command(
+        actions,
+        "import",
+        "convert weights of the authors or of nipponjo's port to ours",
+        "weights import snap-0 --out official.safetensors",
+    )
+    sub.add_argument(
+        "file",
+        type=local_path,
+        metavar="FILE",
+        help="a TensorFlow checkpoint, an .npz of its variables, or one of nipponjo's .pth files",
+    )
+    sub.add_argument(
+        "--out", type=local_path, required=True, help=".safetensors file to write the generator to"
+    )
+    sub.add_argument(
+        "--discriminator",
+        type=local_path,
+        help="second file to write, the discriminator, for train.init_discriminator_from",
+    )
+    orders = ("rgb", "bgr")
+    sub.add_argument(
+        "--colors",
+        choices=orders,
+        help="channel order of the images of the other code; known for the authors' weights",
+    )
+    sub.add_argument("--license", help="license to record instead of that of the release")
+    add_old_spelling(sub, "--colours", "--colors", choices=orders)
+    add_old_spelling(sub, "--licence", "--license")
+    sub.set_defaults(command=_import_weights)
+    sub = add_command(
+        actions,
+        "export",
+        "write a generator as ONNX or as torch's .pt2, checked against torch",
+        "weights export checkpoint/ema.safetensors --format pt2 --out generator.pt2",
+    )
+    add_weights_argument(sub)
+    sub.add_argument("--format", choices=("onnx", "pt2"), required=True, help="format to write")
+    sub.add_argument("--out", type=local_path, required=True, help="file to write")
+    sub.set_defaults(command=_export_weights)
+
+
+def add_figures(commands: Commands) -> None:
+    sub = add_command(
+        commands,
+        "show-gates",
+        "draw what the gates of every layer let through",
+        "show-gates checkpoint/ema.safetensors photo.jpg mask.png --out gates.png",
+    )
+    add_weights_argument(sub)
+    add_image_arguments(sub, "file")
+    sub.add_argument("--out", type=local_path, required=True, help="image to write")
+    sub.set_defaults(command=_show_gates)
+    sub = add_command(
+        commands,
+        "show-masks",
+        "draw a sheet of the masks of a recipe",
+        'show-masks masks.mixture="{official: 1, brush: 1}" --out masks.png',
+    )
+    add_overrides(sub)
+    add_recipe_option(sub)
+    sub.add_argument("--out", type=local_path, required=True, help="image to write")
+    sub.set_defaults(command=_show_masks)
+
+
+def _inpaint(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.inpaint import inpaint
+
+    memory = arguments.memory_gib
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory-gib {memory} should be above 0")
+    for path in inpaint(
+        arguments.weights,
+        arguments.image,
+        arguments.mask,
+        arguments.out,
+        sketch=arguments.sketch,
+        max_memory_bytes=None if memory is None else int(memory * 2**30),
+    ):
+        print(path)
+    return DONE
+
+
+def _import_weights(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.weights import import_weights
+
+    for line in import_weights(
+        arguments.file,
+        arguments.out,
+        colors=arguments.colors,
+        license=arguments.license,
+        discriminator=arguments.discriminator,
+    ):
+        print(line)
+    return DONE
+
+
+def _export_weights(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.weights import export_weights
+
+    for line in export_weights(arguments.weights, arguments.out, format=arguments.format):
+        print(line)
+    return DONE
+
+
+def _show_gates(arguments: argparse.Namespace) -> int:
+    from pipeline.commands.figures import show_gates
+
+    print(
+        show_gates(
+            arguments.weights,
+            arguments.image,
+            arguments.mask,
+            arguments.out,
+            sketch=arguments.sketch,
+        )
+    )
+    return DONE
+
+
+def _show_masks(arguments: argparse.Namespace) -> int:
+    from data_prep.masks import MaskSampler
+    from pipeline.commands.figures import show_masks
+
+    cfg = load_recipe(arguments)
+    sampler = MaskSampler(cfg.masks)
+    sampler.check(cfg.train.size_px, cfg.train.size_px)
+    print(show_masks(sampler, arguments.out, size_px=cfg.train.size_px, seed=cfg.train_seed))
+    return DONE

@@ -1,0 +1,20 @@
+"""Checkpoints on storage: committed by their manifest, found by URL, fetched and verified."""
+
+from pipeline.checkpoints.manifest import CheckpointError, CheckpointManifest
+from pipeline.checkpoints.store import (
+    BEST,
+    CheckpointChoice,
+    CheckpointStore,
+    MetricMode,
+    refuse_other_model,
+)
+
+__all__ = [
+    "BEST",
+    "CheckpointChoice",
+    "CheckpointError",
+    "CheckpointManifest",
+    "CheckpointStore",
+    "MetricMode",
+    "refuse_other_model",
+]
