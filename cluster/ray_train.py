@@ -13,11 +13,16 @@ from typing import Any, Literal
 
 import ray
 from ray.autoscaler import sdk as autoscaler
+from ray.exceptions import RayActorError, RayTaskError
 from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.storage import join, pyarrow_filesystem
@@ -188,8 +193,45 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     mistakes: tuple[type[BaseException], ...] = ()
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        """As Ray does, with our controller and our policy."""
         policy = _RetryMachines(self.run_config.failure_config, self.mistakes)
-        return super()._initialize_and_run_controller(**(kwargs | {"failure_policy": policy}))
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
+        actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
+        controller = actor(_Controller).remote(**(kwargs | {"failure_policy": policy}))
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class _RankGroup(WorkerGroup):  # type: ignore[misc]
+    """Ray's own, except that a rank lost while all start counts as any other lost rank."""
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception as error:
+            if not self.has_started():
+                raise
+            workers = self.get_workers()
+            self.abort()  # else its place stays taken, and the next group finds none
+            lost = error.__cause__ if isinstance(error, WorkerGroupStartupFailedError) else error
+            # Ranks that cannot reach another one raise RuntimeError.
+            if not isinstance(lost, (RayActorError, RuntimeError)):
+                raise
+            rank = next((r for r, worker in enumerate(workers) if _is_of(lost, worker)), 0)
+            failure = lost.cause if isinstance(lost, RayTaskError) else lost
+            raise WorkerGroupError(str(failure), {rank: failure}) from error
+
+
+def _is_of(error: Exception, worker: Worker) -> bool:
+    """Whether ``error`` was raised in this worker, or is its end."""
+    actor: str = worker.actor._actor_id.hex()
+    pid: int = worker.metadata.pid
+    return getattr(error, "actor_id", None) == actor or getattr(error, "pid", None) == pid
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _RankGroup
 
 
 class _RetryMachines(DefaultFailurePolicy):  # type: ignore[misc]

@@ -81,8 +81,29 @@ def killed_once(config: dict[str, Any]) -> None:
     tries = Path(config["tries"])
     tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
     if tries.read_text() == "x":
-        time.sleep(5)  # Ray Train's controller itself fails where a rank ends before it has started
+        time.sleep(5)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillsItsFirstReader:
+    """Ends the process that unpickles it, once: a rank that dies while it is being started."""
+
+    def __init__(self, tries: Path) -> None:
+        self.tries = tries
+
+    def __reduce__(self) -> Any:
+        return read_by, (self.tries,)
+
+
+def read_by(tries: Path) -> KillsItsFirstReader:
+    if not tries.exists():
+        tries.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return KillsItsFirstReader(tries)
+
+
+def started(config: dict[str, Any]) -> None:
+    Path(config["tries"]).write_text("started")
 
 
 def asked_to_leave(config: dict[str, Any]) -> None:
@@ -94,12 +115,12 @@ def asked_to_leave(config: dict[str, Any]) -> None:
     Path(config["tries"]).write_text("left")
 
 
-def run(function: Any, tmp_path: Path) -> str:
+def run(function: Any, tmp_path: Path, **config: Any) -> str:
     tries = tmp_path / "tries"
     try:
         run_workers(
             function,
-            {"tries": str(tries)},
+            {"tries": str(tries)} | config,
             Workers(1, "CPU"),
             storage_url=str(tmp_path / "ray"),
             max_failures=3,
@@ -119,6 +140,10 @@ def test_a_mistake_is_tried_once_and_reported_in_the_worker_s_words(tmp_path):
 
 def test_a_lost_worker_is_started_again(tmp_path):
     assert run(killed_once, tmp_path) == "xx"
+
+
+def test_so_is_one_that_is_lost_before_it_has_started(tmp_path):
+    assert run(started, tmp_path, killer=KillsItsFirstReader(tmp_path / "tries")) == "started"
 
 
 def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):
