@@ -8,7 +8,7 @@ PIP := pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check format docs bench lock
+.PHONY: help demo test unit check format docs bench chaos lock
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,9 @@ docs: .venv/installed ## write docs/commands.md, from --help and the settings
 
 bench: .venv/installed ## measure what suits this machine, and bring benchmarks/README.md up to date
 	$(BIN)/python -m benchmarks
+
+chaos: .venv/installed ## run every seeded failure of storage and training; results in tests/chaos/results
+	$(BIN)/python -m tests.chaos
 
 # The CUDA packages stay out: only one of the two builds of torch has them, and torch names them exactly.
 lock: ## renew constraints.txt: the newest versions that pyproject.toml allows

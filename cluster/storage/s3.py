@@ -48,6 +48,7 @@ TRANSFER = TransferConfig(
 READ_ATTEMPTS = 6
 UPLOAD_ATTEMPTS = 3  # where the server reports bytes that changed on their way
 REQUEST_ATTEMPTS = 5  # of each request: a busy S3 server answers 503 SlowDown
+READ_TIMEOUT_S = 60
 S3_ERRORS = (boto.ClientError, boto.BotoCoreError, Boto3Error)
 
 
@@ -116,7 +117,7 @@ def s3_client(
         config=Config(
             retries=cast(Any, retries),
             connect_timeout=10,
-            read_timeout=60,
+            read_timeout=READ_TIMEOUT_S,
             max_pool_connections=32,
             tcp_keepalive=True,
         ),
@@ -243,7 +244,7 @@ class S3Store:
 
         options: dict[str, Any] = {
             "connect_timeout": 10,
-            "request_timeout": 60,
+            "request_timeout": READ_TIMEOUT_S,
             "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_attempts()),
         }
         if address := endpoint():
