@@ -102,7 +102,10 @@ class EdgeDetector:
     ) -> Float[np.ndarray, "batch height width"]:
         """Edge strength in [0, 1] of RGB images of one size."""
         # (N, H, W, 3): permute makes it channels-last.
-        rgb = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self._device)
+        rgb = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        if self._device.type == "cuda":  # from pageable memory the host would wait for the copy
+            rgb = rgb.pin_memory()
+        rgb = rgb.to(self._device, non_blocking=True)
         missing = -len(rgb) % self._batch
         edges = []
         for some in torch.split(F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, missing)), self._batch):

@@ -8,7 +8,9 @@ are not reproducible.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -17,9 +19,9 @@ from typing import Any
 import numpy as np
 import ray
 from jaxtyping import UInt8
-from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 
-from cluster.storage import join
+from cluster.storage import describe_error, join
 from data_prep.manifest import ShardRecord
 from data_prep.samples import ImageBatch, SampleSettings
 from data_prep.shard_job import EdgeFinder, ReportShard, ShardJob, make_shard, peak_bytes
@@ -101,6 +103,11 @@ def _result(reference: Any, job: ShardJob) -> ShardRecord:
         cause = error.cause
         if isinstance(cause, OSError | ValueError):  # one line for the user; others are our bugs
             raise cause from None
+        if isinstance(cause, RayActorError):
+            raise ShardError(
+                f"{join(job.url, job.name)}: the edge detector ended {RETRIES + 1} times; where a "
+                "GPU is at fault, set sketch.hed_device=cpu"
+            ) from None
         if missing := re.search(r"No module named '([\w.]+)'", str(error)):
             raise ShardError(
                 f"a node of the Ray cluster has no Python package {missing[1]}: submit the job "
@@ -118,13 +125,35 @@ def _edge_actors(settings: SampleSettings, wanted: int) -> list[Any]:
     if settings.hed_device == "cuda":
         wanted = int(ray.cluster_resources()["GPU"])
         options = {"num_cpus": 0, "num_gpus": 1}
-    options |= {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
+    options |= {
+        "max_restarts": -1,
+        "max_task_retries": RETRIES,
+        "scheduling_strategy": "SPREAD",
+    }
     actor: Any = ray.remote(**options)(EdgeActor)
     return [actor.remote(settings) for _ in range(wanted)]
 
 
+def _gpu_is_lost(error: Exception) -> bool:
+    """Whether a process that met ``error`` can no longer use its GPU; full memory passes."""
+    torch = sys.modules["torch"]
+    return isinstance(error, torch.AcceleratorError) and not isinstance(
+        error, torch.OutOfMemoryError
+    )
+
+
 class EdgeActor(EdgeFinder):
     """An edge finder in a separate process."""
+
+    def strokes(self, images: ImageBatch) -> UInt8[np.ndarray, "batch height width"]:
+        try:
+            return super().strokes(images)
+        except Exception as error:
+            if not _gpu_is_lost(error):
+                raise
+            # CUDA refuses every later call of this process. Ray starts another and asks it again.
+            print(f"the edge detector starts again: {describe_error(error)}", file=sys.stderr)
+            os._exit(1)
 
     def peak_bytes(self) -> int:
         return peak_bytes()

@@ -77,8 +77,9 @@ class TrainSettings(Section):
     """Samples that a stream shuffles among themselves."""
     flip: bool = False
     """Mirror half of the images; the authors do not."""
-    loader_threads: PositiveInt = 2
-    """Decoding threads per rank; their number never changes a batch."""
+    loader_threads: PositiveInt | Literal["auto"] = 2
+    """Decoding threads per rank; their number never changes a batch. ``auto``: the share of the
+    node's cores that each of its GPUs has, 2 to 16."""
     launcher: Literal["ray", "local"] = "ray"
     """``ray``: Ray Train starts the ranks. ``local``: this process is the only rank, or one of
     torchrun's, which is detected."""

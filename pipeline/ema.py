@@ -33,5 +33,14 @@ class ExponentialMovingAverage(Generic[M]):
         weight = (1 - decay) * (1 - bad)
         torch._foreach_lerp_(self._averaged, self._live, [weight] * len(self._live))
 
+    def match_layout(self) -> None:
+        """Give the average the memory layout of the live weights, which an engine may change.
+
+        Where the two differ, averaging falls apart into one kernel per tensor.
+        """
+        for averaged, live in zip(self._averaged, self._live, strict=True):
+            if averaged.stride() != live.stride():
+                averaged.data = torch.empty_like(live, requires_grad=False).copy_(averaged)
+
     def weights(self) -> dict[str, Tensor]:
         return self.module.state_dict()

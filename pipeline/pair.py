@@ -88,13 +88,12 @@ def build_pair(
         batch_per_rank=-(-settings.global_batch // ranks.world_size),
         weight=ranks.weight(settings.streams),
     )
-    return NetworkPair(
-        model,
-        settings,
+    engines = (
         engine(generator, state=state.generator if state else None),
         engine(discriminator, state=state.discriminator if state else None),
-        average,
     )
+    average.match_layout()
+    return NetworkPair(model, settings, *engines, average)
 
 
 def _compile(generator: Generator, discriminator: Discriminator) -> None:

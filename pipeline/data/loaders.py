@@ -1,8 +1,11 @@
 """The batches of training and validation that a configuration asks for."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from data_prep.masks import MaskSampler, MaskSettings
 from data_prep.shards import Dataset
@@ -14,6 +17,7 @@ from pipeline.ranks import Ranks
 VALIDATION_MASKS = MaskSettings(mixture={"corrected": 1.0, "box": 1.0})
 """Masks of held-out images, whatever a recipe trains on, so that recipes are comparable."""
 VALIDATION_SEED = 0
+FEWEST_THREADS, MOST_THREADS = 2, 16  # of decoding, for each rank
 
 
 def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoader:
@@ -28,10 +32,20 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
         masks=MaskSampler(cfg.masks),
         mask_per_sample=cfg.masks.per_sample,
         flip=cfg.train.flip,
-        threads=cfg.train.loader_threads,
+        threads=_decoding_threads(cfg, ranks),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+
+
+def _decoding_threads(cfg: config.Config, ranks: Ranks) -> int:
+    """``train.loader_threads``; ``auto`` divides the cores of the node among its GPUs."""
+    if cfg.train.loader_threads != "auto":
+        return cfg.train.loader_threads
+    if ranks.device.type != "cuda":
+        return FEWEST_THREADS  # the networks need the cores
+    share = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
+    return min(max(share, FEWEST_THREADS), MOST_THREADS)
 
 
 def validation_batches(

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -61,7 +62,7 @@ class BatchReader:
         self._cache = ShardCache(dataset, cache=cache, cache_bytes=cache_bytes)
         self._opened: dict[str, Future[OpenShard]] = {}
         self._ahead = threads + 1
-        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._decoders = ThreadPoolExecutor(threads, "decode", initializer=_use_device_of_caller())
 
     def open(self, shards: Iterable[int]) -> None:
         """Start to open the shards of these numbers, in this order, and release all others."""
@@ -94,6 +95,16 @@ class BatchReader:
         """End the threads; batches that are not finished are dropped."""
         self._cache.close()  # first: decoders may be waiting for shards
         self._decoders.shutdown(cancel_futures=True)
+
+
+def _use_device_of_caller() -> Callable[[], None] | None:
+    """For threads that pin memory: torch has one current GPU per thread, and begins with GPU 0.
+
+    A rank on another GPU would open a context of several hundred MB there.
+    """
+    if not torch.cuda.is_available():
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def read_batch(samples: Sequence[StoredSample], choose: ChooseView, *, size_px: int) -> Batch:

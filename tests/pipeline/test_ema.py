@@ -48,3 +48,16 @@ def test_the_average_takes_no_gradient_and_leaves_the_live_weights_alone():
     average.update(GOOD)
     assert not any(parameter.requires_grad for parameter in average.module.parameters())
     torch.testing.assert_close(live.weight, before)
+
+
+def test_the_average_takes_the_layout_that_an_engine_gives_the_weights():
+    live = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = ExponentialMovingAverage(live, decay=0.9, updates=1000)
+    before = average.weights()["weight"].clone()
+    live.to(memory_format=torch.contiguous_format)
+    average.match_layout()
+    assert average.weights()["weight"].stride() == live.weight.stride()
+    assert torch.equal(average.weights()["weight"], before)
+    nn.init.constant_(live.weight, 1.0)
+    average.update(GOOD)
+    torch.testing.assert_close(average.weights()["weight"], before.lerp(torch.ones(()), 0.1))
