@@ -24,12 +24,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.masking import valid_keys
-from models.options import AttentionPreset
+from models.options import ATTENTION_PRESETS, AttentionPreset, AttentionRules
 from models.regions import Region, Span
 from models.sampling import shrink
 from models.types import Features, Mask, at_least_float32
 
 Pairs = Float[Tensor, "batch queries keys"]
+KeyMask = Float[Tensor, "batch 1 key_height key_width"]
 
 SOFTMAX_SCALE = 10.0
 SMALLEST_NORM = 1e-4
@@ -50,12 +51,28 @@ def contextual_attention(
 ) -> Features:
     """``features`` rebuilt from patches of their known part; zeros where a mask leaves no key.
 
-    ``mask`` has the size of ``features``, whose sides are even.
-    "official" is the authors' code: a masked score becomes 0 before the softmax, the weight that it
-    attracts is lost, and overlapping patches are divided by 4 even at the border where fewer meet.
-    "renormalized" masks with −∞ and divides by the true count. ``max_bytes`` bounds the memory of
-    the matrix of pairs; ``ValueError`` if a single row of queries needs more.
+    ``mask`` has the size of ``features``, whose sides are even. ``preset`` is one of
+    ``options.ATTENTION_PRESETS``. "official" is the authors' code: a masked score becomes 0 before
+    the softmax, the weight that it attracts is lost, and overlapping patches are divided by 4 even
+    at the border where fewer meet. ``max_bytes`` bounds the memory of the matrix of pairs;
+    ``ValueError`` if a single row of queries needs more.
     """
+    rules = ATTENTION_PRESETS[preset]
+    key_mask = shrink(mask, STEP, align_corners=rules.align_corners)
+    return attend(features, key_mask, rules, max_bytes=max_bytes)
+
+
+def key_mask(mask: Mask, rules: AttentionRules) -> KeyMask:
+    """``mask``, of the image's size, at the size of the keys."""
+    for factor in rules.shrink_mask_by:
+        mask = shrink(mask, factor, align_corners=rules.align_corners)
+    return mask
+
+
+def attend(
+    features: Features, key_mask: KeyMask, rules: AttentionRules, *, max_bytes: int | None = None
+) -> Features:
+    """``contextual_attention`` with a mask of half the size of ``features``, that of the keys."""
     height, width = features.shape[2] // 2, features.shape[3] // 2
     # On a CPU one sample's matrix at a time stays in the cache; without gradients, a few rows
     # of a large one.
@@ -64,14 +81,14 @@ def contextual_attention(
     rows = height if max_bytes is None else band_rows(height, width, max_bytes // together)
     if in_cache and not torch.is_grad_enabled():
         rows = min(rows, max(CACHED_ROWS, CACHED_PAIRS // (height * width**2)))
-    valid = valid_keys(shrink(mask, 2))
+    valid = valid_keys(key_mask)
     with torch.autocast(features.device.type, enabled=False):
         if in_cache:
             samples = zip(torch.split(features, 1), torch.split(valid, 1), strict=True)
-            mixed = torch.cat([_attend(*sample, preset, rows) for sample in samples])
+            mixed = torch.cat([_attend(*sample, rules, rows) for sample in samples])
         else:
-            mixed = _attend(features, valid, preset, rows)
-        return mixed / _overlaps(mixed, preset, *mixed.shape[2:])
+            mixed = _attend(features, valid, rules, rows)
+        return mixed / _overlaps(mixed, rules, *mixed.shape[2:])
 
 
 def band_rows(height: int, width: int, max_bytes: int) -> int:
@@ -101,11 +118,11 @@ def attention_bytes(height: int, width: int, rows: int) -> int:
 def _attend(
     features: Features,
     valid: Bool[Tensor, "batch keys"],
-    preset: AttentionPreset,
+    rules: AttentionRules,
     rows: int,
 ) -> Features:
     """The mixture of patches, overlaps added up."""
-    small = at_least_float32(shrink(features, 2))
+    small = at_least_float32(shrink(features, STEP, align_corners=rules.align_corners))
     batch, channels, height, width = small.shape
     # A column of zeros keeps the rows apart, so that a step may leave the image sideways.
     pixels = F.pad(small, [0, 1])
@@ -116,8 +133,9 @@ def _attend(
     painted = features.new_zeros(batch, 2, 2, channels, height, width + 1)
     keep = valid[:, None].to(small.dtype)  # (N, 1, L)
     for first, last in _bands(height, rows):
-        scores = _scores(pixels, inverse_norms, first, last)
-        scores = _masked(scores, valid, preset)
+        score = _scores if rules.fuse else _similarity
+        scores = score(pixels, inverse_norms, first, last)
+        scores = _masked(scores, valid, rules)
         scores = scores.softmax(
             dim=2
         )  # one name, so that each matrix is freed once the next exists
@@ -133,17 +151,17 @@ def _attend(
 def attend_within(
     window: Region,
     features: Features,
-    mask: Mask,
+    key_mask: KeyMask,
+    rules: AttentionRules,
     *,
-    preset: AttentionPreset = "official",
     max_bytes: int | None = None,
 ) -> Float[Tensor, "batch channels window_height window_width"]:
-    """``window`` of the result of ``contextual_attention``, without gradients.
+    """``window`` of the result of ``attend``, without gradients.
 
     Computed from the queries whose patches reach into it and from every key, some queries at a
     time.
     """
-    valid = valid_keys(shrink(mask, STEP))
+    valid = valid_keys(key_mask)
     rows, columns = queries_reaching(window.rows), queries_reaching(window.columns)
     together = queries_together(features, max_bytes)
     painted = []
@@ -152,9 +170,9 @@ def attend_within(
             patches = F.unfold(sample, PATCH, padding=BORDER, stride=STEP)  # (1, 16 C, L)
             patches = patches.mul_(keep[:, None])[0].T
             mixed = patches.new_empty(rows.length, columns.length, patches.shape[1])
-            for top, left, scores in _window_scores(sample, rows, columns, together):
+            for top, left, scores in _window_scores(sample, rows, columns, together, rules):
                 height, width = scores.shape[:2]
-                weights = _masked(scores.flatten(0, 1)[None], keep, preset).softmax(dim=2)
+                weights = _masked(scores.flatten(0, 1)[None], keep, rules).softmax(dim=2)
                 del scores
                 block = weights[0].to(patches.dtype) @ patches
                 mixed[top : top + height, left : left + width] = block.view(height, width, -1)
@@ -166,7 +184,7 @@ def attend_within(
     )
     inside = torch.cat(painted)[..., top : top + window.rows.length, :]
     inside = inside[..., left : left + window.columns.length]
-    return inside / window.of(_overlaps(inside, preset, window.rows.size, window.columns.size))
+    return inside / window.of(_overlaps(inside, rules, window.rows.size, window.columns.size))
 
 
 def queries_reaching(wanted: Span) -> Span:
@@ -209,13 +227,13 @@ def window_products(window: Region, channels: int) -> int:
 
 
 def _window_scores(
-    sample: Features, rows: Span, columns: Span, together: int
+    sample: Features, rows: Span, columns: Span, together: int, rules: AttentionRules
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First row and column within the window, and scores (rows, columns, keys), block by block.
 
     Block by block downwards, so that each query is compared once but for the columns around.
     """
-    small = at_least_float32(shrink(sample, STEP))
+    small = at_least_float32(shrink(sample, STEP, align_corners=rules.align_corners))
     height, width = small.shape[2:]
     inverse_norms = _inverse_norms(small)[0]  # (1, L)
     keys = F.unfold(small, KERNEL, padding=KERNEL // 2)[0].mul_(inverse_norms)  # (9 C, L)
@@ -245,6 +263,10 @@ def _window_scores(
         fused: dict[int, Tensor] = {}
         for top in range(rows.start, rows.stop, down):
             bottom = min(top + down, rows.stop)
+            if not rules.fuse:
+                alone = similarity(top, bottom, left, right)
+                yield top - rows.start, left - columns.start, alone
+                continue
             first, last = max(top - 1, 0), min(bottom + 1, height)
             fused = {row: fused[row] for row in range(first, last) if row in fused}
             first += len(fused)
@@ -269,8 +291,8 @@ def _window_scores(
             del scores
 
 
-def _masked(scores: Pairs, valid: Bool[Tensor, "batch keys"], preset: AttentionPreset) -> Pairs:
-    if preset == "official":
+def _masked(scores: Pairs, valid: Bool[Tensor, "batch keys"], rules: AttentionRules) -> Pairs:
+    if not rules.renormalize:
         return scores * (SOFTMAX_SCALE * valid[:, None].to(scores.dtype))
     lowest = torch.finfo(scores.dtype).min
     return (SOFTMAX_SCALE * scores).masked_fill(~valid[:, None], lowest)
@@ -404,12 +426,12 @@ def _moved_back(even: Tensor, odd: Tensor, step: int) -> Tensor:
     return total
 
 
-def _overlaps(mixed: Tensor, preset: AttentionPreset, height: int, width: int) -> Tensor:
+def _overlaps(mixed: Tensor, rules: AttentionRules, height: int, width: int) -> Tensor:
     """How many patches every pixel is divided by, (height, width); in the type of ``mixed``."""
     counts = []
     for size in (height, width):
         count = mixed.new_full((size,), 2.0)
-        if preset != "official":
+        if rules.renormalize:
             count[0] = count[-1] = 1.0
         counts.append(count)
     return counts[0][:, None] * counts[1]

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import attend_within, contextual_attention, window_products
+from models.attention import attend, attend_within, key_mask, window_products
 from models.gated_conv import CONVOLUTIONS, Activation, Conv, Convolution
 from models.masking import known, paste
-from models.options import ModelOptions
+from models.options import ATTENTION_PRESETS, ModelOptions
 from models.regions import Region, Window
-from models.sampling import shrink
 from models.types import Features, Image, Mask, Sketch, at_least_float32
 
 SEGMENT = 6  # layers between kept activations under activation checkpointing
@@ -209,11 +208,11 @@ class AttentionBranch(ConvStack):
             ConvSpec(10, 4 * width),
         ]
         super().__init__(inputs, specs, options)
-        self.preset = options.attention
+        self.rules = ATTENTION_PRESETS[options.attention]
 
     def forward(self, inputs: Features, mask: Mask, max_bytes: int | None = None) -> Tensor:
-        features = contextual_attention(
-            self.run(BEFORE, inputs), shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
+        features = attend(
+            self.run(BEFORE, inputs), key_mask(mask, self.rules), self.rules, max_bytes=max_bytes
         )
         return self.run(BEHIND, features)
 
@@ -223,7 +222,11 @@ class AttentionBranch(ConvStack):
         """``wanted`` of the outputs, from all ``features`` that come out before attention."""
         windows = self.windows(BEHIND, wanted)
         mixed = attend_within(
-            windows[0].given, features, shrink(mask, 4), preset=self.preset, max_bytes=max_bytes
+            windows[0].given,
+            features,
+            key_mask(mask, self.rules),
+            self.rules,
+            max_bytes=max_bytes,
         )
         return self.run(BEHIND, mixed, None, windows)
 

@@ -1,15 +1,38 @@
 """What a model is made of: the options that both networks share, in recipes and weights files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 ConvolutionKind: TypeAlias = str  # a name in ``gated_conv.CONVOLUTIONS``
 Padding = Literal["same", "symmetric", "reflect"]
-AttentionPreset = Literal["official", "renormalized", "renormalised"]
+AttentionPreset = Literal["official", "renormalized", "nipponjo", "nipponjo_tf", "renormalised"]
 DiscriminatorHead = Literal["leaky", "linear"]
 DiscriminatorNorm = Literal["spectral", "regularized"]
 OLD_SPELLINGS = {"renormalised": "renormalized"}
 """Values that older recipes and weights files have, with the value that they mean today."""
+
+
+@dataclass(frozen=True)
+class AttentionRules:
+    """Where codes for contextual attention differ; the defaults are those of the authors."""
+
+    fuse: bool = True
+    """Raise the score of a pair whose neighbors match as well."""
+    align_corners: bool = True
+    """Shrink features and mask with their corners in place; false: take every second pixel."""
+    shrink_mask_by: tuple[int, ...] = (4, 2)
+    """Steps from the mask's size to that of the keys; where corners stay, 8 at once is not 4, 2."""
+    renormalize: bool = False
+    """Mask scores with minus infinity instead of 0, and divide overlaps by their true count."""
+
+
+ATTENTION_PRESETS: Mapping[AttentionPreset, AttentionRules] = {
+    "official": AttentionRules(),
+    "renormalized": AttentionRules(renormalize=True),
+    "nipponjo": AttentionRules(align_corners=False),
+    "nipponjo_tf": AttentionRules(fuse=False, shrink_mask_by=(8,)),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,9 @@ class ModelOptions:
     """``same``: TensorFlow's rule, with zeros, which released weights need; ``symmetric``: equally
     many zeros on both sides; ``reflect``: equally many mirrored pixels on both sides."""
     attention: AttentionPreset = "official"
-    """``renormalized``: masked scores are minus infinity, overlaps divided by their true count."""
+    """``official``: the authors' code. ``renormalized``: masked scores are minus infinity, overlaps
+    divided by their true count. ``nipponjo`` and ``nipponjo_tf``: what that port's ``networks`` and
+    ``networks_tf`` compute, for weights trained with them."""
     refine_mask: bool = False
     """Stage two also sees the mask, as in DeepFill v1; released weights are without."""
     discriminator_head: DiscriminatorHead = "leaky"
@@ -42,7 +67,7 @@ class ModelOptions:
         object.__setattr__(self, "attention", OLD_SPELLINGS.get(self.attention, self.attention))
         choices: dict[str, tuple[str, ...]] = {
             "padding": get_args(Padding),
-            "attention": get_args(AttentionPreset),
+            "attention": tuple(ATTENTION_PRESETS),
             "discriminator_head": get_args(DiscriminatorHead),
             "discriminator_norm": get_args(DiscriminatorNorm),
         }

@@ -1,4 +1,4 @@
-"""Nearest-neighbor sampling on the authors' grid, whose corners are aligned."""
+"""Nearest-neighbor sampling: on the authors' grid, whose corners are aligned, and without."""
 
 from functools import lru_cache
 
@@ -21,11 +21,18 @@ def nearest_indices(size: int, new_size: int) -> Int[Tensor, " new_size"]:
     return (positions + 0.5).floor().long()
 
 
-def shrink(features: Features, factor: int) -> Float[Tensor, "batch channels new_height new_width"]:
-    """``features`` with each side divided by ``factor``, which must divide it."""
+def shrink(
+    features: Features, factor: int, *, align_corners: bool = True
+) -> Float[Tensor, "batch channels new_height new_width"]:
+    """``features`` with each side divided by ``factor``, which must divide it.
+
+    ``nearest_indices`` says which pixels stay; without ``align_corners`` every ``factor``-th does.
+    """
     height, width = features.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"{height}×{width} pixels cannot shrink by {factor}: it must divide both")
+    if not align_corners:
+        return features[..., ::factor, ::factor]
     rows, columns = (_indices(side, side // factor, features.device) for side in (height, width))
     return features.index_select(2, rows).index_select(3, columns)
 

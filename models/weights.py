@@ -1,7 +1,8 @@
 """Weights of others under our names: the authors' TensorFlow checkpoint and nipponjo's files.
 
-Names, layout and color order change, the function does not: an imported generator fills an RGB
-image as the other code fills the same image in its own color order.
+Names, layout and color order change. With the padding and the attention of its
+``ForeignWeights``, an imported generator fills an RGB image as the other code fills the same image
+in its own color order; with other attention, it gives other pixels in the hole.
 """
 
 import re
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from models.discriminator import Discriminator
 from models.generator import Generator
-from models.options import Padding
+from models.options import AttentionPreset, Padding
 
 Loaded = TypeVar("Loaded")
 ColorOrder = Literal["bgr", "rgb"]
@@ -110,10 +111,10 @@ WRITES_COLORS = ("coarse.conv17", "refine.merge.conv17")
 
 GENERATOR_SCOPE, DISCRIMINATOR_SCOPE = "inpaint_net/", "discriminator/sn_patch_gan/"
 OPTIMIZER_SLOTS = ("/Adam", "/Adam_1")
-# nipponjo keeps the 3×3 identity that its attention fuses scores with as a buffer.
 # What trainers call the networks, and a state dict among other things, in a file.
 NETWORK_NAMES = (("G", "D"), ("netG", "netD"), ("generator", "discriminator"))
 WRAPPERS = ("state_dict", "model", "params", "params_ema", "model_state_dict")
+# nipponjo keeps the 3×3 identity that its attention fuses scores with as a buffer.
 CONSTANTS = ("contextual_attention.fuse_weight",)
 
 
@@ -130,10 +131,22 @@ class ForeignWeights:
     def padding(self) -> Padding:
         """What our ``Generator`` must pad with to be the same function.
 
-        nipponjo's networks alone pads both sides of a strided convolution alike. Its attention
-        takes every second pixel, which ours does not, so stage two comes out a little different.
+        nipponjo's networks alone pads both sides of a strided convolution alike.
         """
         return "symmetric" if self.format == "networks" else "same"
+
+    @property
+    def attention(self) -> AttentionPreset:
+        """What contextual attention the other code computes, for an image by itself.
+
+        For a batch, nipponjo's code uses the first mask for all images, ours each image's own.
+        """
+        computes: dict[WeightFormat, AttentionPreset] = {
+            "tensorflow": "official",
+            "networks": "nipponjo",
+            "networks_tf": "nipponjo_tf",
+        }
+        return computes[self.format]
 
 
 def read_foreign_weights(path: Path) -> ForeignWeights:

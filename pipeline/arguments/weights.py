@@ -3,6 +3,7 @@
 import argparse
 import math
 
+from models.options import ATTENTION_PRESETS
 from pipeline.arguments.common import (
     DONE,
     Commands,
@@ -74,6 +75,11 @@ def add_weights(commands: Commands) -> None:
         choices=orders,
         help="channel order of the images of the other code; known for the authors' weights",
     )
+    sub.add_argument(
+        "--attention",
+        choices=tuple(ATTENTION_PRESETS),
+        help="contextual attention to record; without it, what the other code computes",
+    )
     sub.add_argument("--license", help="license to record instead of that of the release")
     add_old_spelling(sub, "--colours", "--colors", choices=orders)
     add_old_spelling(sub, "--licence", "--license")
@@ -138,6 +144,7 @@ def _import_weights(arguments: argparse.Namespace) -> int:
         arguments.file,
         arguments.out,
         colors=arguments.colors,
+        attention=arguments.attention,
         license=arguments.license,
         discriminator=arguments.discriminator,
     ):

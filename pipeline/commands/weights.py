@@ -19,7 +19,7 @@ from cluster.storage import MIB, came_instead, replacing, scratch_folder
 from models import Generator
 from models.generator import STRIDE
 from models.masking import erase, guide
-from models.options import ModelOptions
+from models.options import AttentionPreset, ModelOptions
 from models.weights import (
     ColorOrder,
     ForeignWeights,
@@ -51,6 +51,7 @@ def import_weights(
     out: Path,
     *,
     colors: ColorOrder | None = None,
+    attention: AttentionPreset | None = None,
     license: str | None = None,
     discriminator: Path | None = None,
 ) -> Iterator[str]:
@@ -58,6 +59,7 @@ def import_weights(
 
     ``path`` is anything that ``models.weights.read_foreign_weights`` reads. ``colors`` is the
     channel order of that code's images: BGR for the authors', to be given for all others.
+    ``attention`` replaces that of the other code in the file's header.
     ``license`` replaces what is known of the release. ``discriminator`` is a second file to write,
     for training from it. License, origin with SHA-256, and channel order go into the files'
     metadata. Raises ValueError for wrong names and for weights that are not finite.
@@ -77,8 +79,13 @@ def import_weights(
         )
     colors = colors or "bgr"
     weights = generator_weights(source, colors=colors)
+    options = ModelOptions(
+        guided=is_guided(weights),
+        padding=source.padding,
+        attention=attention or source.attention,
+    )
     header = {
-        **weights_header(ModelOptions(guided=is_guided(weights), padding=source.padding)),
+        **weights_header(options),
         # The spelling of these keys is that of files already written.
         "licence": license or LICENSES[source.format],
         "origin": _origin(source),
@@ -94,6 +101,11 @@ def import_weights(
             target.write(save(tensors, metadata=header))
         values = sum(tensor.numel() for tensor in tensors.values())
         yield f"{file}: {values:,} values, {header['colours']}; license: {header['licence']}"
+    if source.format != "tensorflow" and attention is None:
+        yield (
+            f"attention: {options.attention}, as nipponjo's {source.format} computes it; "
+            "--attention official fills holes as the authors' release does"
+        )
 
 
 def export_weights(weights: str, out: Path, *, format: ExportFormat) -> Iterator[str]:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from benchmarks.reference import attention as reference
 from models.attention import attention_bytes, band_rows, contextual_attention
 from models.masking import valid_keys
+from models.options import ATTENTION_PRESETS, AttentionPreset
 from models.sampling import shrink
 from tests.models.golden import wavy_features
 from tests.models.live import LiveBytes
@@ -135,6 +136,16 @@ def test_it_equals_the_slow_reference_whole_and_in_bands(
     enough = attention_bytes(2 * height, 2 * width, rows)
     banded = contextual_attention(features, mask, max_bytes=enough)
     torch.testing.assert_close(banded, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ATTENTION_PRESETS)
+def test_every_preset_gives_in_bands_what_it_gives_whole(preset: AttentionPreset) -> None:
+    torch.manual_seed(0)
+    features, mask = torch.randn(2, 3, 24, 20), (torch.rand(2, 1, 24, 20) < 0.02).float()
+    whole = contextual_attention(features, mask, preset=preset)
+    enough = attention_bytes(12, 10, 3)
+    banded = contextual_attention(features, mask, preset=preset, max_bytes=enough)
+    torch.testing.assert_close(banded, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_its_gradient_equals_the_slow_references() -> None:

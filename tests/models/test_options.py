@@ -1,9 +1,10 @@
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from models.options import ModelOptions
+from models.options import ATTENTION_PRESETS, OLD_SPELLINGS, AttentionPreset, ModelOptions
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,10 @@ def test_a_wrong_option_names_itself_and_the_right_ones(option: str, message: st
 
 def test_the_old_spelling_of_a_preset_means_the_same() -> None:
     assert ModelOptions(attention="renormalised") == ModelOptions(attention="renormalized")
+
+
+def test_every_preset_of_attention_has_its_rules() -> None:
+    assert {*get_args(AttentionPreset)} == {*ATTENTION_PRESETS, *OLD_SPELLINGS}
 
 
 def test_options_are_read_without_torch() -> None:

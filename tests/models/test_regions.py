@@ -12,8 +12,9 @@ from models.attention import attend_within
 from models.gated_conv import CONVOLUTIONS, Convolution
 from models.inference import fill
 from models.masking import erase, paste
-from models.options import AttentionPreset, ConvolutionKind, Padding
+from models.options import ATTENTION_PRESETS, AttentionPreset, ConvolutionKind, Padding
 from models.regions import Region, Span, Window, hole_regions, whole
+from models.sampling import shrink
 
 pytestmark = pytest.mark.slow  # half a second and more each
 
@@ -49,9 +50,15 @@ def differences(
 APART = [(0, 20, 0, 13), (100, 136, 150, 208), (60, 65, 100, 103)]  # two at a corner
 
 
-@pytest.mark.parametrize("attention", ["official", "renormalized"])
-@pytest.mark.parametrize("padding", get_args(Padding))
-@pytest.mark.parametrize("convolution", list(CONVOLUTIONS))
+CASES = [
+    (convolution, padding, attention)
+    for convolution in CONVOLUTIONS
+    for padding in get_args(Padding)
+    for attention in ("official", "renormalized")
+] + [("gated", "same", "nipponjo_tf"), ("gated", "symmetric", "nipponjo")]
+
+
+@pytest.mark.parametrize(("convolution", "padding", "attention"), CASES)
 def test_holes_are_filled_as_in_the_whole_computation(
     convolution: ConvolutionKind, padding: Padding, attention: AttentionPreset
 ) -> None:
@@ -80,7 +87,7 @@ def test_random_holes_are_filled_as_in_the_whole_computation(
     assert differences(networks(torch.float64), *drawn(torch.float64, *holes)) < 1e-10
 
 
-@pytest.mark.parametrize("preset", ["official", "renormalized"])
+@pytest.mark.parametrize("preset", ATTENTION_PRESETS)
 @pytest.mark.parametrize("max_bytes", [None, 20_000])
 def test_windows_of_attention_equal_the_whole(
     preset: AttentionPreset, max_bytes: int | None
@@ -89,9 +96,11 @@ def test_windows_of_attention_equal_the_whole(
     mask = torch.zeros(2, 1, 20, 28, dtype=torch.float64)
     mask[:, :, 4:9, 6:13] = 1
     whole_result = contextual_attention(features, mask, preset=preset)
+    rules = ATTENTION_PRESETS[preset]
+    keys = shrink(mask, 2, align_corners=rules.align_corners)
     for top, bottom, left, right in [(0, 20, 0, 28), (0, 1, 3, 9), (7, 12, 27, 28), (3, 20, 5, 6)]:
         window = Region(Span(top, bottom, 20), Span(left, right, 28))
-        part = attend_within(window, features, mask, preset=preset, max_bytes=max_bytes)
+        part = attend_within(window, features, keys, rules, max_bytes=max_bytes)
         torch.testing.assert_close(part, window.of(whole_result), atol=1e-10, rtol=0)
 
 

@@ -2,6 +2,7 @@ import io
 import math
 import random
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from models import Discriminator, Generator
 from models.masking import erase, paste
+from models.options import ATTENTION_PRESETS, AttentionPreset
 from models.weights import (
     LAYERS,
     discriminator_weights,
@@ -160,6 +162,34 @@ def test_nipponjos_files_hold_the_same_weights(
     else:
         expected = discriminator_weights(official, colors="rgb")
         same(discriminator_weights(source, colors="rgb"), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", ["networks", "networks_tf"])
+def test_nipponjos_weights_fill_a_hole_as_nipponjos_code_does(
+    variables: Variables, tmp_path: Path, style: str
+) -> None:
+    states = as_nipponjo(variables, style)["G"]
+    for name, tensor in states.items():  # drawn as tests/fixtures/README.md says
+        shape = tuple(tensor.shape)
+        scale = 2.2 / np.sqrt(np.prod(shape[1:])) if len(shape) == 4 else 0.05
+        values = scale * np.random.RandomState(zlib.crc32(name.encode())).randn(*shape)
+        states[name] = torch.from_numpy(values.astype(np.float32))
+    torch.save({"G": states}, tmp_path / "states.pth")
+    source = read_foreign_weights(tmp_path / "states.pth")
+    weights = generator_weights(source, colors="rgb")
+    with np.load("tests/fixtures/nipponjo.npz") as golden:
+        image, mask = torch.from_numpy(golden["image"]), torch.from_numpy(golden["mask"]).float()
+        theirs = torch.from_numpy(golden[style])
+
+    def furthest(attention: AttentionPreset) -> float:
+        generator = Generator(padding=source.padding, attention=attention)
+        generator.load_state_dict(weights)
+        refined = generator(erase(image, mask), mask)[1]
+        return float((refined[0][:, mask[0, 0] > 0] - theirs).abs().max())
+
+    assert furthest(source.attention) < 2e-5
+    assert all(furthest(other) > 0.1 for other in ATTENTION_PRESETS if other != source.attention)
 
 
 @pytest.mark.parametrize(

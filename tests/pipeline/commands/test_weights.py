@@ -95,7 +95,7 @@ def test_the_channel_order_of_nipponjos_files_must_be_given(tmp_path: Path) -> N
     assert torch.equal(turned, expected[:, [2, 1, 0, 3, 4]])
 
 
-def test_padding_goes_with_the_names(tmp_path: Path) -> None:
+def test_padding_and_attention_go_with_the_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = Generator().state_dict()
     renamed: dict[str, Tensor] = {}
@@ -104,8 +104,21 @@ def test_padding_goes_with_the_names(tmp_path: Path) -> None:
         renamed |= {f"{name}.{part}": ours[f"{layer.name}.{part}"] for part in ("weight", "bias")}
     torch.save({"G": renamed}, tmp_path / "states.pth")
     out = tmp_path / "g.safetensors"
-    list(import_weights(tmp_path / "states.pth", out, colors="rgb"))
-    assert load_generator(str(out)).options.padding == "symmetric"
+    lines = list(import_weights(tmp_path / "states.pth", out, colors="rgb"))
+    options = load_generator(str(out)).options
+    assert (options.padding, options.attention) == ("symmetric", "nipponjo")
+    assert lines[1].startswith("attention: nipponjo, as nipponjo's networks computes it")
+
+
+def test_the_attention_of_an_imported_file_is_the_other_codes_or_the_one_chosen(
+    tmp_path: Path,
+) -> None:
+    path, out = tmp_path / "states.pth", tmp_path / "g.safetensors"
+    torch.save({"G": nipponjo(0)}, path)
+    list(import_weights(path, out, colors="rgb"))
+    assert load_generator(str(out)).options.attention == "nipponjo_tf"
+    assert len(list(import_weights(path, out, colors="rgb", attention="official"))) == 1
+    assert load_generator(str(out)).options.attention == "official"
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
