@@ -16,7 +16,7 @@ from models import Discriminator, Generator
 from models.options import ModelOptions
 from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided, plain_names
 from pipeline.checkpoints import BEST
-from pipeline.checkpoints.urls import choose_checkpoint
+from pipeline.checkpoints.urls import choose_checkpoint, is_mlflow_url
 from pipeline.config import Config, ConfigError, stored_model_options
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,8 +54,9 @@ def load_generator(source: str) -> Generator:
     """The generator at ``source``, in evaluation mode, on the CPU.
 
     ``source`` is a ``.safetensors`` file, path or URL, or a checkpoint: the folder of one step, a
-    folder that ``checkpoints pull`` made, or the folder of a run, which gives its best step. A file
-    without our header is read as the official model, guided if its first layer has six inputs.
+    folder that ``checkpoints pull`` made, or the folder of a run, which gives its best step; also
+    what MLflow calls ``runs:/ID`` or ``models:/NAME@ALIAS``. A file without our header is read as
+    the official model, guided if its first layer has six inputs.
     Raises FileNotFoundError, and ValueError for a file that holds something else or values that are
     not finite.
     """
@@ -138,6 +139,10 @@ def _refuse_other_options(wanted: ModelOptions, found: Mapping[str, Any], where:
 
 def _read(source: str, name: str) -> tuple[bytes, str]:
     """The ``.safetensors`` file at ``source``, or ``name`` in the checkpoint; what to call it."""
+    if is_mlflow_url(source):
+        from pipeline.tracking.model_urls import storage_url  # MLflow takes seconds to import
+
+        source = storage_url(source)
     if not source.endswith(".safetensors"):
         if Path(source).is_file():
             raise ValueError(

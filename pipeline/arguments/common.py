@@ -82,7 +82,7 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
         "weights",
         metavar="WEIGHTS",
         help="a .safetensors file, the folder of a checkpoint, or the folder of a run, which gives "
-        "its best checkpoint; path or URL",
+        "its best checkpoint; path or URL, or runs:/ID or models:/NAME@ALIAS of MLflow",
     )
 
 

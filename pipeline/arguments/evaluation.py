@@ -29,7 +29,7 @@ def add_evaluate(commands: Commands) -> None:
         nargs="?",
         metavar="RECIPE|WEIGHTS",
         help="a YAML file of settings; with --pack also weights: a .safetensors file, the folder "
-        "of a checkpoint or of a run; may be left out for baselines alone",
+        "of a checkpoint or of a run, models:/NAME@ALIAS; may be left out for baselines alone",
     )
     add_overrides(sub)
     sub.add_argument("--pack", metavar="URL", help="folder of an evaluation pack; path or URL")

@@ -41,7 +41,8 @@ def add_checkpoints(commands: Commands) -> None:
         sub.add_argument(
             "url",
             metavar="URL",
-            help="folder of a run, of one checkpoint, or of what 'pull' made; path or URL"
+            help="folder of a run, of one checkpoint, or of what 'pull' made; path or URL, or "
+            "runs:/ID or models:/NAME@ALIAS of MLflow"
             + ("; or a whole storage" if name == "ls" else ""),
         )
         if name in ("show", "pull"):
@@ -143,7 +144,7 @@ def add_dataset(commands: Commands) -> None:
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from pipeline.commands import checkpoints
 
-    return DONE if checkpoints.ACTIONS[arguments.action](arguments) else MISTAKE
+    return DONE if checkpoints.act(arguments) else MISTAKE
 
 
 def _dataset(arguments: argparse.Namespace) -> int:

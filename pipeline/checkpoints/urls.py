@@ -40,6 +40,11 @@ class CheckpointInfo:
     newest: bool
 
 
+def is_mlflow_url(url: str) -> bool:
+    """Whether ``url`` is one that MLflow resolves, as ``runs:/ID`` or ``models:/NAME@ALIAS``."""
+    return re.match(r"(runs|models):/", url) is not None
+
+
 def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
     """The checkpoints at ``url``: a run's folder, its ``checkpoints`` folder, one step's, or what
     ``pull`` left.

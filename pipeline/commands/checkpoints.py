@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -25,10 +26,13 @@ from pipeline.checkpoints.urls import (
     describe_checkpoints,
     find_checkpoints,
     find_runs,
+    is_mlflow_url,
     list_checkpoints,
 )
 from pipeline.commands.tables import print_table
 from pipeline.progress import progress
+
+log = logging.getLogger(__name__)
 
 MB = 1e6
 
@@ -190,6 +194,16 @@ def _prune(arguments: argparse.Namespace) -> bool:
     return True
 
 
+def act(arguments: argparse.Namespace) -> bool:
+    """Do what ``arguments.action`` says with ``arguments.url``; False where it found faults."""
+    if is_mlflow_url(arguments.url):
+        from pipeline.tracking.model_urls import storage_url  # MLflow takes seconds to import
+
+        arguments.url = storage_url(arguments.url)
+        log.info("on storage: %s", arguments.url)
+    return ACTIONS[arguments.action](arguments)
+
+
 def _choice(text: str) -> tuple[CheckpointChoice, tuple[str, MetricMode]]:
     """What ``--step`` means: a step, ``newest``, ``best`` or ``best:METRIC:min``."""
     if text in ("newest", "best"):
@@ -240,4 +254,3 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], bool]] = {
     "verify": _verify,
     "prune": _prune,
 }
-"""What each action does with its arguments; False where it found faults."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.storage import StorageError, join, open_store, without_password
 from pipeline.checkpoints import CheckpointError, CheckpointStore
+from pipeline.checkpoints.urls import is_mlflow_url
 from pipeline.evaluation.record import EvaluationRecord, read_evaluations
 from pipeline.tracking.history import History, read_history
 
@@ -86,6 +87,11 @@ def find_runs(words: Sequence[str], *, storage: str | None, tracking_uri: str | 
 
 
 def _find(word: str, storage: str | None, tracking_uri: str | None) -> list[str]:
+    if is_mlflow_url(word):
+        from pipeline.tracking.model_urls import storage_url
+
+        url = storage_url(word, tracking_uri)
+        return [_existing(url.rstrip("/").partition("/checkpoints/step-")[0])]
     if _FILTER.search(word) and not word.startswith(("s3://", "file://")):
         return _from_mlflow(word, tracking_uri)
     if "://" in word or "/" in word:

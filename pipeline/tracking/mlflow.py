@@ -127,7 +127,7 @@ class SystemMonitor:
         if self._closed.is_set():
             return
         # MLflow's own readings and names; its own thread gives up when the server is down.
-        with _importing_mlflow():
+        with importing_mlflow():
             from mlflow.system_metrics import system_metrics_monitor as mlflow_monitor
         logging.getLogger(mlflow_monitor.__name__).setLevel(logging.WARNING)
         monitor = mlflow_monitor.SystemMetricsMonitor(None, tracking_uri=self._uri)
@@ -170,7 +170,7 @@ class MlflowRun:
             self._connect()
 
     def _connect(self) -> None:
-        with _importing_mlflow():
+        with importing_mlflow():
             from mlflow.client import MlflowClient
 
             if (path := database_path(self._uri)) is not None:
@@ -212,7 +212,7 @@ class MlflowRun:
             path = database_path(self._uri)
             if path is not None and not path.exists():
                 return
-            with _importing_mlflow():
+            with importing_mlflow():
                 from mlflow.client import MlflowClient
             if path is not None:
                 ensure_database(path)
@@ -451,7 +451,7 @@ def sync(
 def end_parent(uri: str, *, experiment: str, url: str, status: Status) -> None:
     """Set the status of the run of the sweep at ``url``; a warning where MLflow is away."""
     try:
-        with _importing_mlflow():
+        with importing_mlflow():
             from mlflow.client import MlflowClient
         client = MlflowClient(tracking_uri=uri)
         if (found := client.get_experiment_by_name(experiment)) is not None:
@@ -539,7 +539,7 @@ def find_run_urls(uri: str, filter_string: str) -> list[str]:
     shown = without_password(uri)
     if (path := database_path(uri)) is not None and not path.exists():
         raise ValueError(f"{shown}: the database was not found: set MLFLOW_TRACKING_URI")
-    with _importing_mlflow():
+    with importing_mlflow():
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     try:
@@ -562,7 +562,7 @@ def run_status(uri: str, run_id: str) -> str:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     if (path := database_path(uri)) is not None and not path.exists():
         raise ValueError(f"{without_password(uri)} was not found")
-    with _importing_mlflow():
+    with importing_mlflow():
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     try:
@@ -575,7 +575,7 @@ _import_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _importing_mlflow() -> Iterator[None]:
+def importing_mlflow() -> Iterator[None]:
     """For the first import in a thread: MLflow breaks where two threads import it at once."""
     # Short, because EventSender retries as well.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

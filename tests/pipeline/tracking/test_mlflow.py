@@ -33,14 +33,6 @@ INFO = RunInfo(
 )
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """MLflow takes seconds to create a database: it is created once and copied for every test."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
-
-
 @pytest.fixture
 def uri(tmp_path, empty_database) -> str:
     (tmp_path / "mlflow.db").write_bytes(empty_database)
