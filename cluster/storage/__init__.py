@@ -14,6 +14,7 @@ from cluster.storage.base import (
     one_line,
     scheme_of,
     without_password,
+    without_secrets,
 )
 from cluster.storage.files import replacing, scratch_folder
 from cluster.storage.schemes import SCHEMES, open_store, open_version, pyarrow_filesystem
@@ -38,4 +39,5 @@ __all__ = [
     "scheme_of",
     "scratch_folder",
     "without_password",
+    "without_secrets",
 ]

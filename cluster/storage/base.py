@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 MIB = 2**20
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+"""Variables whose values no text may show."""
 ABANDONED_S = 7 * 24 * 3600  # after this long without a byte, a writer on another machine is dead
 
 
@@ -139,8 +142,8 @@ def one_line(text: str) -> str:
 
 
 def describe_error(error: BaseException, max_chars: int = 300) -> str:
-    """Kind and message of ``error`` in one line of at most ``max_chars``, without passwords."""
-    text = without_password(one_line(" ".join(str(error).split())))
+    """Kind and message of ``error`` in one line of at most ``max_chars``, without secrets."""
+    text = without_password(one_line(without_secrets(str(error))))
     return f"{type(error).__name__}: {text}"[:max_chars].removesuffix(": ")
 
 
@@ -164,3 +167,11 @@ def without_password(text: str) -> str:
     A password may hold slashes and at signs; digits before a slash are a port.
     """
     return re.sub(r":(/{1,2})[^/@\s:]*(?::(?!\d+[/?#])[^@\s]*)?@(?:[^/@\s]*@)*", r":\1", text)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` on one line, with the values of this process's credentials blanked out."""
+    for name in SECRETS:
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return " ".join(text.split())

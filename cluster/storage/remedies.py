@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from botocore import exceptions as boto
@@ -12,6 +11,7 @@ from cluster.storage.base import (
     MissingKeyError,
     StorageError,
     StorageRefusedError,
+    without_secrets,
 )
 
 CHECKSUMS = (
@@ -109,11 +109,3 @@ def _remedy_without_answer(error: Exception, server: str) -> str:
     if isinstance(error, boto.SSLError):
         return f"the certificate of {server} is not trusted: set AWS_CA_BUNDLE to its certificate"
     return without_secrets(f"{type(error).__name__} at {server}: {error}")
-
-
-def without_secrets(text: str) -> str:
-    """``text`` on one line, with the values of this process's credentials blanked out."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if value := os.environ.get(name):
-            text = text.replace(value, "***")
-    return " ".join(text.split())

@@ -13,14 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto
-from botocore.config import Config
 
 from cluster.storage.base import (
     ABANDONED_S,
@@ -31,9 +29,11 @@ from cluster.storage.base import (
     checked_key,
     join,
     scheme_of,
+    without_secrets,
 )
 from cluster.storage.files import replacing
-from cluster.storage.remedies import answer_to_error, failure_to_error, without_secrets
+from cluster.storage.remedies import answer_to_error, failure_to_error
+from cluster.storage.s3_settings import REQUEST_ATTEMPTS, S3Settings, endpoint
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -47,7 +47,6 @@ TRANSFER = TransferConfig(
 )
 READ_ATTEMPTS = 6
 UPLOAD_ATTEMPTS = 3  # where the server reports bytes that changed on their way
-REQUEST_ATTEMPTS = 5  # of each request: a busy S3 server answers 503 SlowDown
 READ_TIMEOUT_S = 60
 S3_ERRORS = (boto.ClientError, boto.BotoCoreError, Boto3Error)
 
@@ -74,52 +73,26 @@ def storage_errors(url: str) -> Iterator[None]:
         raise failure_to_error(url, error, endpoint()) from error
 
 
-def endpoint(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The URL of the S3 server that every client here uses; None stands for AWS itself.
-
-    Raises StorageError for an address that carries credentials, or that is not http(s).
-    """
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        if url := environment.get(name, "").rstrip("/"):
-            parts = urlsplit(url)
-            if "@" in parts.netloc:
-                raise StorageError(
-                    f"{name} carries a user name or password: put them into AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY"
-                )
-            if parts.scheme not in ("http", "https") or not parts.netloc:
-                raise StorageError(f"{name}={url}: give an http:// or https:// address")
-            return url
-    return None
-
-
 def s3_client(
-    environment: Mapping[str, str] = os.environ, *, attempts: int = REQUEST_ATTEMPTS
+    environment: Mapping[str, str] = os.environ,
+    *,
+    attempts: int = REQUEST_ATTEMPTS,
+    connect_timeout_s: float = 10,
+    read_timeout_s: float | None = None,
 ) -> S3Client:
-    """A boto3 client with our endpoint, retries and time limits.
+    """A boto3 client with the settings, and the keys, of ``environment``.
 
-    ``environment`` gives the endpoint, the region and the keys; without keys there, boto3 looks
-    in its usual places (profile, web identity, instance). Its AWS_MAX_ATTEMPTS and AWS_RETRY_MODE
-    override ``attempts`` and the adaptive retries.
+    Without keys there, boto3 looks in its usual places (profile, web identity, instance).
+    AWS_MAX_ATTEMPTS and AWS_RETRY_MODE override ``attempts`` and the adaptive retries.
     """
-    retries = {
-        "total_max_attempts": _attempts(environment, attempts),
-        "mode": environment.get("AWS_RETRY_MODE", "adaptive"),
-    }
+    settings = S3Settings.resolve(environment, attempts=attempts)
     return boto3.session.Session().client(
         "s3",
-        endpoint_url=endpoint(environment),
-        # boto3 itself reads AWS_DEFAULT_REGION only; the other AWS clients read AWS_REGION.
-        region_name=_region(environment),
         aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID"),
         aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY"),
         aws_session_token=environment.get("AWS_SESSION_TOKEN"),
-        config=Config(
-            retries=cast(Any, retries),
-            connect_timeout=10,
-            read_timeout=READ_TIMEOUT_S,
-            max_pool_connections=32,
-            tcp_keepalive=True,
+        **settings.boto3_options(
+            connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s or READ_TIMEOUT_S
         ),
     )
 
@@ -236,25 +209,11 @@ class S3Store:
         return None
 
     def pyarrow_filesystem(self) -> tuple[FileSystem, str]:
-        """See ``Store``. pyarrow ignores AWS_ENDPOINT_URL (apache/arrow#49643), so it gets ours.
-
-        It also gets our number of attempts: its own three are over in two seconds.
-        """
         from pyarrow import fs  # takes half a second, and few callers need it
 
-        options: dict[str, Any] = {
-            "connect_timeout": 10,
-            "request_timeout": READ_TIMEOUT_S,
-            "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_attempts()),
-        }
-        if address := endpoint():
-            parts = urlsplit(address)
-            options |= {"endpoint_override": parts.netloc + parts.path, "scheme": parts.scheme}
-            options["region"] = _region() or "us-east-1"
-        elif region := _region():
-            options["region"] = region
-        if certificates := os.environ.get("AWS_CA_BUNDLE"):
-            options["tls_ca_file_path"] = certificates
+        options = S3Settings.resolve().pyarrow_options(
+            connect_timeout_s=10, read_timeout_s=READ_TIMEOUT_S
+        )
         return fs.S3FileSystem(**options), f"{self._bucket}/{self._prefix}".rstrip("/")
 
     @property
@@ -352,14 +311,6 @@ class _S3Reader(io.RawIOBase):
             Range=f"bytes={self._position}-{self._size - 1}",
             IfMatch=self._etag,
         )["Body"]
-
-
-def _region(environment: Mapping[str, str] = os.environ) -> str | None:
-    return environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-
-
-def _attempts(environment: Mapping[str, str] = os.environ, attempts: int = REQUEST_ATTEMPTS) -> int:
-    return int(environment.get("AWS_MAX_ATTEMPTS", attempts))
 
 
 def _s3_path(url: str) -> str:

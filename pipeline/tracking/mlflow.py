@@ -17,7 +17,7 @@ from PIL import Image
 
 from cluster.git import git_commit
 from cluster.session import job_metadata
-from cluster.storage import describe_error, one_line, without_password
+from cluster.storage import StorageError, describe_error, one_line, without_password
 from data_prep.images import encode_png
 from pipeline.tracking.database import database_path, ensure_database
 from pipeline.tracking.event_queue import (
@@ -576,11 +576,18 @@ _import_lock = threading.Lock()
 
 @contextlib.contextmanager
 def importing_mlflow() -> Iterator[None]:
-    """For the first import in a thread: MLflow breaks where two threads import it at once."""
+    """For the first import in a thread: MLflow breaks where two threads import it at once.
+
+    Its artifact client then has the same S3 settings as ours.
+    """
     # Short, because EventSender retries as well.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from cluster.storage.s3_settings import S3Settings  # botocore, as MLflow needs it
+
+    with contextlib.suppress(StorageError):  # only who uses S3 minds
+        os.environ.update(S3Settings.resolve().mlflow_environment())
     with _import_lock:
         yield
 

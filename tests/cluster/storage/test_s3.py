@@ -22,7 +22,8 @@ from cluster.storage import (
     open_store,
     pyarrow_filesystem,
 )
-from cluster.storage.s3 import S3Store, endpoint, s3_bucket, storage_errors
+from cluster.storage.s3 import S3Store, s3_bucket, storage_errors
+from cluster.storage.s3_settings import endpoint
 from tests.cluster.storage.writers import WRITES, child
 
 
