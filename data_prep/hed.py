@@ -60,6 +60,13 @@ class Hed(nn.Module):
         return torch.cat(maps, 1)
 
 
+def size_for_detection(size: Sequence[int], detect_px: int) -> tuple[int, int]:
+    """Height and width of an image of ``size`` whose short side is scaled to ``detect_px``."""
+    scale = detect_px / min(size)
+    height, width = (max(1, round(scale * side)) for side in size)
+    return height, width
+
+
 def _scaled(images: Tensor, size: Sequence[int]) -> Tensor:
     smaller = size[0] < images.shape[2]
     return F.interpolate(
@@ -72,7 +79,8 @@ class EdgeDetector:
 
     The caller sets the number of threads. ``device`` is ``cpu`` or ``cuda``. The network is
     converted in place. ``output`` "fused" is HED as published; "averaged" is the mean of all side
-    outputs except the first, over three scales and the mirror image: seven times the work. A GPU
+    outputs except the first, over three scales and the mirror image: seven times the work. With
+    ``detect_px`` images are scaled to this short side, and their edges back, bilinearly. A GPU
     computes in groups of ``batch``, and the last group is padded with black images: for another
     number cuDNN may choose other algorithms, and so give other bits.
     """
@@ -85,8 +93,10 @@ class EdgeDetector:
         device: str = "cpu",
         output: HedOutput = "fused",
         batch: int = 8,
+        detect_px: int | None = None,
     ) -> None:
         self._device = torch.device(device)
+        self._detect_px = detect_px
         self._output = output
         # One image keeps a CPU busy. With more, blocks reach the size that glibc maps anew
         # each time (32 MiB), and every page faults: eight of 256² take a tenth longer apiece.
@@ -110,8 +120,13 @@ class EdgeDetector:
         edges = []
         for some in torch.split(F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, missing)), self._batch):
             inputs = (some.flip(3).float() - self._mean).permute(0, 3, 1, 2)
+            size = inputs.shape[-2:]
+            if self._detect_px is not None:
+                inputs = _scaled(inputs, size_for_detection(size, self._detect_px))
             averaged = self._output == "averaged"
             found = self._averaged(inputs) if averaged else self._network(inputs.to(self._dtype))
+            if self._detect_px is not None:
+                found = _scaled(found[:, None], size)[:, 0]
             edges.append(found)
         return torch.cat(edges)[: len(rgb)].cpu().numpy()
 

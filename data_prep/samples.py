@@ -72,9 +72,11 @@ class SampleSettings:
     def record(self) -> dict[str, Any]:
         """As shard records and ``dataset.json`` keep it."""
         scenes = self.hed_sha256 is not None
-        # Left out at its default, which is older than this setting.
-        color = {} if self.data.color == "keep" else {"color": self.data.color}
-        return color | {
+        # Left out at their defaults, which are older than these settings.
+        newer: dict[str, Any] = {} if self.data.color == "keep" else {"color": self.data.color}
+        if scenes and self.sketch.detect_px is not None:
+            newer["detect_px"] = self.sketch.detect_px
+        return newer | {
             "stored_px": self.data.stored_px,
             "jpeg_quality": self.data.jpeg_quality,
             "max_pixels": self.data.max_pixels,
@@ -97,7 +99,14 @@ IMAGE_SETTINGS = (
 )  # a stored JPEG follows from these
 LANDMARK_SETTINGS = ("landmarks_sha256", "face_search")
 SKETCH_SETTINGS: dict[Subject, tuple[str, ...]] = {
-    "scene": ("threshold", "hed_sha256", "hed_precision", "hed_output", "hed_device"),
+    "scene": (
+        "threshold",
+        "hed_sha256",
+        "hed_precision",
+        "hed_output",
+        "hed_device",
+        "detect_px",
+    ),
     "face": ("line_width", *LANDMARK_SETTINGS),
 }
 

@@ -95,6 +95,9 @@ class SketchSettings:
     hed_output: HedOutput = "fused"
     """``fused``: HED as published. ``averaged``: edges that agree better with those that people
     draw (benchmarks/README.md), at seven times the work."""
+    detect_px: int | None = None
+    """Short side at which HED looks for edges, in pixels; they are scaled back. Null: the stored
+    size. Stored images under 200 px need more, or bands cover what they should outline."""
     hed_device: HedDevice = "auto"
     """``auto``: the device of the sketches already made; for the first ones, GPUs where the
     cluster has any."""
@@ -107,6 +110,8 @@ class SketchSettings:
     def _faults(self) -> Iterator[str]:
         if not 0 <= self.threshold <= 1:
             yield f"threshold {self.threshold} should be 0 to 1"
+        if self.detect_px is not None:
+            yield from _not_positive(detect_px=self.detect_px)
         yield from _not_positive(line_width_px=self.line_width_px)
 
 

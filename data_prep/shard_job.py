@@ -104,6 +104,7 @@ class EdgeFinder:
             precision=settings.sketch.hed_precision,
             device=settings.hed_device,
             output=settings.sketch.hed_output,
+            detect_px=settings.sketch.detect_px,
         )
 
     def strokes(self, images: ImageBatch) -> UInt8[np.ndarray, "batch height width"]:

@@ -26,6 +26,7 @@ class Detector:
     threshold: float
     output: HedOutput
     precision: HedPrecision
+    detect_px: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -46,6 +47,7 @@ def find_detector(sketch: Mapping[str, Any]) -> tuple[Detector | None, str]:
         float(sketch["threshold"]),
         cast(HedOutput, sketch["hed_output"]),
         cast(HedPrecision, sketch["hed_precision"]),
+        sketch.get("detect_px"),
     )
     if detector.sha256 != wanted:
         return None, "the pack's sketches were made with other HED weights than those installed"
@@ -61,6 +63,7 @@ class Adherence:
             load_network(detector.weights),
             precision=detector.precision,
             output=detector.output,
+            detect_px=detector.detect_px,
             device=device.type,
             batch=1,
         )

@@ -68,13 +68,14 @@ class PackMetrics:
 
 
 def _adherence(detector: Detector, images: int) -> MetricDefinition:
+    at = f" at a short side of {detector.detect_px} px" if detector.detect_px else ""
     return MetricDefinition(
         "adherence",
         "%",
         "higher",
         "hole",
         f"F-measure of the edges of the completed image (HED {detector.output} "
-        f"{detector.precision} above {detector.threshold:g}) against the strokes of the sketch, at "
+        f"{detector.precision}{at} above {detector.threshold:g}) against the strokes of the sketch, at "
         f"most {TOLERANCE_PX} pixels apart.",
         images,
         range=BYTE_RANGE,

@@ -249,7 +249,9 @@ def make_pack(
         "sketch": {
             name: shaping.get(name)
             for name in ("threshold", "hed_sha256", "hed_output", "hed_precision")
-        },
+        }
+        # Left out where it is not set: older packs do not have it.
+        | ({"detect_px": shaping["detect_px"]} if "detect_px" in shaping else {}),
     }
     store = open_store(url)
     if store.exists(MANIFEST):
