@@ -130,6 +130,9 @@ class TrainSettings(Section):
     """Steps before the adversarial loss counts."""
     gan_ramp_steps: NonNegativeInt = 0
     """Steps over which its weight then rises to ``gan_weight``, in a line."""
+    discriminator_start_step: NonNegativeInt = 0
+    """Steps before the discriminator trains, at most ``gan_start_step`` unless ``gan_weight`` is 0.
+    Until then the generator trains alone, in two thirds of the time."""
     spectral_penalty: NonNegativeFloat = 0.01
     """Weight of the penalty on the discriminator's largest singular values, where
     ``model.discriminator_norm`` is ``regularized``."""
@@ -172,6 +175,14 @@ class TrainSettings(Section):
         if (global_batch := before.data.get("global_batch", streams)) % streams:
             raise ValueError(f"should divide global_batch {global_batch}")
         return streams
+
+    @field_validator("discriminator_start_step")
+    @classmethod
+    def _knows_before_it_counts(cls, start_step: int, before: ValidationInfo) -> int:
+        gan_start_step = before.data.get("gan_start_step", start_step)
+        if start_step > gan_start_step and before.data.get("gan_weight", 1.0) > 0:
+            raise ValueError(f"should be at most gan_start_step {gan_start_step}")
+        return start_step
 
     @field_validator("workers")
     @classmethod

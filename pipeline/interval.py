@@ -1,5 +1,6 @@
 """Losses and bad steps since the last report: on the device until they are read."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class IntervalValues:
     """What :meth:`Interval.read` found."""
 
     means: dict[str, float]
-    """Each loss, averaged over good steps and ranks; empty if no step was good."""
+    """Each loss, averaged over the good steps that have it and over ranks."""
     bad: list[BadStep]
     in_a_row: int
     """The longest run of bad steps, with those that came right before the interval."""
@@ -42,6 +43,7 @@ class Interval:
     def __init__(self, weight: float = 1.0) -> None:
         self._weight = weight
         self._steps: list[tuple[Position, tuple[str, ...]]] = []
+        self._names: list[frozenset[str]] = []
         self._faults: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._streak = 0
@@ -49,6 +51,7 @@ class Interval:
     def add(self, position: Position, keys: tuple[str, ...], result: StepResult) -> None:
         """``position`` is the one after the step, ``keys`` are those of this rank's batch."""
         self._steps.append((position, keys))
+        self._names.append(frozenset(result.losses))
         self._faults.append(result.faults)
         good = result.bad == 0
         for name, value in result.losses.items():
@@ -59,15 +62,17 @@ class Interval:
         """What was gathered since the last call; waits for the device. Collective."""
         sums = distributed.mean(self._sums, device, weight=self._weight)
         bad, longest = [], self._streak
-        for (position, keys), flags in zip(
-            self._steps, torch.stack(self._faults).tolist(), strict=True
+        good: Counter[str] = Counter()
+        for (position, keys), names, flags in zip(
+            self._steps, self._names, torch.stack(self._faults).tolist(), strict=True
         ):
             faults = tuple(name for name, flag in zip(FAULTS, flags, strict=True) if flag)
             self._streak = self._streak + 1 if faults else 0
             longest = max(longest, self._streak)
             if faults:
                 bad.append(BadStep(position, keys, faults))
-        good = len(self._steps) - len(bad)
-        means = {name: value / good for name, value in sums.items()} if good else {}
-        self._steps, self._faults, self._sums = [], [], {}
+            else:
+                good.update(names)
+        means = {name: value / good[name] for name, value in sums.items() if good[name]}
+        self._steps, self._names, self._faults, self._sums = [], [], [], {}
         return IntervalValues(means, bad, longest)

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -179,22 +179,20 @@ class TrainingLoop:
         means = values.means | clock.read()
         rates = learning_rates(self.cfg.train, position.step - 1)
         means["lr/generator"], means["lr/discriminator"] = rates
-        for network in ("generator", "discriminator"):
+        adversarial = position.step > self.cfg.train.discriminator_start_step
+        for network in ("generator", "discriminator") if adversarial else ("generator",):
             squared = means.pop(f"health/squared_grad_norm_{network}", math.nan)
             means[f"health/grad_norm_{network}"] = math.sqrt(squared)
         means["health/bad_steps"] = float(len(values.bad))
         self.tracker.log_metrics(position.step, means)
         left_s = (self.cfg.train.steps - position.step) / means["speed/steps_per_s"]
         log.info(
-            "step=%d/%d epoch=%d l1=%.4f adversarial=%.4f discriminator=%.4f margin=%.4f "
-            "images_per_s=%.1f left=%s",
+            "step=%d/%d epoch=%d l1=%.4f %simages_per_s=%.1f left=%s",
             position.step,
             self.cfg.train.steps,
             position.epoch,
             means.get("loss/l1_refined", math.nan),
-            means.get("loss/adversarial", math.nan),
-            means.get("loss/discriminator", math.nan),
-            means.get("score/margin", math.nan),
+            _adversarial_fields(means) if adversarial else "",
             means["speed/images_per_s"],
             format_duration(left_s),
         )
@@ -320,6 +318,12 @@ class TrainingLoop:
         if any(distributed.gathered(stop.requested)):
             return None
         return evaluation
+
+
+def _adversarial_fields(means: Mapping[str, float]) -> str:
+    names = ("loss/adversarial", "loss/discriminator", "score/margin")
+    values = ((name.partition("/")[2], means.get(name, math.nan)) for name in names)
+    return "".join(f"{name}={value:.4f} " for name, value in values)
 
 
 class _Clock:

@@ -46,6 +46,7 @@ class NetworkPair:
             l1_weight=self.settings.l1_weight,
             gan_weight=gan_weight(self.settings, done),
             spectral_penalty=self.settings.spectral_penalty,
+            adversarial=done >= self.settings.discriminator_start_step,
             guided=self.model.guided,
             precision=PRECISION[self.settings.precision],
         )

@@ -1,6 +1,6 @@
 """One update of both networks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,6 +48,7 @@ def train_step(
     l1_weight: float = 1.0,
     gan_weight: float = 1.0,
     spectral_penalty: float = 0.0,
+    adversarial: bool = True,
     guided: bool = False,
     precision: torch.dtype = torch.float32,
 ) -> StepResult:
@@ -57,6 +58,8 @@ def train_step(
     bfloat16 the networks run under autocast; parameters and losses stay float32.
 
     ``spectral_penalty`` weighs the penalty on singular values of a regularized discriminator.
+    Without ``adversarial`` the generator learns from the L1 losses alone, and the discriminator
+    stays as it is.
 
     A step in which a loss or a gradient is not finite on any rank is bad: it leaves both networks,
     their optimizers and the power iteration of spectral normalization as they were. The device
@@ -67,7 +70,6 @@ def train_step(
     autocast = torch.autocast(image.device.type, precision, enabled=precision != torch.float32)
 
     faults = _Faults()
-    discriminator.remember()  # before its power iteration
 
     with autocast:
         coarse, refined = generator(erase(image, mask), mask, sketch)
@@ -75,7 +77,20 @@ def train_step(
     completed = paste(refined, into=image, mask=mask)
     l1_coarse, l1_refined = F.l1_loss(coarse, image), F.l1_loss(refined, image)
     faults.check(l1_coarse + l1_refined)
+    l1 = l1_weight * (l1_coarse + l1_refined)
+    if not adversarial:
+        faults.pass_over("discriminator loss", "discriminator gradient", "adversarial loss")
+        generator.update(l1, faults.decide)
+        return _result(
+            faults,
+            {
+                "loss/l1_coarse": l1_coarse,
+                "loss/l1_refined": l1_refined,
+                "health/squared_grad_norm_generator": generator.squared_grad_norm,
+            },
+        )
 
+    discriminator.remember()  # before its power iteration
     # Both halves in one pass, as the authors do: one spectral-norm iteration per update.
     with autocast:
         scores = discriminator(torch.cat([image, completed.detach()]), _twice(mask), _twice(sketch))
@@ -91,23 +106,22 @@ def train_step(
     # `.module`, not the engine: DeepSpeed and DDP expect their own backward pass.
     with frozen(module), autocast:
         completed_score = module(completed, mask, sketch)
-    adversarial = hinge_generator(completed_score.float())
-    faults.check(adversarial)
-    loss = l1_weight * (l1_coarse + l1_refined) + gan_weight * adversarial
-    generator.update(loss, faults.decide)
+    adversarial_loss = hinge_generator(completed_score.float())
+    faults.check(adversarial_loss)
+    generator.update(l1 + gan_weight * adversarial_loss, faults.decide)
     discriminator.revert(faults.bad)
-
-    values = {
-        "loss/discriminator": discriminator_loss,
-        "loss/adversarial": adversarial,
-        "loss/l1_coarse": l1_coarse,
-        "loss/l1_refined": l1_refined,
-        "score/margin": real_score.mean() - fake_score.mean(),
-        "health/squared_grad_norm_generator": generator.squared_grad_norm,
-        "health/squared_grad_norm_discriminator": discriminator.squared_grad_norm,
-    }
-    losses = {name: value.detach() for name, value in values.items()}
-    return StepResult(losses, faults.found)
+    return _result(
+        faults,
+        {
+            "loss/discriminator": discriminator_loss,
+            "loss/adversarial": adversarial_loss,
+            "loss/l1_coarse": l1_coarse,
+            "loss/l1_refined": l1_refined,
+            "score/margin": real_score.mean() - fake_score.mean(),
+            "health/squared_grad_norm_generator": generator.squared_grad_norm,
+            "health/squared_grad_norm_discriminator": discriminator.squared_grad_norm,
+        },
+    )
 
 
 class _Faults:
@@ -121,6 +135,10 @@ class _Faults:
     def check(self, value: Tensor) -> None:
         self._own.append((~value.detach().isfinite()).float())
 
+    def pass_over(self, *names: str) -> None:
+        """A step without these parts has no faults in them."""
+        self._own += [torch.zeros_like(self._own[0])] * len(names)
+
     def note(self, fault: Tensor) -> None:
         """The discriminator's gate: it steps, since the generator learns from the result."""
         self._own.append(fault)
@@ -131,6 +149,10 @@ class _Faults:
         self.found = largest(torch.stack(self._own))
         self.bad = self.found.amax()
         return self.bad
+
+
+def _result(faults: _Faults, values: Mapping[str, Tensor]) -> StepResult:
+    return StepResult({name: value.detach() for name, value in values.items()}, faults.found)
 
 
 @contextmanager

@@ -75,8 +75,8 @@ def _adherence(detector: Detector, images: int) -> MetricDefinition:
         "higher",
         "hole",
         f"F-measure of the edges of the completed image (HED {detector.output} "
-        f"{detector.precision}{at} above {detector.threshold:g}) against the strokes of the sketch, at "
-        f"most {TOLERANCE_PX} pixels apart.",
+        f"{detector.precision}{at} above {detector.threshold:g}) against the strokes of the "
+        f"sketch, at most {TOLERANCE_PX} pixels apart.",
         images,
         range=BYTE_RANGE,
         weights_sha256=detector.sha256,

@@ -84,6 +84,19 @@ def test_a_step_is_found_where_it_is(weights: bytes, output: HedOutput) -> None:
         assert abs(strong.mean() - (column - 0.5)) <= 1.0
 
 
+def test_edges_found_at_a_larger_size_are_thinner_and_stay_in_place(weights: bytes) -> None:
+    step = np.full((1, 40, 64, 3), 60, np.uint8)
+    step[:, :, 30:] = 190
+    network, strong = load_network(weights), []
+    for detect_px in (None, 120):
+        edges = EdgeDetector(network, detect_px=detect_px)(step)
+        assert edges.shape == (1, 40, 64)
+        strong.append(np.flatnonzero(edges[0, 10:-10].mean(axis=0) > 0.6))
+    plain, thin = strong
+    assert 0 < len(thin) < len(plain)
+    assert abs(thin.mean() - 29.5) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_image_has_the_same_edges_in_any_batch(

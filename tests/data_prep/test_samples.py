@@ -87,3 +87,13 @@ def test_what_is_only_for_faces_leaves_sketches_of_scenes_as_they_are(tmp_path: 
 
     assert again({"face_search": "otherwise", "landmarks_sha256": None, "line_width": 2}) == sample
     assert again({"threshold": 0.5}) != sample
+
+
+def test_the_side_of_detection_is_in_the_digest_of_scenes_only_when_set() -> None:
+    found = dataclasses.replace(
+        SAMPLE_SETTINGS, sketch=dataclasses.replace(SAMPLE_SETTINGS.sketch, detect_px=144)
+    )
+    assert "detect_px" not in SAMPLE_SETTINGS.record()
+    assert found.record() == SAMPLE_SETTINGS.record() | {"detect_px": 144}
+    faces = dataclasses.replace(SAMPLE_SETTINGS, hed_sha256=None)
+    assert dataclasses.replace(found, hed_sha256=None).record() == faces.record()

@@ -260,6 +260,8 @@ def test_an_override_replaces_one_value_and_leaves_the_rest():
         ("model=3", r"model: should be a section of settings \(got 3\)"),
         ("train.streams=3", r"train\.streams: should divide global_batch 4 \(got 3\)"),
         ("train.workers=3", r"train\.workers: should be at most streams 2 \(got 3\)"),
+        ("train.discriminator_start_step=9", r"should be at most gan_start_step 0 \(got 9\)"),
+        ("sketch.detect_px=0", r"detect_px 0 should be above 0"),
         ("train.size_px=512", "should be at most data.stored_px"),
         ("data.source=folder", "needs data.root"),
         ("masks.mixture={folder: 1}", "needs masks.folder"),

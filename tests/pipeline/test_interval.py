@@ -48,3 +48,11 @@ def test_bad_steps_in_a_row_are_counted_across_reports():
     assert interval.read(CPU).in_a_row == 3
     step(interval, 5, 0.0)
     assert interval.read(CPU).in_a_row == 0
+
+
+def test_a_loss_is_the_mean_of_the_steps_that_have_it():
+    interval = Interval()
+    step(interval, 1, 1.0)
+    both = {"loss/l1": torch.tensor(3.0), "loss/adversarial": torch.tensor(0.5)}
+    interval.add(Position(2), ("key2",), StepResult(both, torch.zeros(len(FAULTS))))
+    assert interval.read(CPU).means == {"loss/l1": 2.0, "loss/adversarial": 0.5}

@@ -80,6 +80,33 @@ def test_weights_of_the_losses_scale_what_the_generator_learns_from() -> None:
     torch.testing.assert_close(adversarial + l1, both, atol=1e-6, rtol=1e-3)
 
 
+def test_before_the_adversarial_loss_the_generator_learns_alone() -> None:
+    alone, critic = engines(width=4)
+    before = [tensor.clone() for tensor in everything(critic)]
+    result = train_step(batch(0), alone, critic, adversarial=False)
+    assert all(map(torch.equal, before, everything(critic)))
+    assert sorted(result.losses) == [
+        "health/squared_grad_norm_generator",
+        "loss/l1_coarse",
+        "loss/l1_refined",
+    ]
+    together, other = engines(width=4)
+    train_step(batch(0), together, other, gan_weight=0.0)
+    for mine, theirs in zip(gradients(alone.module), gradients(together.module), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_step_of_the_generator_alone_can_be_bad() -> None:
+    generator, discriminator = engines(width=4)
+    images = batch(0)
+    images.image[0, 0, 0, 0] = float("nan")
+    result = train_step(images, generator, discriminator, adversarial=False)
+    assert [name for name, flag in zip(FAULTS, result.faults, strict=True) if flag] == [
+        "generator output",
+        "generator gradient",
+    ]
+
+
 class Watched(TorchEngine):
     """Remembers what its network learned from."""
 
