@@ -144,6 +144,11 @@ class TrainSettings(Section):
     """Steps between two checkpoints; each one is validated and carries its metrics."""
     keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints stay, besides the best."""
+    keep_best: PositiveInt = 1
+    """How many of the best checkpoints stay."""
+    keep_best_by: Annotated[str, Field(pattern=r"^val/\w+:(min|max)$")] = "val/l1_percent:min"
+    """By which validation metric these are the best, and whether low or high is better: for
+    instance ``val/psnr_db:max``."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this many steps are never deleted."""
     save_deadline_minutes: PositiveFloat = 10.0
