@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import attend, attend_within, key_mask, window_products
 from models.gated_conv import CONVOLUTIONS, Activation, Conv, Convolution
 from models.masking import known, paste
-from models.options import ATTENTION_PRESETS, ModelOptions
+from models.options import ATTENTION_PRESETS, STRIDE, ModelOptions
 from models.regions import Region, Window
 from models.types import Features, Image, Mask, Sketch, at_least_float32
 
 SEGMENT = 6  # layers between kept activations under activation checkpointing
-STRIDE = 8  # ÷4 in the encoders, ÷2 in the attention: both sides must be multiples of it
 COLORS = 3
 BEFORE, BEHIND = slice(0, 6), slice(6, 8)  # convolutions around attention
 
@@ -303,8 +302,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.options = ModelOptions(guided=guided, **options)
-        # "reflect" mirrors 16 pixels at a quarter of the size, which needs 17 of them.
-        self.min_side_px = 72 if self.options.padding == "reflect" else STRIDE
+        self.min_side_px = self.options.min_side_px
         self.coarse = coarse(COLORS + (3 if guided else 2), self.options)  # and ones and the mask
         self.refine = Refine(self.options)
         for module in self.modules():

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from models.attention import STEP, window_bytes
 from models.gated_conv import NewFeatures
-from models.generator import STRIDE, Generator
+from models.generator import Generator
 from models.masking import erase, paste
-from models.options import ModelOptions
+from models.options import STRIDE, ModelOptions
 from models.regions import hole_regions
 from models.types import Features, Image, Mask, Sketch
 
