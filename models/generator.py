@@ -393,8 +393,8 @@ class Generator(nn.Module):
         ``max_bytes`` of ``contextual_attention``. With ``regions``, which hold the whole hole, both
         are computed in these alone, without gradients, and are ``incomplete`` elsewhere; the values
         there are those of the whole images, and ``report`` receives the multiplications of one
-        image, ``products_in`` in all. ValueError for other sizes, for a missing sketch, and for one that
-        an unguided generator cannot use.
+        image, ``products_in`` in all. ValueError for other sizes, for a missing sketch, and for one
+        that an unguided generator cannot use.
         """
         height, width = incomplete.shape[-2:]
         if height % STRIDE or width % STRIDE or min(height, width) < self.min_side_px:

@@ -92,7 +92,8 @@ class Filled:
 def blended(new: np.ndarray, old: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """``new`` mixed into the integers ``old`` by ``weight``; where that is 0, ``old`` stays."""
     mixed = np.rint(weight * new + (1 - weight) * old).astype(old.dtype)
-    return np.where(weight > 0, mixed, old)
+    result: np.ndarray = np.where(weight > 0, mixed, old)
+    return result
 
 
 def inpaint_image(
@@ -182,7 +183,7 @@ def fill_batch(
         report(0, 1)
         seen = [piece.seen(tasks[piece.number], holes[piece.number], weights) for piece in call]
         for piece, filled in zip(call, _network(generator, seen, allowed, report), strict=True):
-            piece.put(filled, colors[piece.number], weights[piece.number])
+            piece.put(filled, colors[piece.number])
         report(1, 1)
     return [Filled(*each) for each in zip(colors, weights, strict=True)]
 
@@ -209,9 +210,7 @@ class _Piece:
     size: tuple[int, int]
     """Height and width as seen."""
 
-    def seen(
-        self, task: FillTask, hole: MaskPixels, weights: Sequence[np.ndarray]
-    ) -> _Seen:
+    def seen(self, task: FillTask, hole: MaskPixels, weights: Sequence[np.ndarray]) -> _Seen:
         rows, columns = self.box.rows.inside, self.box.columns.inside
         taken = np.zeros_like(hole)
         inside = self.wanted.rows.inside, self.wanted.columns.inside
@@ -225,7 +224,7 @@ class _Piece:
         marked = (plane != 0).astype(np.float32)
         return (_shrunk(marked, self.size) > 0).astype(np.uint8)
 
-    def put(self, filled: np.ndarray, colors: np.ndarray, weight: np.ndarray) -> None:
+    def put(self, filled: np.ndarray, colors: np.ndarray) -> None:
         """Write ``filled``, in [0, 1], at the size seen, to its place in ``colors``."""
         box, wanted = self.box, self.wanted
         size = box.rows.length, box.columns.length
@@ -236,9 +235,7 @@ class _Piece:
         colors[wanted.rows.inside, wanted.columns.inside] = part.clip(0, 1)
 
 
-def _pieces(
-    number: int, wanted: np.ndarray, options: FillOptions, limit: int
-) -> Iterator[_Piece]:
+def _pieces(number: int, wanted: np.ndarray, options: FillOptions, limit: int) -> Iterator[_Piece]:
     """The pieces of an image whose pixels ``wanted`` are to be computed."""
     everything = whole(*wanted.shape)
     if options.strategy == "crop":
@@ -284,7 +281,8 @@ def _shrunk(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """``pixels`` averaged down to ``size``; themselves where they have it."""
     if pixels.shape[:2] == size:
         return pixels
-    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
+    result: np.ndarray = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
+    return result
 
 
 def _calls(
@@ -332,8 +330,8 @@ def _network(
 def _grown(mask: np.ndarray, pixels: int) -> MaskPixels:
     """The hole, grown by ``pixels`` in every direction."""
     if pixels == 0:
-        return (mask != 0).astype(np.uint8)
-    return (_distance(mask != 0) <= pixels).astype(np.uint8)
+        return np.asarray(mask != 0, np.uint8)
+    return np.asarray(_distance(mask != 0) <= pixels, np.uint8)
 
 
 def _weight(hole: MaskPixels, feather: int) -> Float32[np.ndarray, "height width"]:
@@ -348,7 +346,9 @@ def _distance(hole: np.ndarray) -> np.ndarray:
     """Pixels from the nearest one of the hole; infinite without any."""
     if not hole.any():
         return np.full(hole.shape, np.inf, np.float32)
-    return cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    known = (hole == 0).astype(np.uint8)
+    result: np.ndarray = cv2.distanceTransform(known, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return result
 
 
 def _refuse_wrong_arrays(generator: Generator, task: FillTask) -> None:
