@@ -76,7 +76,7 @@ class FillTask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Filled:
+class FillResult:
     """What the network gives for an image, and how much of it each pixel takes."""
 
     colors: Float32[np.ndarray, "height width 3"]
@@ -136,7 +136,7 @@ def fill(
     options: FillOptions,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
-) -> Filled:
+) -> FillResult:
     """What fills the hole of ``image``; arrays and errors as for ``inpaint_image``.
 
     ``progress`` is called with what is done and all that is to be done, several times a second.
@@ -152,7 +152,7 @@ def fill_batch(
     options: FillOptions,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
-) -> list[Filled]:
+) -> list[FillResult]:
     """``fill`` for several images, equal to filling each by itself but for rounding.
 
     Pieces of one size share calls of the network, of ``options.batch`` at most.
@@ -185,7 +185,7 @@ def fill_batch(
         for piece, filled in zip(call, _network(generator, seen, allowed, report), strict=True):
             piece.put(filled, colors[piece.number])
         report(1, 1)
-    return [Filled(*each) for each in zip(colors, weights, strict=True)]
+    return [FillResult(*each) for each in zip(colors, weights, strict=True)]
 
 
 class _Seen(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_prep.color import profile_mode
 from data_prep.images import ImageError, Pixels, decode, has_16_bits, read_mask, white_of
 from data_prep.masks import MaskPixels
-from pipeline.filling import Filled, blended
+from pipeline.filling import FillResult, blended
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class OriginalImage:
             lost.append("the color profile")
         return lost
 
-    def save(self, path: Path, filled: Filled) -> None:
+    def save(self, path: Path, filled: FillResult) -> None:
         """Write what ``filled`` says, and the original where its weight is 0."""
         suffix = path.suffix.lower()
         options = dict(SAVING.get(suffix, {}))
@@ -96,7 +96,7 @@ class OriginalImage:
             options["icc_profile"] = self.profile
         self._composed(suffix, filled).save(path, **options)
 
-    def _composed(self, suffix: str, filled: Filled) -> Image.Image:
+    def _composed(self, suffix: str, filled: FillResult) -> Image.Image:
         if self._stays_gray(suffix):
             assert self.deep_gray is not None
             gray = filled.colors.mean(axis=2) * self.deep_white
