@@ -63,6 +63,8 @@ def memory_explained(settings: TrainSettings) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         cures = [f"a smaller train.global_batch (now {settings.global_batch}) or more GPUs"]
+        if settings.accumulate == 1:
+            cures.append("train.accumulate=2")
         if not settings.activation_checkpointing:
             cures.append("train.activation_checkpointing=true")
         if settings.precision != "bf16":

@@ -32,6 +32,8 @@ class NetworkPair:
     generator: Engine
     discriminator: Engine
     average: ExponentialMovingAverage[Generator]
+    micro_batches: int = 1
+    """Into how many parts every rank cuts its batch."""
 
     def step(self, batch: DeviceBatch, done: int) -> StepResult:
         """Update both networks, then the average, after ``done`` steps. Collective."""
@@ -49,6 +51,7 @@ class NetworkPair:
             adversarial=done >= self.settings.discriminator_start_step,
             guided=self.model.guided,
             precision=PRECISION[self.settings.precision],
+            micro_batches=self.micro_batches,
         )
         self.average.update(result.bad)
         return result
@@ -80,6 +83,8 @@ def build_pair(
         average.module.load_state_dict(state.ema)
     if settings.compile:
         _compile(generator, discriminator)
+    per_stream = settings.global_batch // settings.streams
+    fewest = settings.streams // ranks.world_size * per_stream  # of all ranks' batches
     engine = partial(
         build_engine,
         settings.engine,
@@ -94,7 +99,8 @@ def build_pair(
         engine(discriminator, state=state.discriminator if state else None),
     )
     average.match_layout()
-    return NetworkPair(model, settings, *engines, average)
+    parts = min(settings.accumulate, fewest)
+    return NetworkPair(model, settings, *engines, average, parts)
 
 
 def _compile(generator: Generator, discriminator: Discriminator) -> None:

@@ -51,6 +51,7 @@ def train_step(
     adversarial: bool = True,
     guided: bool = False,
     precision: torch.dtype = torch.float32,
+    micro_batches: int = 1,
 ) -> StepResult:
     """Update the discriminator, then the generator, on one batch (docs/model.md, section 4).
 
@@ -61,67 +62,106 @@ def train_step(
     Without ``adversarial`` the generator learns from the L1 losses alone, and the discriminator
     stays as it is.
 
+    With several ``micro_batches``, at most one for each image, gradients add up over parts of the
+    batch, so memory holds the activations of one part. The update is that of the whole batch, and
+    the spectral norm moves as often. Every part goes through the generator twice, since the
+    discriminator steps in between.
+
     A step in which a loss or a gradient is not finite on any rank is bad: it leaves both networks,
     their optimizers and the power iteration of spectral normalization as they were. The device
     decides this; the host waits for nothing. Collective: all ranks call it.
     """
-    image, mask = batch.image, batch.mask  # (N, 3, H, W) in [-1, 1], (N, 1, H, W)
-    sketch = batch.sketch if guided else None
-    autocast = torch.autocast(image.device.type, precision, enabled=precision != torch.float32)
+    device_type, module = batch.image.device.type, discriminator.module
+    autocast = torch.autocast(device_type, precision, enabled=precision != torch.float32)
+    parts = batch.split(micro_batches)
+    values, faults = _Means(len(batch.image)), _Faults()
 
-    faults = _Faults()
+    def fill(part: DeviceBatch) -> tuple[Tensor, Tensor]:
+        incomplete, sketch = erase(part.image, part.mask), part.sketch if guided else None
+        with autocast:
+            coarse, refined = generator(incomplete, part.mask, sketch)
+        return coarse.float(), refined.float()
 
-    with autocast:
-        coarse, refined = generator(erase(image, mask), mask, sketch)
-    coarse, refined = coarse.float(), refined.float()
-    completed = paste(refined, into=image, mask=mask)
-    l1_coarse, l1_refined = F.l1_loss(coarse, image), F.l1_loss(refined, image)
-    faults.check(l1_coarse + l1_refined)
-    l1 = l1_weight * (l1_coarse + l1_refined)
-    if not adversarial:
+    def discriminator_loss(part: DeviceBatch, refined: Tensor) -> Tensor:
+        completed = paste(refined.detach(), into=part.image, mask=part.mask)
+        # Both halves in one pass, as the authors do: one spectral-norm iteration per update.
+        both, sketch = torch.cat([part.image, completed]), part.sketch if guided else None
+        with autocast:
+            scores = discriminator(both, _twice(part.mask), _twice(sketch))
+        real_score, fake_score = scores.float().chunk(2)
+        loss = hinge_discriminator(real_score, fake_score)
+        margin = real_score.mean() - fake_score.mean()
+        values.add(part, {"loss/discriminator": loss, "score/margin": margin})
+        if isinstance(module, Discriminator) and module.regularized:
+            loss = loss + spectral_penalty * module.spectral_penalty()
+        return values.share(part, loss)
+
+    def generator_loss(part: DeviceBatch, coarse: Tensor, refined: Tensor) -> Tensor:
+        l1 = F.l1_loss(coarse, part.image) + F.l1_loss(refined, part.image)
+        loss = l1_weight * l1
+        if adversarial:
+            completed = paste(refined, into=part.image, mask=part.mask)
+            # `.module`, not the engine: DeepSpeed and DDP expect their own backward pass.
+            with frozen(module), autocast:
+                score = module(completed, part.mask, part.sketch if guided else None)
+            adversarial_loss = hinge_generator(score.float())
+            values.add(part, {"loss/adversarial": adversarial_loss})
+            loss = loss + gan_weight * adversarial_loss
+        return values.share(part, loss)
+
+    with torch.set_grad_enabled(len(parts) == 1):
+        filled = [fill(part) for part in parts]
+    for part, (coarse, refined) in zip(parts, filled, strict=True):
+        l1_coarse, l1_refined = F.l1_loss(coarse, part.image), F.l1_loss(refined, part.image)
+        values.add(part, {"loss/l1_coarse": l1_coarse, "loss/l1_refined": l1_refined})
+    faults.check(values["loss/l1_coarse"] + values["loss/l1_refined"])
+
+    if adversarial:
+        discriminator.remember()  # before its power iteration
+        for part, (_, refined) in zip(parts[:-1], filled, strict=False):
+            with discriminator.accumulating():
+                discriminator.add(discriminator_loss(part, refined))
+            module.eval()  # its spectral norm stays as it is
+        loss = discriminator_loss(parts[-1], filled[-1][1])
+        faults.check(values["loss/discriminator"])
+        discriminator.update(loss, faults.note)
+        module.train()
+    else:
         faults.pass_over("discriminator loss", "discriminator gradient", "adversarial loss")
-        generator.update(l1, faults.decide)
-        return _result(
-            faults,
-            {
-                "loss/l1_coarse": l1_coarse,
-                "loss/l1_refined": l1_refined,
-                "health/squared_grad_norm_generator": generator.squared_grad_norm,
-            },
-        )
 
-    discriminator.remember()  # before its power iteration
-    # Both halves in one pass, as the authors do: one spectral-norm iteration per update.
-    with autocast:
-        scores = discriminator(torch.cat([image, completed.detach()]), _twice(mask), _twice(sketch))
-    real_score, fake_score = scores.float().chunk(2)
-    discriminator_loss = hinge_discriminator(real_score, fake_score)
-    faults.check(discriminator_loss)
-    module = discriminator.module
-    penalized = discriminator_loss
-    if isinstance(module, Discriminator) and module.regularized:
-        penalized = discriminator_loss + spectral_penalty * module.spectral_penalty()
-    discriminator.update(penalized, faults.note)
+    for part in parts[:-1]:
+        with generator.accumulating():
+            generator.add(generator_loss(part, *fill(part)))
+        module.eval()
+    loss = generator_loss(parts[-1], *(filled[0] if len(parts) == 1 else fill(parts[-1])))
+    if adversarial:
+        faults.check(values["loss/adversarial"])
+    generator.update(loss, faults.decide)
+    module.train()
 
-    # `.module`, not the engine: DeepSpeed and DDP expect their own backward pass.
-    with frozen(module), autocast:
-        completed_score = module(completed, mask, sketch)
-    adversarial_loss = hinge_generator(completed_score.float())
-    faults.check(adversarial_loss)
-    generator.update(l1 + gan_weight * adversarial_loss, faults.decide)
-    discriminator.revert(faults.bad)
-    return _result(
-        faults,
-        {
-            "loss/discriminator": discriminator_loss,
-            "loss/adversarial": adversarial_loss,
-            "loss/l1_coarse": l1_coarse,
-            "loss/l1_refined": l1_refined,
-            "score/margin": real_score.mean() - fake_score.mean(),
-            "health/squared_grad_norm_generator": generator.squared_grad_norm,
-            "health/squared_grad_norm_discriminator": discriminator.squared_grad_norm,
-        },
-    )
+    values["health/squared_grad_norm_generator"] = generator.squared_grad_norm
+    if adversarial:
+        discriminator.revert(faults.bad)
+        values["health/squared_grad_norm_discriminator"] = discriminator.squared_grad_norm
+    return StepResult(dict(values), faults.found)
+
+
+class _Means(dict[str, Tensor]):
+    """The mean of each value over all images of a batch, from those of its parts; detached."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self._images = images
+
+    def share(self, part: DeviceBatch, value: Tensor) -> Tensor:
+        """What ``value`` of ``part`` adds to the mean."""
+        images = len(part.image)
+        return value if images == self._images else value * (images / self._images)
+
+    def add(self, part: DeviceBatch, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            share = self.share(part, value.detach())
+            self[name] = self[name] + share if name in self else share
 
 
 class _Faults:
@@ -149,10 +189,6 @@ class _Faults:
         self.found = largest(torch.stack(self._own))
         self.bad = self.found.amax()
         return self.bad
-
-
-def _result(faults: _Faults, values: Mapping[str, Tensor]) -> StepResult:
-    return StepResult({name: value.detach() for name, value in values.items()}, faults.found)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from pipeline.checkpoints.store import (
     CheckpointChoice,
     CheckpointStore,
     MetricMode,
-    parse_best,
     refuse_other_model,
 )
 
@@ -17,6 +16,5 @@ __all__ = [
     "CheckpointManifest",
     "CheckpointStore",
     "MetricMode",
-    "parse_best",
     "refuse_other_model",
 ]

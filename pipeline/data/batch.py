@@ -1,6 +1,7 @@
 """A batch: bytes on the host, floats for the networks on the device."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, UInt8
@@ -20,6 +21,17 @@ class DeviceBatch:
     sketch: Float[Tensor, "batch 1 height width"]
     """1 on a stroke inside the hole, 0 elsewhere."""
     keys: tuple[str, ...]
+
+    def split(self, parts: int) -> "list[DeviceBatch]":
+        """Nearly equal parts in order, at most one for each image, without a copy."""
+        if parts == 1:
+            return [self]
+        count = min(parts, len(self.keys))
+        bounds = [number * len(self.keys) // count for number in range(count + 1)]
+        return [
+            DeviceBatch(self.image[a:b], self.mask[a:b], self.sketch[a:b], self.keys[a:b])
+            for a, b in pairwise(bounds)
+        ]
 
 
 @dataclass(frozen=True)

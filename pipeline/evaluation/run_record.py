@@ -26,7 +26,7 @@ NOT_THE_RESULT = (
     "train.launcher",
     "train.workers",
     "train.loader_threads",
-    "train.keep_",
+    "train.keep_checkpoints",
     "train.save_every_steps",
     "train.log_every_steps",
     "train.max_failures",
