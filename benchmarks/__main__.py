@@ -29,6 +29,7 @@ ON_CPU = (
     "hed",
     "hed_bsds",
     "landmarks",
+    "scaling",
 )
 ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"], "hed": []}
 

@@ -127,6 +127,13 @@ GOALS = (
         unit=" s",
     ),
     Goal("its page, at most", "compare/megabytes_of_page", 20.0, None, at_most=True, unit=" MB"),
+    Goal(
+        "bytes that a rank of two sends in a step (DDP), over those of the gradients, at most",
+        "scaling/sent_over_gradients",
+        1.0,
+        None,
+        at_most=True,
+    ),
     Goal("SSIM, against scikit-image", "metrics/times_faster_than/scikit-image", 3.0, None),
     Goal("SSIM, against torchmetrics", "metrics/times_faster_than/torchmetrics", 8.0, None),
     Goal("HED, bf16 against eager fp32", "hed_cpu/times_faster_than_eager_fp32/bf16", 5.0, 4.0),

@@ -84,6 +84,8 @@ class TrainSettings(Section):
     loader_threads: PositiveInt | Literal["auto"] = 2
     """Decoding threads per rank; their number never changes a batch. ``auto``: the share of the
     node's cores that each of its GPUs has, 2 to 16."""
+    cache_gib: PositiveFloat = 32.0
+    """Room on each node for copies of shards that lie on S3; those used longest ago go first."""
     launcher: Literal["ray", "local"] = "ray"
     """``ray``: Ray Train starts the ranks. ``local``: this process is the only rank, or one of
     torchrun's, which is detected."""

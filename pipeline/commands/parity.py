@@ -151,7 +151,7 @@ def _train(
     gradients: dict[str, Tensor] = {}
     losses = []
     for step in range(steps):
-        result = pair.step(_batch(cfg, step, ranks).to(ranks.device), step)
+        result = pair.step(noise_batch(cfg, step, ranks).to(ranks.device), step)
         means = distributed.mean(result.losses, ranks.device, weight=weight)
         losses.append({name: value for name, value in means.items() if name.startswith(COMPARED)})
         if step == 0:
@@ -168,7 +168,7 @@ def _first_gradient(state: EngineState, beta1: float) -> Tensor:
     return torch.cat([mean.flatten() for mean in means]).double().cpu() / (1 - beta1)
 
 
-def _batch(cfg: Config, step: int, ranks: Ranks) -> Batch:
+def noise_batch(cfg: Config, step: int, ranks: Ranks) -> Batch:
     """This rank's part of the global batch of ``step``: smooth noise under the recipe's masks."""
     train, rng = cfg.train, np.random.default_rng([cfg.seed, step])
     size, sampler, masks = (

@@ -33,6 +33,7 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
         mask_per_sample=cfg.masks.per_sample,
         flip=cfg.train.flip,
         threads=_decoding_threads(cfg, ranks),
+        cache_bytes=int(cfg.train.cache_gib * 2**30),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
@@ -64,6 +65,7 @@ def validation_batches(
         rank=ranks.rank,
         world_size=ranks.world_size,
         limit=limit,
+        cache_bytes=int(cfg.train.cache_gib * 2**30),
     )
 
 
