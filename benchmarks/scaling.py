@@ -329,7 +329,9 @@ def stored_sample_bytes(short_px: int = 512) -> int:
         sketch = io.BytesIO()
         Image.fromarray(edges).save(sketch, "PNG")
         jpeg = encode_jpeg(np.asarray(image))
-        sizes.append(sum(512 + 512 * math.ceil(n / 512) for n in (len(jpeg), sketch.tell(), 700)))
+        sizes.append(
+            sum(512 + 512 * math.ceil(n / 512) for n in (len(jpeg), len(sketch.getvalue()), 700))
+        )
     return round(statistics.mean(sizes))
 
 
