@@ -125,9 +125,8 @@ def add_sweep(commands: Commands) -> None:
     sub.add_argument(
         "--at-once",
         type=int,
-        default=1,
-        help="runs that train at the same time, for which train.workers should be a number; "
-        "without it, 1",
+        help="runs that train at the same time at most; without it, as many as the cluster has "
+        "room for, for which train.workers should be a number",
     )
     sub.add_argument("--pack", metavar="URL", help="evaluation pack to measure and compare on")
     sub.add_argument("--out", type=local_path, help="HTML file of the comparison")

@@ -3,25 +3,30 @@
 import itertools
 import logging
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
+from cluster.session import connect
 from cluster.storage import join
 from pipeline import config
 from pipeline.commands.compare import compare_runs
 from pipeline.commands.tables import wide_console
+from pipeline.run import prepare
 from pipeline.run_storage import RunStorage
+from pipeline.stop_request import SignalStop
 from pipeline.tracking.opening import finish_sweep
+
+if TYPE_CHECKING:
+    from cluster.ray_commands import Room
 
 log = logging.getLogger(__name__)
 
 DONE, MISTAKE, STOPPED = 0, 1, 3
+BUSY_S = 3600.0
+"""How long a child waits for places that other children hold."""
 SHAPING = ("data.", "sketch.")
 """Settings that make another dataset."""
 
@@ -38,21 +43,22 @@ def sweep(
     recipe: Path,
     overrides: Sequence[str],
     *,
-    at_once: int = 1,
+    at_once: int | None = None,
     pack: str | None = None,
     out: Path | None = None,
 ) -> int:
     """Prepare, train and evaluate every combination, then compare all; returns an exit code.
 
+    Children are Ray tasks, as many at a time as the cluster has room for and ``at_once`` at most.
     Finished children are skipped, and an interrupted one resumes. A child that fails does not
     keep the others from running. ``pack``: evaluation pack to measure and compare on.
     """
-    if at_once < 1:
+    if at_once is not None and at_once < 1:
         raise ValueError(f"--at-once {at_once} should be at least 1")
     children = plan_sweep(recipe, overrides)
-    commands = {child.cfg.name: list(_commands(recipe, child, pack)) for child in children}
-    log.info("sweep of %d runs: %s", len(children), ", ".join(commands))
-    codes = _Children(commands, at_once).run()
+    with connect():
+        _prepare_once(children)
+        codes = _run_children(recipe, children, at_once, pack)
     if STOPPED in codes.values() or len(codes) < len(children):
         finish_sweep(children[0].cfg, "KILLED")
         print("stopped: run the same command to resume", file=sys.stderr)
@@ -69,6 +75,50 @@ def sweep(
     if failed:
         print(f"failed: {', '.join(failed)}: run the same command to try again", file=sys.stderr)
     return MISTAKE if failed else DONE
+
+
+def _prepare_once(children: Sequence[SweepChild]) -> None:
+    """Make the datasets before the children take the CPUs of the cluster."""
+    for _, child in {child.cfg.data.name: child for child in children}.items():
+        prepare(child.cfg, RunStorage.open(child.cfg))
+
+
+def _run_children(
+    recipe: Path, children: Sequence[SweepChild], at_once: int | None, pack: str | None
+) -> dict[str, int]:
+    """Exit codes by name; after a request to stop, of those that had started."""
+    from cluster.ray_commands import run_commands  # needs a connected cluster
+
+    commands = {child.cfg.name: list(_commands(recipe, child, pack)) for child in children}
+    log.info("sweep of %d runs: %s", len(children), ", ".join(commands))
+    first, room = children[0].cfg, _room([child.cfg for child in children])
+    if room.workers and room.fits():
+        # Another child may measure on the GPUs that this one is about to train on.
+        for lines in commands.values():
+            lines[0].append(f"cluster.wait_s={max(BUSY_S, first.cluster.wait_s):.0f}")
+    with SignalStop().listening() as stop:
+        return run_commands(
+            commands,
+            room,
+            owner=join(first.storage, "sweeps", first.name),
+            most=at_once,
+            stop=lambda: stop.requested,
+            started=lambda name: log.info("sweep: run %s", name),
+        )
+
+
+def _room(configs: Sequence[config.Config]) -> "Room":
+    """What a child takes: the most that any of them takes."""
+    from cluster.ray_commands import Room, has_gpus
+
+    gpus = any(
+        cfg.train.device == "cuda" or (cfg.train.device == "auto" and has_gpus()) for cfg in configs
+    )
+    if all(cfg.train.launcher == "local" for cfg in configs):
+        return Room("GPU" if gpus else "CPU")
+    wanted = [cfg.train.workers if cfg.train.launcher == "ray" else 1 for cfg in configs]
+    numbers = [workers for workers in wanted if workers != "auto"]
+    return Room("GPU" if gpus else "CPU", "auto" if len(numbers) < len(wanted) else max(numbers))
 
 
 def plan_sweep(recipe: Path, overrides: Sequence[str]) -> list[SweepChild]:
@@ -135,47 +185,3 @@ def _commands(recipe: Path, child: SweepChild, pack: str | None) -> Iterator[lis
     yield [*ours, "run", str(recipe), *child.overrides]
     if pack is not None:
         yield [*ours, "evaluate", str(recipe), *child.overrides, "--pack", pack]
-
-
-class _Children:
-    """Processes of the children, a few at a time; a signal to stop reaches all of them."""
-
-    def __init__(self, commands: dict[str, list[list[str]]], at_once: int) -> None:
-        self._waiting = list(commands.items())
-        self._at_once = at_once
-        self._running: dict[str, tuple[subprocess.Popen[bytes], list[list[str]]]] = {}
-        self._codes: dict[str, int] = {}
-        self._stopping = False
-
-    def run(self) -> dict[str, int]:
-        """Exit codes by name; after a signal, of those that had started."""
-        before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            while self._running or (self._waiting and not self._stopping):
-                while self._waiting and len(self._running) < self._at_once and not self._stopping:
-                    self._start(*self._waiting.pop(0))
-                for name, (process, rest) in list(self._running.items()):
-                    if (code := process.poll()) is not None:
-                        del self._running[name]
-                        if code == 0 and rest and not self._stopping:
-                            self._start(name, rest)
-                        else:
-                            self._codes[name] = STOPPED if code == 0 and rest else code
-                time.sleep(0.1)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return self._codes
-
-    def _start(self, name: str, commands: list[list[str]]) -> None:
-        log.info("sweep: %s %s", commands[0][3], name)
-        # In a separate session: Ctrl-C reaches it once, from here.
-        process = subprocess.Popen(commands[0], start_new_session=True)
-        self._running[name] = process, commands[1:]
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
-        for process, _ in list(self._running.values()):
-            process.send_signal(signal.SIGTERM)

@@ -23,6 +23,7 @@ NOT_THE_RECIPE = ("name", "seed", "data.seed", "train.seed", "storage", "data.ro
 NOT_THE_RESULT = (
     "tracking.",
     "evaluate.",
+    "cluster.",
     "train.launcher",
     "train.workers",
     "train.loader_threads",

@@ -1,14 +1,13 @@
 """Sweeps: combinations, names, what is skipped, the parent run and the comparison at the end."""
 
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from pipeline.arguments.common import DONE, MISTAKE
+from pipeline.arguments.common import DONE
 from pipeline.cli import main
-from pipeline.commands.sweep import _Children, plan_sweep, split_values
+from pipeline.commands.sweep import plan_sweep, split_values
 from pipeline.config import ConfigError
 from pipeline.tracking.database import ensure_database
 
@@ -84,15 +83,3 @@ def test_a_sweep_trains_under_one_parent_and_compares(tmp_path, capfd):
         "before-l1_weight-10",
     ]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-
-
-def test_a_child_that_fails_keeps_no_other_from_running(tmp_path):
-    def python(line: str) -> list[str]:
-        return [sys.executable, "-c", line, "run"]
-
-    commands = {
-        "fails": [python("raise SystemExit(1)"), python("open('never', 'w')")],
-        "works": [python("pass"), python(f"open({str(tmp_path / 'made')!r}, 'w')")],
-    }
-    assert _Children(commands, at_once=2).run() == {"fails": MISTAKE, "works": DONE}
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
