@@ -118,7 +118,7 @@ class MaskSettings:
         if not any(weight > 0 for weight in self.mixture.values()):
             faults.append(f"mixture should name at least one kind of {', '.join(MASK_KINDS)}")
         if self.mixture.get("folder", 0) > 0 and self.folder is None:
-            faults.append("the kind 'folder' needs masks.folder: where the masks are")
+            faults.append("mixture has folder, which needs masks.folder: where the masks are")
         if self.drawing not in (1, 2):
             faults.append(f"drawing {self.drawing} should be 1 or 2")
         if faults:

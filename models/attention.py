@@ -25,7 +25,7 @@ from torch import Tensor
 
 from models.masking import valid_keys
 from models.options import ATTENTION_PRESETS, AttentionPreset, AttentionRules
-from models.regions import Region, Span
+from models.regions import Region, Report, Span
 from models.sampling import shrink
 from models.types import Features, Mask, at_least_float32
 
@@ -155,15 +155,18 @@ def attend_within(
     rules: AttentionRules,
     *,
     max_bytes: int | None = None,
+    report: Report | None = None,
 ) -> Float[Tensor, "batch channels window_height window_width"]:
     """``window`` of the result of ``attend``, without gradients.
 
     Computed from the queries whose patches reach into it and from every key, some queries at a
-    time.
+    time. ``report`` receives the multiplications of one sample, ``window_products`` in all.
     """
     valid = valid_keys(key_mask)
     rows, columns = queries_reaching(window.rows), queries_reaching(window.columns)
     together = queries_together(features, max_bytes)
+    products = window_products(window, features.shape[1])
+    queries = features.shape[0] * rows.length * columns.length
     painted = []
     with torch.autocast(features.device.type, enabled=False):
         for sample, keep in zip(torch.split(features, 1), torch.split(valid, 1), strict=True):
@@ -176,6 +179,8 @@ def attend_within(
                 del scores
                 block = weights[0].to(patches.dtype) @ patches
                 mixed[top : top + height, left : left + width] = block.view(height, width, -1)
+                if report is not None:
+                    report(products * height * width // queries)
             size = tuple(STEP * (span.length - 1) + PATCH for span in (rows, columns))
             painted.append(F.fold(mixed.flatten(0, 1).T[None], size, PATCH, stride=STEP))
     top, left = (

@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import attend, attend_within, key_mask, window_products
 from models.gated_conv import CONVOLUTIONS, Activation, Conv, Convolution
 from models.masking import known, paste
-from models.options import ATTENTION_PRESETS, ModelOptions
-from models.regions import Region, Window
+from models.options import ATTENTION_PRESETS, STRIDE, ModelOptions
+from models.regions import Region, Report, Window, whole
 from models.types import Features, Image, Mask, Sketch, at_least_float32
 
 SEGMENT = 6  # layers between kept activations under activation checkpointing
-STRIDE = 8  # ÷4 in the encoders, ÷2 in the attention: both sides must be multiples of it
 COLORS = 3
 BEFORE, BEHIND = slice(0, 6), slice(6, 8)  # convolutions around attention
 
@@ -80,12 +79,10 @@ class ConvStack(nn.Module):
             wanted = windows[0].given
         return windows
 
-    def products(self, windows: Sequence[Window]) -> int:
-        """Multiplications in the last ``len(windows)`` convolutions for what ``windows`` want."""
-        convolutions = list(self.children())[-len(windows) :]
-        weights = [sum(p.numel() for p in layer.parameters()) for layer in convolutions]
-        areas = [window.wanted.area for window in windows]
-        return sum(weight * area for weight, area in zip(weights, areas, strict=True))
+    def products(self, part: slice, windows: Sequence[Window]) -> int:
+        """Multiplications of the convolutions of ``part`` for what ``windows`` want."""
+        layers = list(self.children())[part]
+        return sum(_products(*each) for each in zip(layers, windows, strict=True))
 
     def run(
         self,
@@ -93,14 +90,15 @@ class ConvStack(nn.Module):
         features: Features,
         known: Mask | None = None,
         windows: Sequence[Window] | None = None,
+        report: Report | None = None,
     ) -> Tensor:
         """``features`` through ``part`` of the convolutions.
 
-        With ``windows``, they are those that the first one gives.
+        With ``windows``, they are those that the first one gives; ``report`` goes with them.
         """
         convolutions = list(self.children())[part]
         if windows is not None or not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return _run(convolutions, features, known, windows)[0]
+            return _run(convolutions, features, known, windows, report)[0]
         for first in range(0, len(convolutions), SEGMENT):
             segment = convolutions[first : first + SEGMENT]
             features, known = checkpoint(
@@ -115,12 +113,22 @@ class ConvSequence(ConvStack):
     def forward(self, features: Features, known: Mask | None = None) -> Tensor:
         return self.run(slice(None), features, known)
 
-    def within(self, wanted: Region, features: Features, known: Mask | None = None) -> Tensor:
+    def within(
+        self,
+        wanted: Region,
+        features: Features,
+        known: Mask | None = None,
+        report: Report | None = None,
+    ) -> Tensor:
         """``wanted`` of the outputs for the whole ``features``, and no more computed than that."""
         windows = self.windows(slice(None), wanted)
         given = windows[0].given
         known = None if known is None else given.of(known)
-        return self.run(slice(None), given.of(features), known, windows)
+        return self.run(slice(None), given.of(features), known, windows, report)
+
+    def products_within(self, wanted: Region) -> int:
+        """Multiplications that ``within`` takes."""
+        return self.products(slice(None), self.windows(slice(None), wanted))
 
 
 def _run(
@@ -128,12 +136,19 @@ def _run(
     features: Tensor,
     known: Tensor | None,
     windows: Sequence[Window] | None = None,
+    report: Report | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     for number, convolution in enumerate(convolutions):
         assert isinstance(convolution, Convolution)
         window = None if windows is None else windows[number]
         features, known = convolution.propagate(features, known, window)
+        if window is not None and report is not None:
+            report(_products(convolution, window))
     return features, known
+
+
+def _products(layer: nn.Module, window: Window) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters()) * window.wanted.area
 
 
 def coarse(inputs: int, options: ModelOptions) -> ConvSequence:
@@ -216,8 +231,24 @@ class AttentionBranch(ConvStack):
         )
         return self.run(BEHIND, features)
 
+    def before(self, inputs: Features, report: Report | None = None) -> Tensor:
+        """All features that come out before attention, which copies from anywhere."""
+        features = self.run(BEFORE, inputs)
+        if report is not None:
+            report(self.products_before(*inputs.shape[2:]))
+        return features
+
+    def products_before(self, height: int, width: int) -> int:
+        """Multiplications that ``before`` takes for an image of ``height`` × ``width`` pixels."""
+        return self.products(BEFORE, self.windows(BEFORE, whole(height // 4, width // 4)))
+
     def within(
-        self, wanted: Region, features: Tensor, mask: Mask, max_bytes: int | None = None
+        self,
+        wanted: Region,
+        features: Tensor,
+        mask: Mask,
+        max_bytes: int | None = None,
+        report: Report | None = None,
     ) -> Tensor:
         """``wanted`` of the outputs, from all ``features`` that come out before attention."""
         windows = self.windows(BEHIND, wanted)
@@ -227,8 +258,9 @@ class AttentionBranch(ConvStack):
             key_mask(mask, self.rules),
             self.rules,
             max_bytes=max_bytes,
+            report=report,
         )
-        return self.run(BEHIND, mixed, None, windows)
+        return self.run(BEHIND, mixed, None, windows, report)
 
 
 class Refine(nn.Module):
@@ -252,20 +284,26 @@ class Refine(nn.Module):
         return merged
 
     def within(
-        self, regions: Sequence[Region], image: Image, mask: Mask, max_bytes: int | None = None
+        self,
+        regions: Sequence[Region],
+        image: Image,
+        mask: Mask,
+        max_bytes: int | None = None,
+        report: Report | None = None,
     ) -> list[Tensor]:
         """The output in each of ``regions``, and no more computed than that."""
         inputs = self._inputs(image, mask)
-        features = self.attn.run(BEFORE, inputs)  # all of them: attention copies from anywhere
+        features = self.attn.before(inputs, report)
         outputs = []
         for region in regions:
             windows = self.merge.windows(slice(None), region)
             wanted = windows[0].given
             branches = [
-                self.hallu.within(wanted, inputs),
-                self.attn.within(wanted, features, mask, max_bytes),
+                self.hallu.within(wanted, inputs, None, report),
+                self.attn.within(wanted, features, mask, max_bytes, report),
             ]
-            merged = self.merge.run(slice(None), torch.cat(branches, dim=1), None, windows)
+            features_of_both = torch.cat(branches, dim=1)
+            merged = self.merge.run(slice(None), features_of_both, None, windows, report)
             outputs.append(merged)
         return outputs
 
@@ -275,9 +313,9 @@ class Refine(nn.Module):
         wanted = windows[0].given
         behind = self.attn.windows(BEHIND, wanted)
         return (
-            self.merge.products(windows)
-            + self.hallu.products(self.hallu.windows(slice(None), wanted))
-            + self.attn.products(behind)
+            self.merge.products(slice(None), windows)
+            + self.hallu.products_within(wanted)
+            + self.attn.products(BEHIND, behind)
             + window_products(behind[0].given, 4 * self.width)
         )
 
@@ -303,8 +341,8 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.options = ModelOptions(guided=guided, **options)
-        # "reflect" mirrors 16 pixels at a quarter of the size, which needs 17 of them.
-        self.min_side_px = 72 if self.options.padding == "reflect" else STRIDE
+        self.trained_px = 256  # side of the images it was trained on, unless somebody sets another
+        self.min_side_px = self.options.min_side_px
         self.coarse = coarse(COLORS + (3 if guided else 2), self.options)  # and ones and the mask
         self.refine = Refine(self.options)
         for module in self.modules():
@@ -346,6 +384,7 @@ class Generator(nn.Module):
         *,
         max_attention_bytes: int | None = None,
         regions: Sequence[Region] | None = None,
+        report: Report | None = None,
     ) -> tuple[Image, Image]:
         """Coarse and refined images, whole, in float32 [-1, 1].
 
@@ -353,8 +392,9 @@ class Generator(nn.Module):
         (``masking.guide``); both sides are multiples of 8. ``max_attention_bytes`` is the
         ``max_bytes`` of ``contextual_attention``. With ``regions``, which hold the whole hole, both
         are computed in these alone, without gradients, and are ``incomplete`` elsewhere; the values
-        there are those of the whole images. ValueError for other sizes, for a missing sketch,
-        and for one that an unguided generator cannot use.
+        there are those of the whole images, and ``report`` receives the multiplications of one
+        image, ``products_in`` in all. ValueError for other sizes, for a missing sketch, and for one
+        that an unguided generator cannot use.
         """
         height, width = incomplete.shape[-2:]
         if height % STRIDE or width % STRIDE or min(height, width) < self.min_side_px:
@@ -371,7 +411,7 @@ class Generator(nn.Module):
         guides = [] if sketch is None else [sketch]
         inputs = torch.cat([incomplete, *guides, torch.ones_like(mask), mask], dim=1)
         if regions is not None:
-            return self._within(regions, inputs, incomplete, mask, max_attention_bytes)
+            return self._within(regions, inputs, incomplete, mask, max_attention_bytes, report)
         coarse = torch.tanh(at_least_float32(self.coarse(inputs, known(mask))))
         composite = paste(coarse, into=incomplete, mask=mask)
         refined = torch.tanh(at_least_float32(self.refine(composite, mask, max_attention_bytes)))
@@ -379,8 +419,14 @@ class Generator(nn.Module):
 
     def products(self, region: Region) -> int:
         """Multiplications that filling ``region`` takes, but for what all regions share."""
-        coarse = self.coarse.products(self.coarse.windows(slice(None), region))
-        return coarse + self.refine.products(region)
+        return self.coarse.products_within(region) + self.refine.products(region)
+
+    def products_in(self, regions: Sequence[Region]) -> int:
+        """Multiplications that filling ``regions`` of one image takes; 0 without any."""
+        if not regions:
+            return 0
+        size = regions[0].rows.size, regions[0].columns.size
+        return self.refine.attn.products_before(*size) + sum(map(self.products, regions))
 
     @torch.no_grad()
     def _within(
@@ -390,15 +436,16 @@ class Generator(nn.Module):
         incomplete: Image,
         mask: Mask,
         max_attention_bytes: int | None,
+        report: Report | None,
     ) -> tuple[Image, Image]:
         coarse, refined = incomplete.clone(), incomplete.clone()
         for region in regions:
-            colors = self.coarse.within(region, inputs, known(mask))
+            colors = self.coarse.within(region, inputs, known(mask), report)
             region.of(coarse).copy_(torch.tanh(at_least_float32(colors)))
         if not regions:
             return coarse, refined
         composite = paste(coarse, into=incomplete, mask=mask)
-        outputs = self.refine.within(regions, composite, mask, max_attention_bytes)
+        outputs = self.refine.within(regions, composite, mask, max_attention_bytes, report)
         for region, colors in zip(regions, outputs, strict=True):
             region.of(refined).copy_(torch.tanh(at_least_float32(colors)))
         return coarse, refined

@@ -1,17 +1,22 @@
 """Fill images of any size with a trained generator, within a bounded amount of memory."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from models.attention import STEP, window_bytes
 from models.gated_conv import NewFeatures
-from models.generator import STRIDE, Generator
+from models.generator import Generator
 from models.masking import erase, paste
-from models.options import ModelOptions
-from models.regions import hole_regions
+from models.options import STRIDE, ModelOptions
+from models.regions import Report, hole_regions
 from models.types import Features, Image, Mask, Sketch
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with what is done, and with all that is to be done; may raise to stop the work."""
 
 # Per pixel, and per pixel and feature of the first layer; measured. At the widest layer the release
 # takes 700 in float32 and the greediest of the options 870, beside the attention's matrices 140.
@@ -26,12 +31,16 @@ def fill(
     mask: Mask,
     sketch: Sketch | None = None,
     *,
+    wanted: Mask | None = None,
     max_memory_bytes: int | None = None,
+    progress: Progress | None = None,
 ) -> Image:
     """``image`` with its hole filled; known pixels keep their values, bit for bit.
 
     Any size from one pixel on: sides are mirrored up to a multiple of 8 and cut off afterwards.
     What cannot reach a pixel of the hole is not computed; holes far apart are filled one by one.
+    ``wanted`` is 1 in the hole and where known pixels are to be what the network makes of them.
+    ``progress`` receives the multiplications done and all; what it raises stops the work.
     With ``max_memory_bytes`` attention works in bands, so that activations stay below it;
     ``ValueError`` before anything is computed if they cannot. None: no bound.
     """
@@ -54,15 +63,29 @@ def fill(
         return plane.index_select(2, rows).index_select(3, columns)
 
     padded = pad(mask)
-    hole = F.pad(mask, [0, len(columns) - width, 0, len(rows) - height])  # not the mirrored ones
+    wanted = mask if wanted is None else wanted
+    # With the mirrored pixels of the hole: stage two sees them too, filled by stage one.
+    regions = hole_regions(pad(wanted), generator.products)
     _, refined = generator(
         erase(pad(image), padded),
         padded,
         None if sketch is None else pad(sketch),
         max_attention_bytes=max_attention_bytes,
-        regions=hole_regions(hole, generator.products),
+        regions=regions,
+        report=None if progress is None else _counting(progress, generator.products_in(regions)),
     )
-    return paste(refined[..., :height, :width], into=image, mask=mask)
+    return paste(refined[..., :height, :width], into=image, mask=wanted)
+
+
+def _counting(progress: Progress, products: int) -> Report:
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, products)
+
+    return report
 
 
 def memory_bytes(options: ModelOptions, batch: int, height: int, width: int) -> int:

@@ -9,6 +9,8 @@ Padding = Literal["same", "symmetric", "reflect"]
 AttentionPreset = Literal["official", "renormalized", "nipponjo", "nipponjo_tf", "renormalised"]
 DiscriminatorHead = Literal["leaky", "linear"]
 DiscriminatorNorm = Literal["spectral", "regularized"]
+STRIDE = 8
+"""÷4 in the encoders, ÷2 in the attention: sides of images must be multiples of it."""
 OLD_SPELLINGS = {"renormalised": "renormalized"}
 """Values that older recipes and weights files have, with the value that they mean today."""
 
@@ -39,7 +41,7 @@ ATTENTION_PRESETS: Mapping[AttentionPreset, AttentionRules] = {
 class ModelOptions:
     """Everything that decides the shape and the function of the networks.
 
-    ``ValueError`` names the option, its value and what would be right.
+    ``ValueError`` names each wrong option, its value and what would be right.
     """
 
     guided: bool = True
@@ -75,11 +77,18 @@ class ModelOptions:
             from models.gated_conv import CONVOLUTIONS  # here: it imports torch, recipes need none
 
             choices["convolution"] = tuple(CONVOLUTIONS)
+        faults = []
         for name, names in choices.items():
             known = [each for each in names if each not in OLD_SPELLINGS]
             if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
+                faults.append(f"{name} is {value!r}: give one of {', '.join(known)}")
         if self.width < 2:
-            raise ValueError(
-                f"width is {self.width}: give at least 2, since the last layer halves it"
-            )
+            faults.append(f"width is {self.width}: give at least 2, since the last layer halves it")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def min_side_px(self) -> int:
+        """The smallest side of an image that the generator takes."""
+        # "reflect" mirrors 16 pixels at a quarter of the size, which needs 17 of them.
+        return 72 if self.padding == "reflect" else STRIDE

@@ -2,9 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+CLOSE = 16  # pixels between holes that are never worth a cut: far more around each is computed
+
+Report: TypeAlias = Callable[[int], None]
+"""Called with the multiplications done since the last call; may raise to stop the work."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,9 @@ def whole(height: int, width: int) -> Region:
 def hole_regions(mask: Tensor, cost: Callable[[Region], float]) -> list[Region]:
     """Boxes that together hold every pixel of ``mask`` (N, 1, height, width) that is not 0.
 
-    A box is cut at its widest gap where both parts together cost less than it does. Holes of all
-    samples count alike; without any hole the list is empty.
+    A box is cut at a wide gap, rather across its longer side, where both parts together cost less
+    than it does. Holes of all samples count alike; without any hole the list is empty. ``cost``
+    grows with a region.
     """
     return _boxes((mask > 0).any(dim=0)[0].cpu(), 0, 0, (mask.shape[-2], mask.shape[-1]), cost)
 
@@ -81,12 +88,24 @@ def _boxes(
     top, left = top + y, left + x
     box = Region(Span(top, top + hole.shape[0], size[0]), Span(left, left + hole.shape[1], size[1]))
     gaps = [marked.diff() for marked in (rows, columns)]
-    axis = max((0, 1), key=lambda axis: int(gaps[axis].max()) if len(gaps[axis]) else 0)
-    if not len(gaps[axis]) or int(gaps[axis].max()) == 1:
+    widest = [int(gap.max()) if len(gap) else 0 for gap in gaps]
+    axis = max((0, 1), key=lambda axis: (widest[axis] > CLOSE) * widest[axis] * hole.shape[axis])
+    if widest[axis] <= CLOSE or 2 * _least(box, cost) >= cost(box):
         return [box]
     marked = (rows - y, columns - x)[axis]
-    cut = int(marked[int(gaps[axis].argmax())]) + 1
+    # Of gaps alike the middle one, or a row of dots would be cut dot by dot.
+    alike = (gaps[axis] == widest[axis]).nonzero().flatten()
+    cut = int(marked[int(alike[len(alike) // 2])]) + 1
     before, after = torch.split(hole, [cut, hole.shape[axis] - cut], dim=axis)
     parts = _boxes(before, top, left, size, cost)
     parts += _boxes(after, top + cut * (axis == 0), left + cut * (axis == 1), size, cost)
     return parts if sum(map(cost, parts)) < cost(box) else [box]
+
+
+def _least(box: Region, cost: Callable[[Region], float]) -> float:
+    """What the cheapest part of ``box`` costs at least: a pixel in one of its corners."""
+    ends = [
+        [Span(at, at + 1, span.size) for at in {span.start, span.stop - 1}]
+        for span in (box.rows, box.columns)
+    ]
+    return float(min(cost(Region(row, column)) for row in ends[0] for column in ends[1]))

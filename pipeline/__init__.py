@@ -1,6 +1,6 @@
 """The job: prepare, train, evaluate, and the commands around them.
 
-As a library: ``load_generator`` and ``inpaint_image``.
+As a library: ``load_generator`` and ``inpaint_image``; more control is in ``pipeline.filling``.
 """
 
 import importlib

@@ -5,8 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,12 +25,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from cluster.storage import without_password
 from data_prep.masks import MaskSettings
 from data_prep.settings import DataSettings, SketchSettings
 from models.options import OLD_SPELLINGS, ModelOptions
+from pipeline.mistakes import COMMAND_LINE, Mistake, find_mistakes, lines_of, listed
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +149,11 @@ class TrainSettings(Section):
     """Steps between two checkpoints; each one is validated and carries its metrics."""
     keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints stay, besides the best."""
+    keep_best: PositiveInt = 1
+    """How many of the best checkpoints stay."""
+    keep_best_by: Annotated[str, Field(pattern=r"^val/\w+:(min|max)$")] = "val/l1_percent:min"
+    """By which validation metric these are the best, and whether low or high is better: for
+    instance ``val/psnr_db:max``."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this many steps are never deleted."""
     save_deadline_minutes: PositiveFloat = 10.0
@@ -281,10 +285,19 @@ class Config(Section):
     @classmethod
     def _crop_fits(cls, train: TrainSettings, before: ValidationInfo) -> TrainSettings:
         data: DataSettings | None = before.data.get("data")
+        model: ModelOptions | None = before.data.get("model")
+        faults = []
         if data is not None and train.size_px > data.stored_px:
-            raise ValueError(
+            faults.append(
                 f"train.size_px {train.size_px} should be at most data.stored_px {data.stored_px}"
             )
+        if model is not None and train.size_px < model.min_side_px:
+            faults.append(
+                f"train.size_px {train.size_px} should be at least {model.min_side_px} with "
+                f"model.padding {model.padding}"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
         return train
 
     @property
@@ -339,7 +352,7 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, which lists every mistake at once.
     """
-    return _validated(recipe, _with_preset(_read(recipe, overrides)[0]))
+    return _validated(_read(recipe, overrides))
 
 
 def changed(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -347,22 +360,22 @@ def changed(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Config:
 
     Raises ConfigError, which lists every mistake at once.
     """
-    tree = _renamed(json.loads(json.dumps(recorded)))
-    _apply(tree, overrides)
-    return _validated(Path("the recorded recipe"), tree)
+    given = _Given("the recorded recipe", _renamed(json.loads(json.dumps(recorded))))
+    _apply(given, overrides)
+    return _validated(given)
 
 
 def describe(recipe: Path, overrides: Sequence[str] = ()) -> list[Setting]:
     """Every setting of ``load(recipe, overrides)``, with its origin and its documentation."""
-    given, overridden = _read(recipe, overrides)
-    tree = _with_preset(given)
-    values = _settings(_validated(recipe, tree).model_dump(mode="json"))
-    in_recipe, with_preset = _settings(given), _settings(tree)
+    given = _read(recipe, overrides)
+    tree = _with_preset(given.tree)
+    values = _settings(_validated(given).model_dump(mode="json"))
+    in_recipe, with_preset = _settings(given.tree), _settings(tree)
 
     def origin(name: str) -> str:
         if name in in_recipe:
             typed = any(
-                f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in overridden
+                f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in given.typed
             )
             return "command line" if typed else "recipe"
         return f"preset {tree['preset']}" if name in with_preset else "default"
@@ -379,14 +392,14 @@ def documented_settings() -> Mapping[str, str]:
     schema = Config.model_json_schema()
 
     def walk(properties: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-        for name, field in properties.items():
-            section = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {})
+        for name, entry in properties.items():
+            section = schema["$defs"].get(entry.get("$ref", "").rpartition("/")[2], {})
             if "properties" in section:
                 yield from walk(section["properties"], f"{prefix}{name}.")
             else:
                 yield (
                     f"{prefix}{name}",
-                    " ".join([*field.get("description", "").split(), *_choices(field)]),
+                    " ".join([*entry.get("description", "").split(), *_choices(entry)]),
                 )
 
     return dict(walk(schema["properties"], ""))
@@ -422,26 +435,65 @@ def stored_model_options(options: Mapping[str, Any]) -> ModelOptions:
     try:
         return _StoredModel.model_validate({"model": options}).model
     except ValidationError as error:
-        raise ConfigError(
-            f"the stored options are of another model:\n{_mistakes(error)}"
-        ) from error
+        mistakes = listed(error, documented_settings(), {"model": options})
+        lines = "\n".join(f"  {mistake.name}: {mistake.text}" for mistake in mistakes)
+        raise ConfigError(f"the stored options are of another model:\n{lines}") from error
 
 
 class _StoredModel(Section):
     model: ModelOptions
 
 
-def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What recipe and overrides give, under the new names, and the names that overrides set."""
+@dataclass
+class _Given:
+    """What a recipe and the command line give, and where."""
+
+    recipe: str
+    tree: dict[str, Any]
+    """Settings under today's names."""
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Lines of the file, by the dotted name that it has there."""
+    typed: dict[str, str] = field(default_factory=dict)
+    """The names that were typed, by the name that the setting has today."""
+    mistakes: list[Mistake] = field(default_factory=list)
+    """What is wrong with the command line itself."""
+
+    def place(self, name: str) -> str:
+        """Where the setting is given, or else the section that lacks it."""
+        line = self.line(name)
+        if line > LARGEST_RECIPE:
+            return COMMAND_LINE
+        return f"{self.recipe}:{line}" if line else self.recipe
+
+    def line(self, name: str) -> int:
+        """Its line of the file; 0 where no section has it, the last for the command line."""
+        if any(f"{name}.".startswith(f"{typed}.") for typed in self.typed):
+            return LARGEST_RECIPE + 1
+        old = {new: old for old, new in RENAMED.items()}
+        while name:
+            for spelled in (name, old.get(name, name)):
+                if spelled in self.lines:
+                    return self.lines[spelled]
+            name = name.rpartition(".")[0]
+        return 0
+
+
+def _read(recipe: Path, overrides: Sequence[str]) -> _Given:
+    """What recipe and overrides give, under the new names."""
     try:
         with recipe.open() as file:
-            tree = _load_yaml(file.read(LARGEST_RECIPE + 1)) or {}
+            text = file.read(LARGEST_RECIPE + 1)
+        tree = _load_yaml(text) or {}
     except OSError as error:
         raise ConfigError(
             f"{recipe}: {error.strerror or error}: give the path of a recipe"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{recipe} is not a text file: give the path of a recipe") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{recipe} is not YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f"{recipe}:{mark.line + 1}" if mark else str(recipe)
+        raise ConfigError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{recipe} should hold sections such as 'train:', not a {type(tree).__name__}"
@@ -450,21 +502,33 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
         tree = _renamed(tree)
     except ValueError as error:
         raise ConfigError(f"{recipe}: {error}") from error
-    return tree, _apply(tree, overrides)
+    lines, again = lines_of(text)
+    for name, earlier in again:
+        log.warning(
+            "%s:%d: %s is in line %d as well: only this one counts",
+            recipe,
+            lines[name],
+            name,
+            earlier,
+        )
+    given = _Given(str(recipe), tree, lines)
+    _apply(given, overrides)
+    return given
 
 
-def _apply(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set ``overrides`` in ``tree``; the names that they set."""
-    typed: dict[str, str] = {}  # the name that was typed, by the name that the setting has today
+def _apply(given: _Given, overrides: Sequence[str]) -> None:
+    """Set ``overrides`` in the tree."""
     for override in overrides:
         old, _, value = override.partition("=")
         name = RENAMED.get(old, old)
-        if typed.setdefault(name, old) != old:
-            raise ConfigError(_both_given(old if old != name else typed[name], name))
+        if given.typed.setdefault(name, old) != old:
+            raise ConfigError(_both_given(old if old != name else given.typed[name], name))
         if name != old:
             _log_renamed(old, name)
-        _set_in(tree, name if "=" not in override else f"{name}={value}")
-    return list(typed)
+        try:
+            _set_in(given.tree, name if "=" not in override else f"{name}={value}")
+        except ConfigError as error:
+            given.mistakes.append(Mistake(name, str(error)))
 
 
 def _load_yaml(text: str) -> Any:
@@ -553,48 +617,19 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validated(recipe: Path, tree: Mapping[str, Any]) -> Config:
+def _validated(given: _Given) -> Config:
+    tree = _with_preset(given.tree)
     try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{recipe} does not fit:\n{_mistakes(error)}") from error
-
-
-def _mistakes(error: ValidationError) -> str:
-    """One line for every mistake."""
-    lines = []
-    for mistake in error.errors():
-        place = ".".join(str(part) for part in mistake["loc"]) or "recipe"
-        given = mistake["input"]
-        shown = (
-            ""
-            if isinstance(given, BaseModel | dict) or is_dataclass(given)
-            else f" (got {given!r})"
-        )
-        lines.append(f"  {place}: {_message(mistake)}{shown}")
-    return "\n".join(lines)
-
-
-def _message(mistake: ErrorDetails) -> str:
-    match mistake["type"]:
-        case "model_type" | "dataclass_type":
-            return "should be a section of settings"
-        case "missing":
-            return "is required"
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"this setting does not exist{_meant(mistake)}"
-        case _:
-            return mistake["msg"].removeprefix("Value error, ")
-
-
-def _meant(mistake: ErrorDetails) -> str:
-    """The setting, or section, beside the unknown one whose name is nearest."""
-    *sections, key = map(str, mistake["loc"])
-    depth = len(sections)
-    known = (name.split(".") for name in documented_settings())
-    beside = {parts[depth] for parts in known if parts[:depth] == sections}
-    near = get_close_matches(key, sorted(beside), n=1)
-    return f": did you mean {'.'.join([*sections, *near])}?" if near else ""
+        if not given.mistakes:
+            return Config.model_validate(tree)
+    except ValidationError:
+        pass
+    mistakes = find_mistakes(Config.model_validate, tree, documented_settings())
+    lines = [
+        f"  {given.place(name)}: {f'{name}: ' if name else ''}{text}"
+        for name, text in sorted([*mistakes, *given.mistakes], key=lambda each: given.line(each[0]))
+    ]
+    raise ConfigError("\n".join([f"{given.recipe} does not fit:", *lines]))
 
 
 def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:

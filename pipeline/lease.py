@@ -97,6 +97,24 @@ def held(run: Store, *, job: str, job_has_ended: Callable[[str], bool]) -> Itera
             _write(run, replace(lease.lease, released=True))
 
 
+def may_be_trained(run: Store, *, job_has_ended: Callable[[str], bool]) -> bool:
+    """Whether a process trains ``run``, as far as its lease shows.
+
+    False where the lease was released, or its holder is gone; True without a lease. Any other
+    holder is watched for ``TIME_TO_LIVE_S``.
+    """
+    found = _read(run)
+    if found is None:
+        return True
+    if _is_over(found, job_has_ended):
+        return False
+    try:
+        _outwait(run, found)
+    except RunTakenError:
+        return True
+    return False
+
+
 def _acquired(run: Store, job: str, job_has_ended: Callable[[str], bool]) -> Lease:
     while True:
         before = _read(run)

@@ -21,7 +21,7 @@ from data_prep.images import decode
 from data_prep.shards import Dataset
 from pipeline import networks
 from pipeline import ranks as distributed
-from pipeline.checkpoints import BEST, CheckpointStore, refuse_other_model
+from pipeline.checkpoints import CheckpointStore, parse_best, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
@@ -71,7 +71,8 @@ def train_on_rank(
     checkpoints = CheckpointStore(
         storage.checkpoints,
         keep=cfg.train.keep_checkpoints,
-        best=BEST,
+        best=parse_best(cfg.train.keep_best_by),
+        keep_best=cfg.train.keep_best,
         every=cfg.train.keep_every_steps,
         save_deadline_s=60 * cfg.train.save_deadline_minutes,
         before_commit=(lambda: None) if lease is None else lease.check,

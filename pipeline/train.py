@@ -22,6 +22,7 @@ from pipeline.checkpoints import CheckpointError, CheckpointStore, refuse_other_
 from pipeline.config import Config
 from pipeline.data.sample_order import dataset_misfits
 from pipeline.errors import TrainingError
+from pipeline.evaluation.metrics import METRICS
 from pipeline.lease import HeldLease, RunTakenError, held
 from pipeline.loop import train_on_rank
 from pipeline.networks import starting_weights
@@ -89,6 +90,12 @@ def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -
     if faults:
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
     refuse_early(cfg)
+    metric = cfg.train.keep_best_by.partition(":")[0].removeprefix("val/")
+    if metric not in METRICS:
+        raise ValueError(
+            f"train.keep_best_by={cfg.train.keep_best_by} names no validation metric: give "
+            f"val/NAME:min or :max, with NAME of {', '.join(METRICS)}"
+        )
     MaskSampler(cfg.masks).check(cfg.train.size_px, cfg.train.size_px)
     if (manifest := checkpoints.newest_manifest()) is not None:
         refuse_other_model(cfg.name, manifest, cfg.model)

@@ -79,8 +79,15 @@ def add_checkpoints(commands: Commands) -> None:
             sub.add_argument(
                 "--best",
                 metavar="METRIC:MODE",
-                help="keep the best one by this metric, as val/psnr_db:max; "
+                help="keep the best by this metric, as val/psnr_db:max; "
                 "without it, val/l1_percent:min",
+            )
+            sub.add_argument(
+                "--keep-best",
+                type=int,
+                default=1,
+                metavar="K",
+                help="how many of the best to keep; without it, 1",
             )
             sub.add_argument(
                 "--every",

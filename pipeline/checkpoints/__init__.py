@@ -6,6 +6,7 @@ from pipeline.checkpoints.store import (
     CheckpointChoice,
     CheckpointStore,
     MetricMode,
+    parse_best,
     refuse_other_model,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "CheckpointManifest",
     "CheckpointStore",
     "MetricMode",
+    "parse_best",
     "refuse_other_model",
 ]

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -58,12 +58,13 @@ class CheckpointStore:
     """The checkpoints of one run. A checkpoint exists only once its manifest does.
 
     Saving runs in the background, one checkpoint at a time. Of the finished ones the newest
-    ``keep`` stay, the ``best`` by a metric such as ``("val/psnr_db", "max")``, those at multiples
-    of ``every`` steps, and the newest healthy one: intact byte for byte, with finite tensors and
-    metrics. One process may save, any number may read. What does not have its digest is read again
-    over new connections before it counts as damaged.
+    ``keep`` stay, the ``keep_best`` by the metric ``best`` such as ``("val/psnr_db", "max")``,
+    those at multiples of ``every`` steps, and the newest healthy one: intact byte for byte, with
+    finite tensors and metrics. One process may save, any number may read. What does not have its
+    digest is read again over new connections before it counts as damaged.
 
-    ``before_commit`` runs before each manifest is written; where it raises, none is.
+    ``before_commit`` runs before a save removes what is left of an earlier one, and before each
+    manifest is written; where it raises, neither happens.
 
     ``only``: the store itself is this one checkpoint, as ``pull`` leaves it, and is not written.
     """
@@ -74,6 +75,7 @@ class CheckpointStore:
         *,
         keep: int = 3,
         best: tuple[str, MetricMode] | None = None,
+        keep_best: int = 1,
         every: int | None = None,
         save_deadline_s: float = SAVE_DEADLINE_S,
         before_commit: Callable[[], None] = lambda: None,
@@ -81,7 +83,11 @@ class CheckpointStore:
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints: keep at least the newest one")
+        for name, value in (("keep_best", keep_best), ("every", every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} should be at least 1")
         self._store, self._keep, self._best, self._every = store, keep, best, every
+        self._keep_best = keep_best
         self._saves = BackgroundSaves(store.url, save_deadline_s)
         self._only = only
         self.before_commit = before_commit
@@ -252,11 +258,19 @@ class CheckpointStore:
         for name in self._folders().get(step, set()) - {MANIFEST}:
             self._store.delete(self.key(step, name))
 
-    def plan_pruning(self) -> Pruning:
+    def unfinished_newer(self) -> bool:
+        """Whether something newer than every finished checkpoint lies here: a save that runs now,
+        or that was cut short."""
+        folders = self._folders()
+        newest = max((s for s, names in folders.items() if MANIFEST in names), default=-1)
+        return any(step > newest and SET_ASIDE not in names for step, names in folders.items())
+
+    def plan_pruning(self, *, being_written: bool = True) -> Pruning:
         """What ``prune`` would delete, and why the others stay; nothing is deleted.
 
-        Reads checkpoints, newest first, until one is healthy. Raises StorageError where one cannot
-        be read at all.
+        ``being_written``: a save may be running, so what is newer than the newest finished
+        checkpoint stays. Reads checkpoints, newest first, until one is healthy. Raises StorageError
+        where one cannot be read at all.
         """
         for step in reversed(self.steps()):
             try:
@@ -264,16 +278,15 @@ class CheckpointStore:
             except CheckpointError as error:
                 log.warning("checkpoint is not healthy step=%d: %s", step, error)
             else:
-                return self._plan(step)
-        return self._plan(None)
+                return self._plan(step, being_written=being_written)
+        return self._plan(None, being_written=being_written)
 
-    def prune(self) -> list[int]:
-        """Delete what need not stay, and what was never finished; returns those steps.
+    def prune(self, *, being_written: bool = True) -> list[int]:
+        """Delete what ``plan_pruning`` says; returns those steps.
 
-        Keeps all that is newer than the newest finished checkpoint: it is being written. Where no
-        checkpoint is healthy, all finished ones stay.
+        Where no checkpoint is healthy, all finished ones stay.
         """
-        return self.apply(self.plan_pruning())
+        return self.apply(self.plan_pruning(being_written=being_written))
 
     def apply(self, pruning: Pruning) -> list[int]:
         """Delete what ``pruning`` says; returns those steps."""
@@ -289,7 +302,7 @@ class CheckpointStore:
     def key(self, step: int, name: str) -> str:
         return f"{self.folder(step)}/{name}".lstrip("/")
 
-    def _plan(self, healthy: int | None) -> Pruning:
+    def _plan(self, healthy: int | None, *, being_written: bool = True) -> Pruning:
         folders = self._folders()
         finished = sorted(step for step, names in folders.items() if MANIFEST in names)
         manifests = self.manifests() if self._best else {}
@@ -298,8 +311,9 @@ class CheckpointStore:
             reasons[step].append("newest" if self._keep == 1 else f"newest {self._keep}")
         if self._best:
             for alike in _validated_alike(manifests):
-                if (best := best_of(alike, *self._best)) is not None:
-                    reasons[best].append(f"best {self._best[0]}")
+                for best in ranked(alike, *self._best)[: self._keep_best]:
+                    number = "" if self._keep_best == 1 else f" {self._keep_best}"
+                    reasons[best].append(f"best{number} {self._best[0]}")
             for step in finished:
                 if step not in manifests:  # it may have been the best one
                     reasons[step].append("its manifest cannot be read")
@@ -312,15 +326,26 @@ class CheckpointStore:
                 reasons[step].append("no checkpoint is healthy")
         elif healthy in reasons:
             reasons[healthy].append("newest healthy")
-        older = {step: n for step, n in folders.items() if finished and step < finished[-1]}
+        orphans: dict[int, str] = {}
+        for step, names in sorted(folders.items()):
+            newer = not finished or step > finished[-1]
+            if MANIFEST in names:
+                continue
+            if SET_ASIDE in names and (newer or healthy is None):
+                reasons[step] = ["set aside: it could not be read when the run resumed"]
+            elif newer and being_written:
+                reasons[step] = ["a save may be writing it"]
+            else:
+                orphans[step] = "set aside" if SET_ASIDE in names else "never finished"
+        rules = [f"newest {self._keep}"]
+        rules += [f"best {self._keep_best} {self._best[0]}"] if self._best else []
+        rules += [f"every {self._every} steps"] if self._every else []
         return Pruning(
-            kept={step: ", ".join(why) for step, why in reasons.items() if why},
-            deleted=[step for step, why in reasons.items() if not why],
-            orphans=[
-                step
-                for step, names in sorted(older.items())
-                if MANIFEST not in names and (healthy is not None or SET_ASIDE not in names)
-            ],
+            kept={step: ", ".join(why) for step, why in sorted(reasons.items()) if why},
+            deleted={
+                step: f"not of the {', '.join(rules)}" for step, why in reasons.items() if not why
+            },
+            orphans=orphans,
             bytes={step: m.total_bytes for step, m in manifests.items()},
         )
 
@@ -414,6 +439,7 @@ class _Writing:
                 raise CheckpointError(f"step {step} was not saved at {checkpoints.url}: {fault}")
             self._manifest = self._described()
         if not self._cleared:
+            checkpoints.before_commit()  # who lost the run may delete nothing
             checkpoints.delete(step)  # leftovers of a save that was cut short
             self._cleared = True
         _at_once(self._put, sorted(self._left))
@@ -453,11 +479,23 @@ class Pruning:
 
     kept: Mapping[int, str]
     """Steps that stay, with the reason."""
-    deleted: Sequence[int]
-    orphans: Sequence[int]
+    deleted: Mapping[int, str]
+    """Finished steps, with the reason."""
+    orphans: Mapping[int, str]
     """Steps whose save was cut short, or set aside long ago."""
     bytes: Mapping[int, int] = field(repr=False)
     """Size of finished steps, as far as manifests were read."""
+
+
+def parse_best(text: str) -> tuple[str, MetricMode]:
+    """Metric and direction of ``val/psnr_db:max``. Raises CheckpointError."""
+    metric, _, mode = text.rpartition(":")
+    if not metric or mode not in ("min", "max"):
+        raise CheckpointError(
+            f"{text}: say also whether low or high is best, as in val/psnr_db:max or "
+            "val/l1_percent:min"
+        )
+    return metric, "max" if mode == "max" else "min"
 
 
 def best_of(
@@ -470,13 +508,18 @@ def best_of(
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode {mode!r} is neither 'min' nor 'max'")
-    sign = 1 if mode == "max" else -1
     for alike in reversed(_validated_alike(manifests)):
-        values = {step: m.metrics.get(metric, math.nan) for step, m in alike.items()}
-        finite = {step: sign * value for step, value in values.items() if math.isfinite(value)}
-        if finite:
-            return max(finite, key=lambda step: (finite[step], step))
+        if steps := ranked(alike, metric, mode):
+            return steps[0]
     return None
+
+
+def ranked(manifests: Mapping[int, CheckpointManifest], metric: str, mode: MetricMode) -> list[int]:
+    """The steps with a finite value of ``metric``, the best first; of equals the later one."""
+    sign = 1 if mode == "max" else -1
+    values = {step: sign * m.metrics.get(metric, math.nan) for step, m in manifests.items()}
+    finite = [step for step, value in values.items() if math.isfinite(value)]
+    return sorted(finite, key=lambda step: (values[step], step), reverse=True)
 
 
 def _validated_alike(

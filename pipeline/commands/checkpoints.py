@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -12,12 +11,15 @@ from typing import Any
 
 from rich.table import Table
 
+from cluster.storage import open_store
+from pipeline import lease
 from pipeline.checkpoints import (
     BEST,
     CheckpointChoice,
     CheckpointError,
     CheckpointStore,
     MetricMode,
+    parse_best,
 )
 from pipeline.checkpoints.manifest import CheckpointManifest
 from pipeline.checkpoints.pull import pull
@@ -162,20 +164,32 @@ def _prune(arguments: argparse.Namespace) -> bool:
     found, only = find_checkpoints(arguments.url)
     if only is not None:
         raise CheckpointError(f"{arguments.url} is a single checkpoint: prune a run's folder")
-    best = BEST if arguments.best is None else _best(arguments.best)
+    best = BEST if arguments.best is None else parse_best(arguments.best)
+    manifests = found.manifests()
+    if arguments.best is not None and not any(best[0] in m.metrics for m in manifests.values()):
+        known = ", ".join(sorted({name for m in manifests.values() for name in m.metrics}))
+        raise CheckpointError(
+            f"no checkpoint has the metric {best[0]}: they have {known or 'none'}"
+        )
     checkpoints = CheckpointStore(
-        found.store, keep=arguments.keep, best=best, every=arguments.every
+        found.store,
+        keep=arguments.keep,
+        best=best,
+        keep_best=arguments.keep_best,
+        every=arguments.every,
     )
-    pruning = checkpoints.plan_pruning()
+    pruning = checkpoints.plan_pruning(being_written=_may_be_written(checkpoints))
+    unfinished = 0
     if arguments.yes:
         checkpoints.apply(pruning)
-        checkpoints.store.clear_unfinished()
+        unfinished = checkpoints.store.clear_unfinished()
     if arguments.json:
         _print_json(
             {
                 "kept": [{"step": step, "reason": why} for step, why in pruning.kept.items()],
                 "deleted": list(pruning.deleted),
                 "orphans": list(pruning.orphans),
+                "unfinished_files": unfinished,
                 "done": arguments.yes,
             }
         )
@@ -183,15 +197,31 @@ def _prune(arguments: argparse.Namespace) -> bool:
     verb = "deleted" if arguments.yes else "would delete"
     for step, why in pruning.kept.items():
         print(f"keep step {step}: {why}")
-    for step in pruning.deleted:
-        print(f"{verb} step {step}: {pruning.bytes.get(step, 0) / MB:.1f} MB")
-    for step in pruning.orphans:
-        print(f"{verb} step {step}: never finished")
+    for step, why in pruning.deleted.items():
+        print(f"{verb} step {step}, {pruning.bytes.get(step, 0) / MB:.1f} MB: {why}")
+    for step, why in pruning.orphans.items():
+        print(f"{verb} step {step}: {why}")
+    if unfinished:
+        print(f"{verb} {unfinished} unfinished uploads of killed processes")
+    freed = sum(pruning.bytes.get(step, 0) for step in pruning.deleted) / MB
+    count = (
+        f"{len(pruning.deleted)} checkpoints, {freed:.1f} MB, and {len(pruning.orphans)} orphans"
+    )
     if not pruning.deleted and not pruning.orphans:
         print("nothing to delete")
-    elif not arguments.yes:
-        print("nothing was deleted: repeat with --yes")
+    elif arguments.yes:
+        print(f"deleted {count}")
+    else:
+        print(f"nothing was deleted: repeat with --yes to delete {count}")
     return True
+
+
+def _may_be_written(checkpoints: CheckpointStore) -> bool:
+    """Whether something newer than every finished checkpoint may still be written."""
+    if not checkpoints.unfinished_newer():
+        return False
+    run = open_store(checkpoints.url.removesuffix("/checkpoints"))
+    return lease.may_be_trained(run, job_has_ended=lambda job: False)
 
 
 def act(arguments: argparse.Namespace) -> bool:
@@ -211,17 +241,9 @@ def _choice(text: str) -> tuple[CheckpointChoice, tuple[str, MetricMode]]:
     if text.isdecimal() and text.isascii():
         return int(text), BEST
     if text.startswith("best:"):
-        return "best", _best(text.removeprefix("best:"))
+        return "best", parse_best(text.removeprefix("best:"))
     raise CheckpointError(
         f"--step {text}: give a number, 'newest', 'best', or for instance best:val/psnr_db:max"
-    )
-
-
-def _best(text: str) -> tuple[str, MetricMode]:
-    if match := re.fullmatch(r"(.+):(min|max)", text):
-        return match[1], match[2]  # type: ignore[return-value]
-    raise CheckpointError(
-        f"{text}: say also whether low or high is best, as in val/psnr_db:max or val/l1_percent:min"
     )
 
 

@@ -15,9 +15,9 @@ from data_prep.image_grid import Cell, image_grid
 from data_prep.images import Pixels
 from data_prep.masks import MaskPixels, MaskSampler, mask_sheet
 from models import Generator
-from models.generator import STRIDE
 from models.inspection import gate_activations, partial_masks
 from models.masking import erase, guide
+from models.options import STRIDE
 from pipeline.commands.image_files import (
     as_plane,
     existing_file,

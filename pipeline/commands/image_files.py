@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8, UInt16
+from jaxtyping import UInt8, UInt16
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from data_prep.color import profile_mode
 from data_prep.images import ImageError, Pixels, decode, has_16_bits, read_mask, white_of
 from data_prep.masks import MaskPixels
+from pipeline.filling import FillResult, blended
 
 log = logging.getLogger(__name__)
 
@@ -87,31 +88,24 @@ class OriginalImage:
             lost.append("the color profile")
         return lost
 
-    def save(
-        self, path: Path, filled: Float32[np.ndarray, "height width 3"], hole: MaskPixels
-    ) -> None:
-        """Write ``filled``, in [0, 1], where ``hole`` is 1, and the original everywhere else."""
+    def save(self, path: Path, filled: FillResult) -> None:
+        """Write what ``filled`` says, and the original where its weight is 0."""
         suffix = path.suffix.lower()
         options = dict(SAVING.get(suffix, {}))
         if self.profile and suffix in WITH_PROFILE and self._profile_fits(suffix):
             options["icc_profile"] = self.profile
-        self._composed(suffix, filled, hole).save(path, **options)
+        self._composed(suffix, filled).save(path, **options)
 
-    def _composed(
-        self, suffix: str, filled: Float32[np.ndarray, "height width 3"], hole: MaskPixels
-    ) -> Image.Image:
+    def _composed(self, suffix: str, filled: FillResult) -> Image.Image:
         if self._stays_gray(suffix):
-            gray = np.rint(filled.mean(axis=2) * self.deep_white).astype(np.uint16)
             assert self.deep_gray is not None
-            deep = self.deep_gray.copy()
-            deep[hole > 0] = gray[hole > 0]
-            return Image.fromarray(deep)
-        inside = hole[..., None] > 0
-        colors = np.rint(filled * 255).astype(np.uint8)
+            gray = filled.colors.mean(axis=2) * self.deep_white
+            return Image.fromarray(blended(gray, self.deep_gray, filled.weight))
         if self.alpha is None or suffix not in WITH_ALPHA:
-            return Image.fromarray(np.where(inside, colors, self.pixels))
-        alpha = np.where(hole > 0, np.uint8(255), self.alpha)  # what was filled is to be seen
-        return Image.fromarray(np.dstack([np.where(inside, colors, self.colors), alpha]))
+            return Image.fromarray(filled.over(self.pixels))
+        opaque = np.full_like(self.alpha, 255)  # what was filled is to be seen
+        alpha = blended(opaque, self.alpha, filled.weight)
+        return Image.fromarray(np.dstack([filled.over(self.colors), alpha]))
 
     def _stays_gray(self, suffix: str) -> bool:
         return self.deep_gray is not None and suffix in WITH_16_BITS

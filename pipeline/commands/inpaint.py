@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data_prep.images import IMAGE_SUFFIXES
@@ -17,7 +16,7 @@ from pipeline.commands.image_files import (
     read_original,
     refuse_to_write,
 )
-from pipeline.filling import fill_pixels
+from pipeline.filling import FillOptions, fill
 from pipeline.networks import load_generator
 
 log = logging.getLogger(__name__)
@@ -162,8 +161,7 @@ def _fill_file(generator: Generator, job: FillJob, max_memory_bytes: int | None)
     mask = read_mask_of(job.image, shape, job.mask)
     if not mask.any():
         raise ValueError(f"{job.mask} has no hole: mark it with white, opaque pixels")
-    # Without a sketch, a guided network gets one without strokes: no edges in the hole.
-    drawn = np.zeros_like(mask)
+    drawn = None
     if job.sketch is not None:
         drawn = read_mask_of(job.image, shape, job.sketch)
         if not (drawn & mask).any():
@@ -173,5 +171,5 @@ def _fill_file(generator: Generator, job: FillJob, max_memory_bytes: int | None)
     log.info("filling image=%s size=%dx%d needs_gib=%.2f", job.image, width, height, needed)
     if lost := original.lost_in(job.out.suffix.lower()):
         log.warning("%s will lose %s of %s", job.out, " and ".join(lost), job.image)
-    filled = fill_pixels(generator, original.pixels, mask, drawn, max_memory_bytes)
-    original.save(job.out, filled, mask)
+    options = FillOptions(max_memory_bytes=max_memory_bytes)
+    original.save(job.out, fill(generator, original.pixels, mask, drawn, options))

@@ -17,9 +17,8 @@ from torch.export import Dim, ExportedProgram
 
 from cluster.storage import MIB, came_instead, replacing, scratch_folder
 from models import Generator
-from models.generator import STRIDE
 from models.masking import erase, guide
-from models.options import AttentionPreset, ModelOptions
+from models.options import STRIDE, AttentionPreset, ModelOptions
 from models.weights import (
     ColorOrder,
     ForeignWeights,

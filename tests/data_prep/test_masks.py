@@ -275,7 +275,7 @@ def test_an_unusable_mask_file_is_named(tmp_path: Path, content: bytes, complain
         ({}, "mixture should name at least one kind"),
         ({"box": 0.0}, "mixture should name at least one kind"),
         ({"box": -1.0}, "mixture has box: -1.0, which should be 0 or more"),
-        ({"folder": 1.0}, "the kind 'folder' needs masks.folder"),
+        ({"folder": 1.0}, "mixture has folder, which needs masks.folder"),
     ],
 )
 def test_a_mixture_that_cannot_be_meant_is_refused(

@@ -15,6 +15,7 @@ from models.masking import erase, paste
 from models.options import ATTENTION_PRESETS, AttentionPreset, ConvolutionKind, Padding
 from models.regions import Region, Span, Window, hole_regions, whole
 from models.sampling import shrink
+from tests.models.golden import fill_generator
 
 pytestmark = pytest.mark.slow  # half a second and more each
 
@@ -156,6 +157,37 @@ def test_holes_apart_are_regions_of_their_own_and_near_ones_are_one() -> None:
     near = drawn(torch.float32, (10, 20, 10, 20), (10, 20, 22, 30))[1]
     assert hole_regions(near, cost) == [Region(Span(10, 20, HEIGHT), Span(10, 30, WIDTH))]
     assert hole_regions(torch.zeros_like(mask), cost) == []
+
+
+def test_a_hole_that_is_mirrored_at_the_border_is_filled_as_in_the_whole_computation() -> None:
+    generator = Generator(width=8)
+    fill_generator(generator)
+    generator.double()
+    image, mask, _ = drawn(torch.float64, APART[0], (100, 133, 150, 203))
+    image, mask = image[..., :133, :203], mask[..., :133, :203]
+    completed = fill(generator, image, mask)
+    rows, columns = (
+        torch.arange(size).minimum(2 * last - torch.arange(size))
+        for size, last in ((136, 132), (208, 202))
+    )
+    padded, hole = (each[:, :, rows][..., columns] for each in (image, mask))
+    with torch.no_grad():
+        refined = generator(erase(padded, hole), hole)[1][..., :133, :203]
+    torch.testing.assert_close(completed, paste(refined, into=image, mask=mask), atol=1e-10, rtol=0)
+
+
+def test_a_grid_of_dots_is_cut_in_few_steps() -> None:
+    mask = torch.zeros(1, 1, 1080, 2048)
+    mask[..., ::20, ::18] = 1
+    asked: list[Region] = []
+
+    def cost(region: Region) -> float:
+        asked.append(region)
+        return float((region.rows.length + 200) * (region.columns.length + 200))
+
+    assert len(hole_regions(mask, cost)) == 1
+    assert len(asked) < 5_000
+    assert len(hole_regions(torch.ones_like(mask), cost)) == 1
 
 
 def test_a_hole_takes_a_part_of_the_multiplications_and_the_whole_takes_all() -> None:

@@ -263,6 +263,44 @@ def test_the_newest_and_the_best_stay(run: Store) -> None:
     }
 
 
+def test_the_best_k_stay_by_their_metric_and_direction(run: Store) -> None:
+    checkpoints = CheckpointStore(run, keep=1, best=("val/l1", "max"), keep_best=2, every=30)
+    for step, l1 in [(10, 0.4), (20, 0.1), (30, 0.2), (40, 0.5), (50, 0.3)]:
+        save(checkpoints, step, l1)
+    assert checkpoints.steps() == [10, 30, 40, 50]
+    assert checkpoints.plan_pruning().kept == {
+        10: "best 2 val/l1",
+        30: "every 30 steps",
+        40: "best 2 val/l1",
+        50: "newest, newest healthy",
+    }
+
+
+def test_a_writer_that_lost_the_run_deletes_nothing(run: Store) -> None:
+    save(CheckpointStore(run), 10)
+
+    def refuse() -> None:
+        raise CheckpointError("taken over")
+
+    late = CheckpointStore(run, before_commit=refuse)
+    with pytest.raises(CheckpointError, match="taken over"):
+        save(late, 10)
+    assert CheckpointStore(run).load(10) == FILES
+
+
+def test_pruning_takes_what_a_killed_writer_left_once_nobody_writes(run: Store) -> None:
+    checkpoints = CheckpointStore(run)
+    save(checkpoints, 20)
+    run.put("step-00000030/weights.bin", b"cut short")
+    run.put("step-00000040/manifest.set-aside.json", b"{}")
+    assert checkpoints.prune() == []
+    assert checkpoints.prune(being_written=False) == [30]
+    assert checkpoints.plan_pruning(being_written=False).kept == {
+        20: "newest 3, newest healthy",
+        40: "set aside: it could not be read when the run resumed",
+    }
+
+
 def test_checkpoints_that_were_validated_in_another_way_do_not_compete(run: Store) -> None:
     checkpoints = CheckpointStore(run, keep=1, best=BEST)
     for step, l1, masks in [(10, 0.1, "a"), (20, 0.2, "a"), (30, 0.4, "b"), (40, 0.5, "b")]:

@@ -16,6 +16,7 @@ from pipeline.config import (
     load,
     stored_model_options,
 )
+from pipeline.mistakes import ELSEWHERE
 
 RECIPES = sorted(Path("pipeline/recipes").glob("*.yaml"))
 DEMO = Path("pipeline/recipes/demo.yaml")
@@ -54,9 +55,131 @@ def test_all_mistakes_are_reported_at_once():
         load(DEMO, ["train.step=5", "train.engine=fsdp"])
     assert str(error.value).splitlines() == [
         "pipeline/recipes/demo.yaml does not fit:",
-        "  train.engine: Input should be 'ddp' or 'deepspeed' (got 'fsdp')",
-        "  train.step: this setting does not exist: did you mean train.steps? (got 5)",
+        "  command line: train.engine: Input should be 'ddp' or 'deepspeed' (got 'fsdp')",
+        "  command line: train.step: this setting does not exist: did you mean train.steps? "
+        "(got 5)",
     ]
+
+
+WRONG = """\
+name: my run
+storage: runs
+
+data:
+  name: photos
+  source: folder
+  stored_px: big
+  jpeg_quality: 300
+
+masks:
+  mixture: {box: much, folder: 1}
+  box: {min_side: 2}
+
+model: {width: 1, convolution: dense, padding: wrap}
+
+train:
+  batch_size: 4
+  lr: 1e-4
+  size_px: 100
+  streams: 7
+  workers: 3.5
+  start_from: 5
+"""
+
+
+def test_every_mistake_of_a_recipe_comes_at_once_with_its_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(WRONG)
+    with pytest.raises(ConfigError) as error:
+        load(recipe, ["evaluate.batch=0", "train.flip"])
+    found = [line.removeprefix(f"  {tmp_path}/") for line in str(error.value).splitlines()[1:]]
+    places = [tuple(line.split(": ")[:2]) for line in found]
+    assert places == [
+        ("recipe.yaml:1", "name"),
+        ("recipe.yaml:6", "data.source"),
+        ("recipe.yaml:7", "data.stored_px"),
+        ("recipe.yaml:8", "data.jpeg_quality"),
+        ("recipe.yaml:11", "masks.mixture.box"),
+        ("recipe.yaml:11", "masks.mixture"),
+        ("recipe.yaml:12", "masks.box.min_side"),
+        ("recipe.yaml:12", "masks.box.min_side"),
+        ("recipe.yaml:14", "model.padding"),
+        ("recipe.yaml:14", "model.convolution"),
+        ("recipe.yaml:14", "model.width"),
+        ("recipe.yaml:16", "train.steps"),  # the section that lacks it
+        ("recipe.yaml:17", "train.batch_size"),
+        ("recipe.yaml:18", "train.lr"),
+        ("recipe.yaml:19", "train.size_px"),
+        ("recipe.yaml:20", "train.streams"),
+        ("recipe.yaml:21", "train.workers"),
+        ("recipe.yaml:22", "train.init_from"),
+        ("  command line", "evaluate.batch"),
+        ("  command line", "train.flip"),
+    ]
+    assert "did you mean train.global_batch? (got 4)" in found[12]
+
+
+def test_rules_between_sections_are_checked_beside_wrong_settings_of_those_sections():
+    with pytest.raises(ConfigError) as error:
+        load(DEMO, ["data.stored_px=64", "data.jpeg_quality=0", "train.flip=perhaps"])
+    lines = str(error.value).splitlines()[1:]
+    places = sorted(line.split(": ")[1] for line in lines)
+    assert places == ["data.jpeg_quality", "train.flip", "train.size_px"]
+    assert any("train.size_px 128 should be at most data.stored_px 64" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"size_px 64 should be at least 72 with model\.padding"):
+        load(DEMO, ["model.padding=reflect", "train.size_px=64", "train.flip=perhaps"])
+
+
+def test_a_rule_is_not_reported_for_the_value_that_stands_in_for_a_wrong_one():
+    for overrides in (
+        ["train.global_batch=many", "train.streams=7"],
+        ["data.stored_px=big", "train.size_px=4096"],
+    ):
+        with pytest.raises(ConfigError) as error:
+            load(DEMO, overrides)
+        (line,) = str(error.value).splitlines()[1:]
+        assert overrides[0].partition("=")[0] in line
+
+
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("train.batch_size", "train.global_batch"),
+        ("batch_size", "train.global_batch"),
+        ("train.lr", "train.learning_rate"),
+        ("epochs", "train.steps"),
+        ("stored_px", "data.stored_px"),
+        ("train.jpeg_quality", "data.jpeg_quality"),
+        ("train.image_size", "train.size_px"),
+        ("train.checkpoints", "train.keep_checkpoints"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_one_that_is_meant(unknown, meant):
+    with pytest.raises(ConfigError, match=rf"{unknown}: this .*: did you mean {meant}\? "):
+        load(DEMO, [f"{unknown}=1"])
+
+
+def test_the_names_of_other_trainers_lead_to_settings_that_exist():
+    assert set(ELSEWHERE.values()) <= set(documented_settings())
+    assert not {name.rpartition(".")[2] for name in documented_settings()} & set(ELSEWHERE)
+
+
+def test_of_a_key_given_twice_the_one_that_counts_is_said(tmp_path, caplog):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text() + "\nevaluate:\n  batch: 3\n")
+    assert load(recipe).evaluate.samples_while_training == 64
+    line = recipe.read_text().splitlines().index("evaluate:") + 1
+    assert f"evaluate is in line {line} as well: only this one counts" in caplog.text
+
+
+def test_text_that_is_not_yaml_is_reported_with_its_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\ntrain:\n\tsteps: 1\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:3 is not YAML: "):
+        load(recipe)
+    recipe.write_bytes(b"\x89PNG\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not a text file"):
+        load(recipe)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +200,8 @@ def test_a_mistyped_setting_of_any_section_is_reported_with_the_one_meant(sectio
     with pytest.raises(ConfigError) as error:
         load(DEMO, [f"{section}.{mistyped}=1"])
     assert str(error.value).splitlines()[1:] == [
-        f"  {section}.{mistyped}: this setting does not exist: did you mean {section}.{meant}? "
-        "(got 1)"
+        f"  command line: {section}.{mistyped}: this setting does not exist: "
+        f"did you mean {section}.{meant}? (got 1)"
     ]
 
 
@@ -88,14 +211,15 @@ def test_mistakes_of_types_of_values_and_between_sections_come_in_one_round():
             DEMO,
             ["model.width=wide", "masks.box.min_side=2", "train.size_px=512", "seed=-1", "stor=1"],
         )
-    places = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
-    assert sorted(places) == ["masks.box", "model.width", "seed", "stor", "train"]
+    places = [line.split(": ")[1] for line in str(error.value).splitlines()[1:]]
+    expected = ["masks.box.min_side", "masks.box.min_side", "model.width", "seed", "stor"]
+    assert sorted(places) == [*expected, "train.size_px"]
 
 
 def test_all_mistakes_of_one_section_come_in_one_round():
     with pytest.raises(ConfigError) as error:
         load(DEMO, ["train.size_px=100", "train.streams=3", "train.flip=perhaps", "train.stps=1"])
-    places = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    places = [line.split(": ")[1] for line in str(error.value).splitlines()[1:]]
     assert sorted(places) == ["train.flip", "train.size_px", "train.stps", "train.streams"]
 
 
@@ -104,9 +228,10 @@ def test_what_a_recipe_must_have_is_reported_as_required(tmp_path):
     recipe.write_text("data: {}\ntrain: {}")
     with pytest.raises(ConfigError) as error:
         load(recipe)
-    required = {"name", "storage", "data.name", "data.source", "train.steps"}
+    sections = {"name": "", "storage": "", "data.name": ":1", "data.source": ":1"}
     assert {line.strip() for line in str(error.value).splitlines()[1:]} == {
-        f"{name}: is required" for name in required
+        f"{recipe}{line}: {name}: is required"
+        for name, line in {**sections, "train.steps": ":2"}.items()
     }
 
 

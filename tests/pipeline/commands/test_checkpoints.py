@@ -1,6 +1,8 @@
 """Checkpoints from the command line."""
 
 import json
+import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from safetensors.numpy import save as save_tensors
 
 from cluster.storage import open_store
-from pipeline import cli
+from pipeline import cli, lease
 from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
 
@@ -170,20 +172,69 @@ def test_prune_shows_what_it_would_do_and_deletes_with_yes(run, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "keep step 20: best val/l1_percent",
         "keep step 30: newest, newest healthy",
-        "would delete step 10: 0.0 MB",
+        "would delete step 10, 0.0 MB: not of the newest 1, best 1 val/l1_percent",
         "would delete step 15: never finished",
-        "nothing was deleted: repeat with --yes",
+        "nothing was deleted: repeat with --yes to delete 1 checkpoints, 0.0 MB, and 1 orphans",
     ]
     assert checkpoints.steps() == [10, 20, 30]
     assert cli.main([*prune, "--every", "10", "--json"]) == DONE
     planned = json.loads(capsys.readouterr().out)
     assert (planned["deleted"], planned["orphans"], planned["done"]) == ([], [15], False)
     assert cli.main([*prune, "--yes"]) == DONE
-    assert "deleted step 10: 0.0 MB" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("deleted 1 checkpoints, 0.0 MB, and 1 orphans\n")
     assert checkpoints.steps() == [20, 30]
     assert not (Path(run) / "checkpoints/step-00000015").exists()
     assert cli.main([*prune, "--yes"]) == DONE
     assert capsys.readouterr().out.endswith("nothing to delete\n")
+
+
+def test_prune_keeps_the_best_by_any_metric(tmp_path, capsys):
+    save(tmp_path, [(step, 1.0) for step in (10, 20, 30, 40)])  # with val/psnr_db step + 0.5
+    prune = ["checkpoints", "prune", str(tmp_path), "--keep", "1", "--keep-best", "2"]
+    assert cli.main([*prune, "--best", "val/psnr_db:min"]) == DONE
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "keep step 10: best 2 val/psnr_db",
+        "keep step 20: best 2 val/psnr_db",
+        "keep step 40: newest, newest healthy",
+        "would delete step 30, 0.0 MB: not of the newest 1, best 2 val/psnr_db",
+    ]
+    assert cli.main([*prune, "--best", "val/pnsr_db:max"]) == MISTAKE
+    assert "they have val/l1_percent, val/psnr_db" in capsys.readouterr().err
+    assert cli.main([*prune[:-1], "0"]) == MISTAKE
+    assert "keep_best=0 should be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("released", "stays"), [(True, False), (False, True), (None, True)])
+def test_prune_takes_a_crashed_save_away_once_nobody_trains(run, capsys, released, stays):
+    """``released`` of the run's lease; None: it has none."""
+    orphan = Path(run) / "checkpoints/step-00000040/weights.bin"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"cut short")
+    if released is not None:
+        with lease.held(open_store(run), job="", job_has_ended=lambda job: False) as held:
+            if not released:
+                alive = replace(held.lease, host="elsewhere", process="another machine")
+        if not released:
+            record = json.dumps(asdict(alive)).encode()
+            open_store(run).put(lease.LEASE, record)
+    renewing = threading.Event()
+
+    def renew():
+        for renewals in range(1, 100):
+            if renewing.wait(0.05) or released is not False:
+                return
+            record = json.dumps(asdict(replace(alive, renewals=renewals))).encode()
+            open_store(run).put(lease.LEASE, record)
+
+    renewer = threading.Thread(target=renew)
+    renewer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "TIME_TO_LIVE_S", 1.0)
+        assert cli.main(["checkpoints", "prune", run, "--keep", "3", "--yes"]) == DONE
+    renewing.set()
+    renewer.join()
+    assert orphan.exists() == stays
+    assert ("keep step 40: a save may be writing it" in capsys.readouterr().out) == stays
 
 
 @pytest.mark.parametrize(
