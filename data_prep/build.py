@@ -208,7 +208,7 @@ def _finished_dataset(
     if differing and not options.replace:
         raise ShardError(
             f"{url} holds a finished dataset of other settings ({', '.join(differing)}): "
-            "give this one another name or URL, or build over it: `prepare --replace`"
+            "give this one another name or URL, or build over it by `prepare` with --replace"
         )
     return None
 
@@ -377,8 +377,8 @@ class _Budget:
             raise ShardError(
                 f"{self._failed} of {self._images} images failed, more than "
                 f"data.max_failed_fraction={self._share}: {self.reasons()}: the dataset is "
-                "unfinished now; repair them and type `prepare --retry-failed`, or raise "
-                "data.max_failed_fraction"
+                "unfinished now; repair them and run `prepare` with --retry-failed, or "
+                "raise data.max_failed_fraction"
             )
 
     def report(self, shard: str, done: int, failed: int) -> None:
