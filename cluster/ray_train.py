@@ -136,7 +136,7 @@ class Mailbox:
     Ray's head keeps them, so they arrive also while storage is away.
     """
 
-    NAMES = ("stop", "safe step")
+    NAMES = ("stop", "safe step", "step")
 
     def __init__(self, owner: str) -> None:
         self._prefix = f"{owner}/"

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -52,12 +52,13 @@ def train_on_rank(
     ranks: Ranks,
     stop: StopRequest,
     lease: HeldLease | None,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Position:
     """What every rank runs, whoever launched it; collective from the first line to the last.
 
     Resumes from the newest checkpoint and ends at ``cfg.train.steps``, or two steps after ``stop``
     was requested on any rank. Everything is saved in both cases. Returns the last position.
-    Rank 0, which saves, has the run's ``lease``.
+    Rank 0, which saves, has the run's ``lease`` and calls ``on_step`` after each step.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -97,7 +98,9 @@ def train_on_rank(
         stack.callback(checkpoints.close)
         watch = HangWatch(ranks, cfg.train.hang_timeout_s)
         stack.callback(watch.close)
-        loop = TrainingLoop(cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease, watch)
+        loop = TrainingLoop(
+            cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease, watch, on_step
+        )
         return loop.run(loader, position, stop)
 
 
@@ -126,6 +129,7 @@ class TrainingLoop:
     tracker: Tracker
     lease: HeldLease | None
     watch: HangWatch
+    on_step: Callable[[int], None]
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
@@ -144,6 +148,7 @@ class TrainingLoop:
             if self.ranks.first:
                 self.checkpoints.raise_failure()
                 self._note_safe(stop)
+                self.on_step(position.step)
             if self.lease is not None and self.lease.lost:
                 self.lease.check()
             last = position.step >= cfg.steps

@@ -1,24 +1,23 @@
 """Progress of a long command: a live bar on a terminal, plain lines in a log."""
 
+import io
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Protocol
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 SOON_S = 0.1
+UNKNOWN = "–"
+
+_bars: list[Progress] = []  # at most one: a terminal has room for one live bar
 
 
 class Advance(Protocol):
@@ -37,9 +36,17 @@ def format_duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(what: str, unit: str) -> Iterator[Advance]:
-    """Show ``what`` advancing, in ``unit`` per second with the time left, while the block runs."""
-    shown = _bar(what, unit) if sys.stderr.isatty() else _lines(what, unit)
+def progress(what: str, unit: str, *, lines: bool = True) -> Iterator[Advance]:
+    """Show ``what`` advancing, in ``unit`` per second with the time left, while the block runs.
+
+    On a terminal as a bar, below which nothing is written: what the block logs and prints comes
+    above it. Elsewhere, and within another bar, as log lines, unless the block has ``lines`` of its
+    own.
+    """
+    if sys.stderr.isatty() and not _bars:
+        shown = _bar(what, unit)
+    else:
+        shown = _lines(what, unit) if lines else _nothing()
     with shown as advance:
         yield advance
 
@@ -50,19 +57,73 @@ def _bar(what: str, unit: str) -> Iterator[Advance]:
         TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(f"{{task.fields[rate]}} {unit}/s, {{task.fields[failed]}} failed"),
-        TimeRemainingColumn(),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s{{task.fields[failed]}}"),
+        TextColumn("left {task.fields[left]}"),
     )
-    with Progress(*columns) as bar:
-        task = bar.add_task(what, total=None, rate="–", failed=0)
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task(what, total=None, rate=UNKNOWN, failed="", left=UNKNOWN)
         clock = _Rate()
 
         def advance(done: int, total: int, failed: int = 0) -> None:
             rate = clock.rate(done)
-            shown = "–" if rate is None else f"{rate:.1f}"
-            bar.update(task, completed=done, total=total, rate=shown, failed=failed)
+            bar.update(
+                task,
+                completed=done,
+                total=total,
+                rate=UNKNOWN if rate is None else _digits(rate),
+                failed=f", {failed} failed" if failed else "",
+                left=format_duration((total - done) / rate) if rate else UNKNOWN,
+            )
 
-        yield advance
+        _bars.append(bar)
+        try:
+            with _written_above(bar):
+                yield advance
+        finally:
+            _bars.remove(bar)
+
+
+def leave_terminal() -> None:
+    """Give the terminal back as it was, for a process that ends without leaving its blocks."""
+    if _bars and sys.__stderr__ is not None:
+        sys.__stderr__.write("\n\x1b[?25h")  # shows the cursor, which a bar hides
+        sys.__stderr__.flush()
+
+
+@contextmanager
+def _written_above(bar: Progress) -> Iterator[None]:
+    """Let what is logged and printed to the terminal of ``bar`` appear above it."""
+    above, terminal = _Above(bar.console), sys.stderr
+    handlers: list[logging.StreamHandler[Any]] = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is terminal
+    ]
+    for handler in handlers:
+        handler.setStream(above)
+    try:
+        with redirect_stderr(above), redirect_stdout(above if sys.stdout.isatty() else sys.stdout):
+            yield
+    finally:
+        for handler in handlers:
+            handler.setStream(terminal)
+
+
+class _Above(io.TextIOBase):
+    """Lines written above a bar, as they are: rich's own way would break long ones."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._begun = console, ""
+
+    def write(self, text: str) -> int:
+        *whole, self._begun = (self._begun + text).split("\n")
+        for line in whole:
+            self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return True
 
 
 @contextmanager
@@ -75,11 +136,21 @@ def _lines(what: str, unit: str) -> Iterator[Advance]:
         if done < total and now - logged_at < LINE_EVERY_S:
             return
         logged_at = now
-        speed = "" if rate is None else f" {unit}_per_s={rate:.1f}"
+        speed = "" if rate is None else f" {unit}_per_s={_digits(rate)}"
         left = f" left={format_duration((total - done) / rate)}" if rate else ""
         log.info("%s done=%d/%d failed=%d%s%s", what, done, total, failed, speed, left)
 
     yield advance
+
+
+@contextmanager
+def _nothing() -> Iterator[Advance]:
+    yield lambda done, total, failed=0: None
+
+
+def _digits(rate: float) -> str:
+    """One decimal place, or two digits where that would be 0."""
+    return f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
 
 
 class _Rate:

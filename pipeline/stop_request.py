@@ -120,7 +120,8 @@ class PolledStop:
     """Whether ``poll`` has said so: how a driver reaches its ranks.
 
     A thread calls it every ``POLL_INTERVAL_S``, so training never waits for the answer, and passes
-    safe steps to ``report_safe``. ``is_leaving`` has to answer at once.
+    safe steps to ``report_safe`` and steps that are done to ``report_step``. ``is_leaving`` has to
+    answer at once.
     """
 
     def __init__(
@@ -128,10 +129,12 @@ class PolledStop:
         poll: Callable[[], bool],
         is_leaving: Callable[[], bool],
         report_safe: Callable[[int], None],
+        report_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.requested = False
-        self._poll, self._is_leaving, self._report_safe = poll, is_leaving, report_safe
-        self._safe_step: int | None = None
+        self._poll, self._is_leaving = poll, is_leaving
+        self._reports = {"safe": report_safe, "step": report_step}
+        self._noted: dict[str, int] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
@@ -141,20 +144,25 @@ class PolledStop:
         return self._is_leaving()
 
     def note_safe(self, step: int) -> None:
-        self._safe_step = step
+        self._noted["safe"] = step
+
+    def note_step(self, step: int) -> None:
+        """Remember that ``step`` is done, for the driver to show."""
+        self._noted["step"] = step
 
     def close(self) -> None:
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        reported: int | None = None
+        reported: dict[str, int] = {}
         while not self._done.wait(POLL_INTERVAL_S):
             try:
                 self.requested = self.requested or self._poll()
-                if (step := self._safe_step) is not None and step != reported:
-                    self._report_safe(step)
-                    reported = step
+                for name, step in self._noted.copy().items():
+                    if reported.get(name) != step:
+                        self._reports[name](step)
+                        reported[name] = step
             except Exception as error:  # training continues while the driver is out of reach
                 log.warning("stop request could not be read: %s", error)
 

@@ -3,8 +3,9 @@
 import contextlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -26,6 +27,7 @@ from pipeline.evaluation.metrics import METRICS
 from pipeline.lease import HeldLease, RunTakenError, held
 from pipeline.loop import train_on_rank
 from pipeline.networks import starting_weights
+from pipeline.progress import leave_terminal, progress
 from pipeline.ranks import Device, Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.stop_request import PolledStop, SignalStop, not_saved
@@ -125,6 +127,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
         # Whatever waits for storage or other ranks would keep the interpreter from its end.
         if ranks.first:
             log.error(not_saved(stop.safe_step))
+            leave_terminal()
         logging.shutdown()
         os._exit(1)
 
@@ -132,15 +135,23 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     stop = SignalStop(max_hours=cfg.train.max_hours, at_once=end_now, give_up=end_now)
+    showing = _showing_steps(cfg) if ranks.first else contextlib.nullcontext(lambda step: None)
     try:
-        with stop.listening(), _lease_of_first(storage, ranks) as lease:
+        with stop.listening(), _lease_of_first(storage, ranks) as lease, showing as show:
             # By its own count: rank 0 may still be writing the last checkpoint.
             with full_memory_as_error():
-                end = train_on_rank(cfg, storage, dataset, ranks, stop, lease)
+                end = train_on_rank(cfg, storage, dataset, ranks, stop, lease, show)
             return end.step >= cfg.train.steps
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _showing_steps(cfg: Config) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, beside the lines of the loop; call it with each step that is done."""
+    with progress("train", "steps", lines=False) as advance:
+        yield lambda step: advance(step, cfg.train.steps)
 
 
 @contextlib.contextmanager
@@ -197,6 +208,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
         with (
             SignalStop(max_hours=cfg.train.max_hours).listening() as stop,
             _lease(storage) as lease,
+            _showing_steps(cfg) as show,
         ):
             try:
                 workers = ray_train.find_room(
@@ -243,6 +255,8 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
             try:
                 while thread.is_alive():
                     thread.join(0.5)
+                    if sys.stderr.isatty() and (step := mailbox.get("step")) is not None:
+                        show(int(step))
                     if stop.requested and mailbox.get("stop") is None:
                         mailbox.put("stop", "1")
                     if stop.too_late:
@@ -270,7 +284,9 @@ def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
         lambda: mailbox.get("stop") is not None,
         ray_train.is_leaving,
         lambda step: mailbox.put("safe step", str(step)),
+        lambda step: mailbox.put("step", str(step)),
     )
     with contextlib.closing(stop), full_memory_as_error():
         lease = loop_config["lease"] if ranks.first else None
-        train_on_rank(cfg, storage, storage.open_dataset(), ranks, stop, lease)
+        dataset = storage.open_dataset()
+        train_on_rank(cfg, storage, dataset, ranks, stop, lease, stop.note_step)

@@ -29,6 +29,9 @@ from models.weights import (
     read_foreign_weights,
 )
 from pipeline.networks import described_generator, refuse_not_finite, weights_header
+from pipeline.progress import progress
+
+log = logging.getLogger(__name__)
 
 ExportFormat = Literal["onnx", "pt2"]
 ExportedNetwork = Callable[..., Sequence[Tensor]]
@@ -124,16 +127,21 @@ def export_weights(weights: str, out: Path, *, format: ExportFormat) -> Iterator
     generator, metadata = described_generator(weights)
     # A .pt2 holds its weights in plain order.
     generator.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    with scratch_folder() as folder, torch.no_grad():
-        file = folder / out.name
+    with scratch_folder() as folder, progress("export", "parts") as advance, torch.no_grad():
+        file, parts = folder / out.name, 2 + len(CHECKED)
+        advance(0, parts)
+        log.info("tracing the network")
         program = _trace(generator)
+        advance(1, parts)
         if format == "onnx":
             exported = _save_onnx(program, file, metadata)
         else:
             torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
             exported = torch.export.load(file).module()
-        for size in CHECKED:
+        for done, size in enumerate(CHECKED, start=2):
+            advance(done, parts)
             yield _compare(generator, exported, *size)
+        advance(parts, parts)
         with file.open("rb") as source, replacing(out) as target:
             shutil.copyfileobj(source, target, MIB)
 

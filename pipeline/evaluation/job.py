@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 
 from cluster.session import run_on_gpu
 from cluster.storage import Store
@@ -10,9 +11,11 @@ from data_prep.shards import Dataset
 from pipeline import networks
 from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
 from pipeline.config import Config
+from pipeline.data.batch import Batch
 from pipeline.data.loaders import validation_batches, validation_definition
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.evaluation.metrics import METRICS
+from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.tracking import open_run_tracker
@@ -63,12 +66,24 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
 
 def _measure(cfg: Config, checkpoints: Store, step: int, dataset: Dataset) -> Evaluation:
     """The held-out images through the averaged generator of ``step``."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # for a worker of Ray's
     device = Ranks().device
     weights = CheckpointStore(checkpoints).read(step, networks.EMA)
     generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)
     limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
+    images = sum(shard.samples for shard in dataset.shards("val"))
     batches = validation_batches(cfg, dataset, Ranks(), limit)
-    return evaluate(generator, batches, device=device, keep=cfg.evaluate.sheet)
+    advancing = _advancing(batches, min(images, limit or images))
+    return evaluate(generator, advancing, device=device, keep=cfg.evaluate.sheet)
+
+
+def _advancing(batches: Iterator[Batch], images: int) -> Iterator[Batch]:
+    with progress("evaluate", "images") as advance:
+        done = 0
+        for batch in batches:
+            yield batch
+            done += len(batch.keys)
+            advance(done, images)
 
 
 def _fields(metrics: dict[str, float]) -> str:

@@ -194,7 +194,9 @@ def test_other_settings_are_refused_unless_replacing_is_allowed(
 ) -> None:
     url = tmp_path / "copy"
     shutil.copytree(undisturbed, url)
-    with pytest.raises(ShardError, match=r"line_width 1 there, 2 requested.*`prepare` with --replace"):
+    with pytest.raises(
+        ShardError, match=r"line_width 1 there, 2 requested.*`prepare` with --replace"
+    ):
         build(url, album, line_width_px=2)
     assert contents(url) == contents(undisturbed)
     replaced = build(url, album, stored_px=60, shard_samples=100, replace=True)

@@ -1,6 +1,10 @@
-"""Progress without a terminal: plain lines, few of them."""
+"""Progress: plain lines, few of them, in a log; a bar on a terminal."""
 
 import logging
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +62,62 @@ def test_the_time_left_of_a_job_of_days_shows_the_days(caplog, monkeypatch):
         now[0] += 1000.0
         advance(2, 1000)
     assert caplog.messages[-1].endswith("left=5d 18:36:40")
+
+
+def test_slow_work_shows_a_rate_above_zero(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), progress("train", "steps") as advance:
+        advance(0, 1000)
+        now[0] += 60.0
+        advance(2, 1000)
+    assert " steps_per_s=0.033 " in caplog.messages[-1]
+
+
+def test_work_with_lines_of_its_own_gets_no_others(caplog):
+    with caplog.at_level(logging.INFO), progress("train", "steps", lines=False) as advance:
+        advance(5, 5)
+    assert caplog.messages == []
+
+
+WORK = """
+import logging, time
+from pipeline.progress import progress
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+with progress("train", "steps", lines=False) as advance:
+    advance(0, 1_000_000)
+    time.sleep(0.3)
+    logging.info("step=1 [of] " + 30 * "long")
+    print("printed")
+    with progress("inner", "images") as inner:
+        inner(3, 3)
+    advance(1, 1_000_000, 2)
+logging.info("after")
+"""
+
+
+def test_a_terminal_gets_a_bar_with_days_left_and_whole_lines_above_it():
+    leader, follower = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK],
+        stdin=subprocess.DEVNULL,
+        stdout=follower,
+        stderr=follower,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "90"},
+    )
+    os.close(follower)
+    written = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            written += chunk
+    except OSError:  # how Linux reports that nobody writes any more
+        pass
+    finally:
+        os.close(leader)
+        assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    lines = [line.strip() for line in re.split("[\r\n]+", text)]
+    assert "step=1 [of] " + 30 * "long" in lines
+    assert lines.index("printed") < lines.index("inner done=3/3 failed=0") < lines.index("after")
+    bar = next(line for line in reversed(lines) if line.startswith("train "))
+    assert re.search(r" 1/1000000 \d\S* steps/s, 2 failed left \d+d \d\d:\d\d:\d\d$", bar)
