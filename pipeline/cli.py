@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.storage import describe_error
 from pipeline import config
-from pipeline.arguments import evaluation, stages, storage, weights
+from pipeline.arguments import diagnosis, evaluation, stages, storage, weights
 from pipeline.arguments.common import DEMO, EXAMPLE, MISTAKE, STOPPED, help_format
 
 __all__ = ["EXAMPLE", "build_parser", "main"]
@@ -97,5 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
     stages.add_sweep(commands)
     stages.add_fork(commands)
     evaluation.add_tracking(commands)
+    diagnosis.add_doctor(commands)
     stages.add_demo(commands)
     return parser

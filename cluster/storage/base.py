@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 MIB = 2**20
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRETS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN"),
+)
 """Variables whose values no text may show."""
 ABANDONED_S = 7 * 24 * 3600  # after this long without a byte, a writer on another machine is dead
 

@@ -1,6 +1,7 @@
 """A folder of MLflow's artifacts, read and written by MLflow's client."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ class ArtifactFolder:
     """
 
     def __init__(self, url: str, tracking_uri: str | None = None) -> None:
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         with importing_mlflow():
             from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
         with _artifact_errors():
@@ -52,3 +54,16 @@ def _artifact_errors() -> Iterator[None]:
         yield
     except Exception as error:  # boto3's, MLflow's and the file system's
         raise ArtifactError(describe_error(error)) from error
+
+
+def artifact_location(uri: str, experiment: str) -> str:
+    """Where MLflow at ``uri`` keeps the artifacts of ``experiment``, or of its default one.
+
+    Empty where it has neither. Raises ArtifactError where it cannot be asked.
+    """
+    with importing_mlflow():
+        from mlflow.client import MlflowClient
+    with _artifact_errors():
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment) or client.get_experiment("0")
+        return str(found.artifact_location) if found else ""

@@ -1,0 +1,100 @@
+"""What a probe finds, and how probes run: side by side, and never longer than they may."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.storage import describe_error, one_line, without_password, without_secrets
+
+Verdict = Literal["ok", "warning", "problem"]
+
+PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the diagnosis."""
+
+    subject: str
+    verdict: Verdict
+    message: str
+    """What was seen; for anything but ``ok``, the cause."""
+    cure: str = ""
+    """What to do; given unless the verdict is ``ok``."""
+
+
+def ok(subject: str, message: str) -> Finding:
+    return Finding(subject, "ok", _shown(message))
+
+
+def warning(subject: str, message: str, cure: str) -> Finding:
+    return Finding(subject, "warning", _shown(message), _shown(cure))
+
+
+def problem(subject: str, message: str, cure: str) -> Finding:
+    return Finding(subject, "problem", _shown(message), _shown(cure))
+
+
+def _shown(text: str) -> str:
+    return without_password(one_line(without_secrets(text)))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A look at one thing; ``look`` gives its findings one by one."""
+
+    subject: str
+    look: Callable[[], Iterable[Finding]]
+    patience_s: float = PATIENCE_S
+
+
+class Examination:
+    """Probes side by side, each in a thread that nothing waits for beyond its patience."""
+
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self._started = time.monotonic()
+        self._running = [(probe, self._start(probe)) for probe in probes]
+        self.unanswered = False
+        """Whether a probe was given up, so that its thread may still run."""
+
+    def findings(self) -> Iterator[Finding]:
+        """In the order of the probes, each as soon as it is there."""
+        for probe, found in self._running:
+            deadline = self._started + probe.patience_s
+            while True:
+                try:
+                    finding = found.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    self.unanswered = True
+                    yield problem(
+                        probe.subject,
+                        f"no answer within {probe.patience_s:.0f} s",
+                        "look whether the other side hangs, or whether a firewall drops packets",
+                    )
+                    break
+                if finding is None:
+                    break
+                yield finding
+
+    def _start(self, probe: Probe) -> "queue.Queue[Finding | None]":
+        found: queue.Queue[Finding | None] = queue.Queue()
+
+        def look() -> None:
+            try:
+                for finding in probe.look():
+                    found.put(finding)
+            except Exception as error:
+                found.put(
+                    problem(
+                        probe.subject,
+                        f"the probe failed ({describe_error(error)})",
+                        "report this line as a bug",
+                    )
+                )
+            found.put(None)
+
+        threading.Thread(target=look, name=f"probe {probe.subject}", daemon=True).start()
+        return found
