@@ -14,7 +14,7 @@ from cluster.storage import without_password
 from pipeline import config
 from pipeline.commands.tables import wide_console
 from pipeline.doctor.examination import all_probes
-from pipeline.doctor.findings import Examination, Finding
+from pipeline.doctor.findings import Diagnosis, Examination
 
 STYLE = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 RECIPES = (".yaml", ".yml")
@@ -56,7 +56,7 @@ def diagnose(target: str | None, overrides: Sequence[str], *, as_json: bool) -> 
     return not problems
 
 
-def _print(finding: Finding) -> None:
+def _print(finding: Diagnosis) -> None:
     line = Text()
     line.append(f"{finding.verdict:<8}", STYLE[finding.verdict])
     line.append(f" {finding.subject}: {finding.message}")

@@ -8,7 +8,7 @@ from cluster.storage import StorageError
 from data_prep import landmarks
 from data_prep.settings import SketchSettings
 from pipeline.config import Config
-from pipeline.doctor.findings import Finding, Probe, ok, problem, warning
+from pipeline.doctor.findings import Diagnosis, Probe, ok, problem, warning
 
 SCENES, FACES = "detector of edges (HED)", "detector of faces"
 
@@ -38,7 +38,7 @@ def _needed(cfg: Config | None) -> tuple[bool, bool]:
             return cfg.data.subject == "scene", cfg.data.subject == "face"
 
 
-def _edges(sketch: SketchSettings, *, needed: bool) -> Iterator[Finding]:
+def _edges(sketch: SketchSettings, *, needed: bool) -> Iterator[Diagnosis]:
     from data_prep.hed import load_network, read_weights  # torch
 
     try:
@@ -50,7 +50,7 @@ def _edges(sketch: SketchSettings, *, needed: bool) -> Iterator[Finding]:
     yield ok(SCENES, f"weights with SHA-256 {hashlib.sha256(weights).hexdigest()[:12]}…")
 
 
-def _faces(*, needed: bool) -> Iterator[Finding]:
+def _faces(*, needed: bool) -> Iterator[Diagnosis]:
     try:
         path = landmarks.packaged_model()
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -68,7 +68,7 @@ def _faces(*, needed: bool) -> Iterator[Finding]:
         yield ok(FACES, f"weights with SHA-256 {found[:12]}…")
 
 
-def _missing(subject: str, error: Exception, needed: bool) -> Finding:
+def _missing(subject: str, error: Exception, needed: bool) -> Diagnosis:
     cause, _, cure = str(error).partition(": ")
     return (problem if needed else warning)(
         subject, cause, cure or "install the package with the weights again"

@@ -15,7 +15,7 @@ PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the diagnosis."""
 
     subject: str
@@ -26,16 +26,16 @@ class Finding:
     """What to do; given unless the verdict is ``ok``."""
 
 
-def ok(subject: str, message: str) -> Finding:
-    return Finding(subject, "ok", _shown(message))
+def ok(subject: str, message: str) -> Diagnosis:
+    return Diagnosis(subject, "ok", _shown(message))
 
 
-def warning(subject: str, message: str, cure: str) -> Finding:
-    return Finding(subject, "warning", _shown(message), _shown(cure))
+def warning(subject: str, message: str, cure: str) -> Diagnosis:
+    return Diagnosis(subject, "warning", _shown(message), _shown(cure))
 
 
-def problem(subject: str, message: str, cure: str) -> Finding:
-    return Finding(subject, "problem", _shown(message), _shown(cure))
+def problem(subject: str, message: str, cure: str) -> Diagnosis:
+    return Diagnosis(subject, "problem", _shown(message), _shown(cure))
 
 
 def _shown(text: str) -> str:
@@ -47,7 +47,7 @@ class Probe:
     """A look at one thing; ``look`` gives its findings one by one."""
 
     subject: str
-    look: Callable[[], Iterable[Finding]]
+    look: Callable[[], Iterable[Diagnosis]]
     patience_s: float = PATIENCE_S
 
 
@@ -60,7 +60,7 @@ class Examination:
         self.unanswered = False
         """Whether a probe was given up, so that its thread may still run."""
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Diagnosis]:
         """In the order of the probes, each as soon as it is there."""
         for probe, found in self._running:
             deadline = self._started + probe.patience_s
@@ -79,8 +79,8 @@ class Examination:
                     break
                 yield finding
 
-    def _start(self, probe: Probe) -> "queue.Queue[Finding | None]":
-        found: queue.Queue[Finding | None] = queue.Queue()
+    def _start(self, probe: Probe) -> "queue.Queue[Diagnosis | None]":
+        found: queue.Queue[Diagnosis | None] = queue.Queue()
 
         def look() -> None:
             try:

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster.nodes import nvidia_devices
-from pipeline.doctor.findings import Finding, Probe, ok, problem, warning
+from pipeline.doctor.findings import Diagnosis, Probe, ok, problem, warning
 
 SUBJECT = "packages"
 DISTRIBUTION = "deepfill-pipeline"
@@ -21,7 +21,7 @@ def package_probes() -> list[Probe]:
     return [Probe(SUBJECT, _findings)]
 
 
-def _findings() -> Iterator[Finding]:
+def _findings() -> Iterator[Diagnosis]:
     here = ".".join(map(str, sys.version_info[:3]))
     if not PYTHON[0] <= sys.version_info[:2] < PYTHON[1]:
         yield problem(SUBJECT, f"Python {here} was never tried", "use Python 3.11, 3.12 or 3.13")
@@ -67,7 +67,7 @@ def misfit(requirement: Requirement) -> str | None:
     return None
 
 
-def _torch_findings() -> Iterator[Finding]:
+def _torch_findings() -> Iterator[Diagnosis]:
     gpus = nvidia_devices()
     try:
         version = metadata.version("torch")

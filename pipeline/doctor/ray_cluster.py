@@ -11,7 +11,7 @@ from cluster.nodes import NodeAnswer, NodeFacts, NodeQuestions, look_everywhere,
 from cluster.session import SessionError, connect
 from cluster.storage import StorageError, describe_error, without_password
 from pipeline.config import Config
-from pipeline.doctor.findings import Finding, Probe, ok, problem, warning
+from pipeline.doctor.findings import Diagnosis, Probe, ok, problem, warning
 from pipeline.doctor.packages import requirements
 from pipeline.doctor.recipe import recipe_findings
 from pipeline.doctor.storage import GIGABYTE, SKEW_S, cause_and_cure, scratch_store
@@ -31,7 +31,7 @@ def cluster_probe(cfg: Config | None, storage_url: str | None) -> Probe:
     return Probe(SUBJECT, lambda: _findings(cfg, storage_url), PATIENCE_S)
 
 
-def _findings(cfg: Config | None, storage_url: str | None) -> Iterator[Finding]:
+def _findings(cfg: Config | None, storage_url: str | None) -> Iterator[Diagnosis]:
     address = os.environ.get("RAY_ADDRESS", "")
     questions = NodeQuestions(
         packages=[requirement.name for requirement in requirements()], places=_places(cfg)
@@ -81,7 +81,7 @@ def _places(cfg: Config | None) -> list[str]:
     return [place.partition("#")[0] for place in named if place]
 
 
-def _dashboard_findings(address: str) -> Iterator[Finding]:
+def _dashboard_findings(address: str) -> Iterator[Diagnosis]:
     shown, here = without_password(address), metadata.version("ray")
     token = os.environ.get("RAY_AUTH_TOKEN")
     request = urllib.request.Request(
@@ -112,7 +112,7 @@ def _dashboard_findings(address: str) -> Iterator[Finding]:
     )
 
 
-def node_findings(answer: NodeAnswer, here: NodeFacts) -> Iterator[Finding]:
+def node_findings(answer: NodeAnswer, here: NodeFacts) -> Iterator[Diagnosis]:
     """What is wrong with a node, seen from the machine ``here``."""
     subject, facts = f"node {answer.name}", answer.facts
     if facts is None:
@@ -141,7 +141,7 @@ def node_findings(answer: NodeAnswer, here: NodeFacts) -> Iterator[Finding]:
         )
 
 
-def _version_findings(subject: str, facts: NodeFacts, here: NodeFacts) -> Iterator[Finding]:
+def _version_findings(subject: str, facts: NodeFacts, here: NodeFacts) -> Iterator[Diagnosis]:
     cure = "install the same image on every node"
     if facts.python != here.python:
         yield problem(subject, f"Python {facts.python}, and {here.python} on {here.name}", cure)
@@ -164,7 +164,7 @@ def _version_findings(subject: str, facts: NodeFacts, here: NodeFacts) -> Iterat
         )
 
 
-def _room_findings(subject: str, facts: NodeFacts) -> Iterator[Finding]:
+def _room_findings(subject: str, facts: NodeFacts) -> Iterator[Diagnosis]:
     free = f"{facts.disk_free_bytes / GIGABYTE:.1f} GB free for temporary files and cached shards"
     cure = "make room there, or set TMPDIR to another disk"
     if facts.disk_free_bytes < NO_DISK:
@@ -180,7 +180,7 @@ def _room_findings(subject: str, facts: NodeFacts) -> Iterator[Finding]:
         )
 
 
-def _gpu_findings(subject: str, answer: NodeAnswer, facts: NodeFacts) -> Iterator[Finding]:
+def _gpu_findings(subject: str, answer: NodeAnswer, facts: NodeFacts) -> Iterator[Diagnosis]:
     if facts.gpus and facts.versions.get("torch", "").endswith("+cpu"):
         yield problem(
             subject,
@@ -201,7 +201,7 @@ def _gpu_findings(subject: str, answer: NodeAnswer, facts: NodeFacts) -> Iterato
         )
 
 
-def _view_findings(subject: str, facts: NodeFacts, here: NodeFacts) -> Iterator[Finding]:
+def _view_findings(subject: str, facts: NodeFacts, here: NodeFacts) -> Iterator[Diagnosis]:
     for place in facts.unseen:
         yield problem(
             subject,

@@ -8,7 +8,7 @@ from cluster.storage import StorageError
 from data_prep.shards import Dataset, ShardError
 from pipeline.config import Config
 from pipeline.data.sample_order import dataset_misfits
-from pipeline.doctor.findings import Finding, ok, problem, warning
+from pipeline.doctor.findings import Diagnosis, ok, problem, warning
 from pipeline.doctor.storage import GIGABYTE, cause_and_cure
 from pipeline.run_storage import RunStorage
 
@@ -21,7 +21,7 @@ WORKER_BYTES = {"scene": 0.6e9, "face": 0.3e9}
 """Memory of a worker that prepares ordinary images (docs/cluster.md)."""
 
 
-def recipe_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Finding]:
+def recipe_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Diagnosis]:
     """What of the recipe does not fit ``nodes``, which are the whole cluster."""
     yield from _rank_findings(cfg, nodes)
     yield from _preparing_findings(cfg, nodes)
@@ -40,7 +40,7 @@ def ranks(cfg: Config, nodes: Sequence[NodeAnswer]) -> tuple[int, int, str]:
     return count, room, "GPU" if on_gpus else "CPU"
 
 
-def _rank_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Finding]:
+def _rank_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Diagnosis]:
     train = cfg.train
     count, room, kind = ranks(cfg, nodes)
     if count > room:
@@ -71,7 +71,7 @@ def _rank_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Finding
 
 def _memory_findings(
     cfg: Config, nodes: Sequence[NodeAnswer], images: int, count: int, kind: str
-) -> Iterator[Finding]:
+) -> Iterator[Diagnosis]:
     facts = [node.facts for node in nodes if node.facts]
     per_image = STEP_MIB[cfg.train.precision]
     if cfg.train.activation_checkpointing and cfg.train.precision == "bf16":
@@ -93,7 +93,7 @@ def _memory_findings(
         )
 
 
-def _preparing_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Finding]:
+def _preparing_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Diagnosis]:
     faces = cfg.data.source == "celebahq" or (
         cfg.data.source in ("folder", "webdataset") and cfg.data.subject == "face"
     )
@@ -109,7 +109,7 @@ def _preparing_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Fi
             )
 
 
-def _dataset_findings(cfg: Config) -> Iterator[Finding]:
+def _dataset_findings(cfg: Config) -> Iterator[Diagnosis]:
     try:
         dataset = RunStorage.open(cfg).open_dataset()
     except ShardError as error:
@@ -129,7 +129,7 @@ def _dataset_findings(cfg: Config) -> Iterator[Finding]:
     yield from _misfits(cfg, dataset)
 
 
-def _misfits(cfg: Config, dataset: Dataset) -> Iterator[Finding]:
+def _misfits(cfg: Config, dataset: Dataset) -> Iterator[Diagnosis]:
     samples = {
         split: sum(shard.samples for shard in dataset.shards(split)) for split in ("train", "val")
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.storage import MIB, StorageError, Store, describe_error, join, open_store
-from pipeline.doctor.findings import Finding, Probe, ok, problem, warning
+from pipeline.doctor.findings import Diagnosis, Probe, ok, problem, warning
 from pipeline.tracking.artifacts import ArtifactFolder
 
 PATIENCE_S = 60.0  # on a slow line the transfers take most of it
@@ -87,7 +87,7 @@ def cause_and_cure(
     return (cause, cure) if " " in cause else (str(error), otherwise)
 
 
-def _settings_findings() -> Iterator[Finding]:
+def _settings_findings() -> Iterator[Diagnosis]:
     from cluster.storage.s3_probes import credentials_source
     from cluster.storage.s3_settings import S3Settings
 
@@ -136,7 +136,7 @@ def _settings_findings() -> Iterator[Finding]:
     )
 
 
-def _contradiction(first: str, second: str) -> Iterator[Finding]:
+def _contradiction(first: str, second: str) -> Iterator[Diagnosis]:
     values = [os.environ.get(name, "").rstrip("/") for name in (first, second)]
     if all(values) and values[0] != values[1]:
         yield warning(
@@ -146,7 +146,7 @@ def _contradiction(first: str, second: str) -> Iterator[Finding]:
         )
 
 
-def _s3_looks(url: str) -> dict[str, Callable[[], Iterator[Finding]]]:
+def _s3_looks(url: str) -> dict[str, Callable[[], Iterator[Diagnosis]]]:
     """How to look at the storage by each client; one that is out of reach is reported once."""
     from cluster.storage.s3_probes import PYARROW_PART, PyarrowProbe, boto3_probe, unreachable
 
@@ -159,7 +159,7 @@ def _s3_looks(url: str) -> dict[str, Callable[[], Iterator[Finding]]]:
         except StorageError as error:
             return str(error)
 
-    def by_boto3() -> Iterator[Finding]:
+    def by_boto3() -> Iterator[Diagnosis]:
         if (reason := away()) is not None:
             yield problem(subject, *cause_and_cure(ValueError(reason)))
             return
@@ -173,14 +173,14 @@ def _s3_looks(url: str) -> dict[str, Callable[[], Iterator[Finding]]]:
                 yield from _uploads(subject, probe.unfinished_uploads)
                 yield from _speed(subject, lambda size: probe.megabytes_per_s("speed", size))
 
-    def by_pyarrow() -> Iterator[Finding]:
+    def by_pyarrow() -> Iterator[Diagnosis]:
         if away() is None:
             scratch = _scratch(url)
             with boto3_probe(scratch):  # which removes the markers that pyarrow leaves
                 about = f"{subject} by pyarrow"
                 yield from _exercised(about, PyarrowProbe(scratch), PYARROW_PART + 1000)
 
-    def by_mlflow() -> Iterator[Finding]:
+    def by_mlflow() -> Iterator[Diagnosis]:
         if away() is None:
             scratch = _scratch(url)
             with boto3_probe(scratch):
@@ -219,7 +219,7 @@ class _MlflowClient:
         self.folder.delete(key)
 
 
-def _exercised(subject: str, client: _Client, part_bytes: int) -> Iterator[Finding]:
+def _exercised(subject: str, client: _Client, part_bytes: int) -> Iterator[Diagnosis]:
     """Every operation of ``client``; one line where all work, else one for each that does not."""
     data, parts = os.urandom(1000), os.urandom(part_bytes)
     steps: dict[str, Callable[[], object]] = {
@@ -231,7 +231,7 @@ def _exercised(subject: str, client: _Client, part_bytes: int) -> Iterator[Findi
         "multipart get": lambda: _same(client.get("parts"), parts),
         "delete": lambda: _delete(client, ("probe", "parts")),
     }
-    faults: dict[str, Finding] = {}
+    faults: dict[str, Diagnosis] = {}
     for name, step in steps.items():
         if "put" in faults or (name == "multipart get" and "multipart" in faults):
             continue
@@ -293,7 +293,7 @@ def _failed(operation: str, error: OSError) -> tuple[str, str]:
     return f"{operation} failed: {text}", known or otherwise
 
 
-def _clock(subject: str, ahead_s: float | None) -> Iterator[Finding]:
+def _clock(subject: str, ahead_s: float | None) -> Iterator[Diagnosis]:
     if ahead_s is None:
         return
     message = f"the clock of this machine is {ahead_s:+.0f} s off the server's"
@@ -305,7 +305,7 @@ def _clock(subject: str, ahead_s: float | None) -> Iterator[Finding]:
         yield ok(subject, message)
 
 
-def _race(subject: str, winners: Callable[[], int]) -> Iterator[Finding]:
+def _race(subject: str, winners: Callable[[], int]) -> Iterator[Diagnosis]:
     cure = (
         "nothing for training, whose lease is read again before every commit; rely on no other "
         "program that locks by If-None-Match there"
@@ -321,7 +321,7 @@ def _race(subject: str, winners: Callable[[], int]) -> Iterator[Finding]:
         yield warning(subject, f"{won} of {RACERS} conditional puts at once won, not one", cure)
 
 
-def _uploads(subject: str, unfinished: Callable[[], int]) -> Iterator[Finding]:
+def _uploads(subject: str, unfinished: Callable[[], int]) -> Iterator[Diagnosis]:
     try:
         unfinished()
     except StorageError as error:
@@ -332,7 +332,7 @@ def _uploads(subject: str, unfinished: Callable[[], int]) -> Iterator[Finding]:
         )
 
 
-def _speed(subject: str, measure: Callable[[int], tuple[float, float]]) -> Iterator[Finding]:
+def _speed(subject: str, measure: Callable[[int], tuple[float, float]]) -> Iterator[Diagnosis]:
     """Megabytes per second both ways; a slow line gets few bytes."""
     try:
         up, down = measure(2 * MIB)
@@ -375,7 +375,7 @@ def scratch_store(url: str) -> Iterator[Store]:
                 path.rmdir()
 
 
-def _file_findings(root: Path, needed_bytes: int) -> Iterator[Finding]:
+def _file_findings(root: Path, needed_bytes: int) -> Iterator[Diagnosis]:
     subject = f"storage {root}"
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     if not there.is_dir():
@@ -395,7 +395,7 @@ def _file_findings(root: Path, needed_bytes: int) -> Iterator[Finding]:
         yield ok(subject, message)
 
 
-def _file_operations(subject: str, store: Store) -> Iterator[Finding]:
+def _file_operations(subject: str, store: Store) -> Iterator[Diagnosis]:
     folder = store.local_path()
     assert folder is not None
     data = os.urandom(SPEED_BYTES)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from cluster.storage import describe_error, scheme_of, without_password
 from pipeline.config import TrackingSettings
-from pipeline.doctor.findings import Finding, Probe, ok, problem, warning
+from pipeline.doctor.findings import Diagnosis, Probe, ok, problem, warning
 from pipeline.doctor.storage import cause_and_cure
 from pipeline.tracking.artifacts import ArtifactFolder, artifact_location
 from pipeline.tracking.database import database_path
@@ -34,7 +34,7 @@ def tracking_probes(settings: TrackingSettings, *, nodes: int = 1) -> list[Probe
     return [Probe(SUBJECT, lambda: _findings(settings, nodes), patience_s=40)]
 
 
-def _findings(settings: TrackingSettings, nodes: int) -> Iterator[Finding]:
+def _findings(settings: TrackingSettings, nodes: int) -> Iterator[Diagnosis]:
     try:
         uri = resolve_uri(settings.uri)
     except ValueError as error:
@@ -59,7 +59,7 @@ def _findings(settings: TrackingSettings, nodes: int) -> Iterator[Finding]:
     yield from _artifact_findings(uri, settings.experiment)
 
 
-def _server_findings(subject: str, uri: str) -> Iterator[Finding]:
+def _server_findings(subject: str, uri: str) -> Iterator[Diagnosis]:
     try:
         version = _fetched(f"{uri.rstrip('/')}/version")
     except urllib.error.HTTPError as error:
@@ -122,7 +122,7 @@ def _fetched(url: str) -> str:
         return str(answer.read(10_000).decode(errors="replace").strip())
 
 
-def _database_findings(subject: str, path: Path, nodes: int) -> Iterator[Finding]:
+def _database_findings(subject: str, path: Path, nodes: int) -> Iterator[Diagnosis]:
     if nodes > 1:
         yield problem(
             subject,
@@ -142,7 +142,7 @@ def _database_findings(subject: str, path: Path, nodes: int) -> Iterator[Finding
         yield ok(subject, "the first run makes this database")
 
 
-def _artifact_findings(uri: str, experiment: str) -> Iterator[Finding]:
+def _artifact_findings(uri: str, experiment: str) -> Iterator[Diagnosis]:
     try:
         location = artifact_location(uri, experiment)
     except OSError as error:
@@ -179,7 +179,7 @@ def _artifact_findings(uri: str, experiment: str) -> Iterator[Finding]:
     yield ok(subject, "put, get, list and delete")
 
 
-def _local_artifacts(subject: str, location: str, uri: str) -> Iterator[Finding]:
+def _local_artifacts(subject: str, location: str, uri: str) -> Iterator[Diagnosis]:
     path = Path(location.removeprefix("file://"))
     there = next(above for above in (path, *path.parents) if above.exists())
     if uri.startswith(("http://", "https://")):

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.doctor.findings import Examination, Finding, Probe, ok, problem
+from pipeline.doctor.findings import Diagnosis, Examination, Probe, ok, problem
 
 
 def test_a_probe_that_hangs_is_given_up_and_the_others_are_reported() -> None:
     release = threading.Event()
 
-    def hangs() -> Iterator[Finding]:
+    def hangs() -> Iterator[Diagnosis]:
         yield ok("first", "half of it")
         release.wait(30)
 
@@ -34,7 +34,7 @@ def test_a_probe_that_hangs_is_given_up_and_the_others_are_reported() -> None:
 def test_probes_run_at_the_same_time() -> None:
     meeting = threading.Barrier(2, timeout=10)
 
-    def meets() -> Iterator[Finding]:
+    def meets() -> Iterator[Diagnosis]:
         meeting.wait()
         yield ok("both", "met")
 
@@ -44,7 +44,7 @@ def test_probes_run_at_the_same_time() -> None:
 
 
 def test_a_probe_that_fails_is_a_problem_and_not_the_end() -> None:
-    def fails() -> Iterator[Finding]:
+    def fails() -> Iterator[Diagnosis]:
         raise KeyError("never thought of")
 
     found = list(Examination([Probe("broken", fails)]).findings())
@@ -62,7 +62,7 @@ def test_no_finding_shows_a_password_or_a_key(monkeypatch: pytest.MonkeyPatch) -
 def test_findings_come_as_soon_as_they_are_there() -> None:
     release = threading.Event()
 
-    def slow() -> Iterator[Finding]:
+    def slow() -> Iterator[Diagnosis]:
         yield ok("slow", "first")
         release.wait(10)
         yield ok("slow", "second")

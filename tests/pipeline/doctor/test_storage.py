@@ -15,7 +15,7 @@ from cluster.ports import free_ports
 from cluster.services import S3Server
 from cluster.storage import s3_probes
 from cluster.storage.s3 import s3_client
-from pipeline.doctor.findings import Finding
+from pipeline.doctor.findings import Diagnosis
 from pipeline.doctor.storage import _clock, _exercised, _speed, storage_probes
 from tests.cluster.storage.faulty_s3 import FaultyS3, faulty_s3
 from tests.cluster.storage.listening import listening, write_certificate
@@ -35,7 +35,7 @@ def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
         yield faulty
 
 
-def look(url: str, *clients: str, needed_bytes: int = 1) -> list[Finding]:
+def look(url: str, *clients: str, needed_bytes: int = 1) -> list[Diagnosis]:
     """The findings of the probes by ``clients``; without any, of all probes."""
     return [
         finding
@@ -45,7 +45,7 @@ def look(url: str, *clients: str, needed_bytes: int = 1) -> list[Finding]:
     ]
 
 
-def wrong(findings: list[Finding]) -> list[str]:
+def wrong(findings: list[Diagnosis]) -> list[str]:
     """Every finding but those that are ok, as one text with its cure."""
     for finding in findings:
         assert bool(finding.cure) is (finding.verdict != "ok"), finding
