@@ -159,6 +159,7 @@ def _track(cfg: config.Config, pack: Pack, contestant: Contestant, found: Stored
         if value is not None
     }
     with open_run_tracker(cfg, storage, storage.open_dataset(), newest, Ranks()) as tracker:
+        tracker.log_pack(pack.name, pack.url, pack.digest)
         tracker.log_metrics(contestant.step, values)
         sheet = decode(open_store(found.url).get("samples.png")).pixels
         tracker.log_image(f"evaluation-{pack.name}", contestant.step, sheet)

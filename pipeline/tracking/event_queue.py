@@ -21,6 +21,7 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "machine": {"values": dict, "ms": int},
     "checkpoint": {"step": int, "url": str, "values": dict, "ms": int},
     "image": {"key": str, "step": int, "path": str},
+    "pack": {"name": str, "url": str, "digest": str},
     "end": {"status": str},
 }
 

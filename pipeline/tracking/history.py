@@ -167,6 +167,9 @@ class HistoryTracker:
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         self._tracker.log_image(key, step, pixels)
 
+    def log_pack(self, name: str, url: str, digest: str) -> None:
+        self._tracker.log_pack(name, url, digest)
+
     def finish(self, status: Status) -> None:
         self._tracker.finish(status)
 

@@ -27,6 +27,8 @@ class ImageFileTracker(FinishOnExit):
 
     def log_checkpoint(self, step: int, url: str, values: Mapping[str, float]) -> None: ...
 
+    def log_pack(self, name: str, url: str, digest: str) -> None: ...
+
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         try:
             self._store.put(f"tracking/{key}-{step:08d}.png", encode_png(pixels))

@@ -77,6 +77,9 @@ class MlflowTracker(FinishOnExit):
         event = {"kind": "image", "key": key, "step": step, "path": str(path), "ms": _now_ms()}
         self._queue.add(event)
 
+    def log_pack(self, name: str, url: str, digest: str) -> None:
+        self._queue.add({"kind": "pack", "name": name, "url": url, "digest": digest})
+
     def _close(self) -> None:
         self._monitor.close()
         self._queue.add({"kind": "end", "status": self._status})
@@ -244,6 +247,8 @@ class MlflowRun:
                 self._log_checkpoint(event)
         elif kind == "image":
             self._log_image(events[0])
+        elif kind == "pack":
+            self._log_input(self.id, "evaluation", events[0])
         else:
             self._client.set_terminated(self.id, events[0]["status"])
 
@@ -277,7 +282,8 @@ class MlflowRun:
         if self._info.code_diff:
             client.log_text(run_id, self._info.code_diff, f"code/attempt-{attempt}.diff")
         if self._info.dataset_digest and not run.inputs.dataset_inputs:
-            self._log_dataset(run_id)
+            dataset = {"name": self._info.dataset_name, "url": self._info.dataset_url}
+            self._log_input(run_id, "training", dataset | {"digest": self._info.dataset_digest})
 
     def _parent_id(self, experiment_id: str) -> str:
         """The run of the sweep, found or created."""
@@ -418,16 +424,17 @@ class MlflowRun:
             location = (path.absolute().parent / "mlartifacts").as_uri()
         return str(self._client.create_experiment(self._experiment, artifact_location=location))
 
-    def _log_dataset(self, run_id: str) -> None:
+    def _log_input(self, run_id: str, use: str, data: Mapping[str, str]) -> None:
+        """A dataset or pack; MLflow keeps one that comes twice once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
-            name=self._info.dataset_name,
-            digest=self._info.dataset_digest[:DIGEST_LENGTH],
+            name=data["name"],
+            digest=data["digest"][:DIGEST_LENGTH],
             source_type="uri",
-            source=json.dumps({"uri": self._info.dataset_url}),
+            source=json.dumps({"uri": data["url"]}),
         )
-        context = InputTag("mlflow.data.context", "training")
+        context = InputTag("mlflow.data.context", use)
         self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
 
 
@@ -499,6 +506,12 @@ def _refusals(uri: str) -> Iterator[None]:
             raise RefusedError(
                 "the database is of another release of MLflow: back it up, then type `mlflow db "
                 f"upgrade {database}`, or set tracking.uri"
+            ) from error
+        if "Invalid Host header" in text:
+            raise RefusedError(
+                f"{without_password(uri)} is not a name by which its MLflow server may be called: "
+                "start the server with --allowed-hosts, as in `mlflow server --allowed-hosts "
+                "mlflow.example.org:5000`"
             ) from error
         if code in REFUSALS:
             raise RefusedError(

@@ -59,6 +59,9 @@ class Tracker(Protocol):
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         """Record an (H, W, 3) uint8 RGB image."""
 
+    def log_pack(self, name: str, url: str, digest: str) -> None:
+        """Record the evaluation pack at ``url`` as an input of the run, beside its dataset."""
+
     def finish(self, status: Status) -> None:
         """Set the status with which the run finishes at the end of the block."""
 
@@ -109,3 +112,5 @@ class NullTracker(FinishOnExit):
     def log_checkpoint(self, step: int, url: str, values: Mapping[str, float]) -> None: ...
 
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None: ...
+
+    def log_pack(self, name: str, url: str, digest: str) -> None: ...

@@ -303,6 +303,21 @@ def test_a_checkpoint_is_a_model_with_metrics_bound_to_it_and_to_the_dataset(uri
     assert history(uri, "val/psnr_db") == [(10, 20.0), (20, 25.0)]
 
 
+def test_a_pack_is_an_input_beside_the_dataset_and_is_there_once(uri, tmp_path):
+    for _ in range(2):
+        with tracker(uri, tmp_path) as tracked:
+            tracked.log_pack("small", "s3://bucket/packs/small", "fedcba9876543210" * 4)
+    inputs = {
+        tag.value: (each.dataset.name, each.dataset.digest)
+        for each in the_run(uri).inputs.dataset_inputs
+        for tag in each.tags
+    }
+    assert inputs == {
+        "training": ("bundled", "0123456789abcdef" * 2),
+        "evaluation": ("small", "fedcba9876543210" * 2),
+    }
+
+
 def test_an_evaluation_is_no_attempt(uri, tmp_path):
     for training in (True, False, True):
         with tracker(uri, tmp_path, replace(INFO, training=training)) as tracked:
