@@ -208,15 +208,19 @@ def read_mask(
 ) -> UInt8[np.ndarray, "height width"]:
     """1 where an image file is white, else 0; with ``white_is_hole`` false, 1 where it is black.
 
-    White is a mean over the channels above 127.5, and what is transparent counts as black. The
-    image is stretched to ``size`` (height, width) first, if given. The result may be all 0.
-    Raises ImageError as ``decode`` does, ``no_white`` for an image with pixels between black and
-    white, where white should mark the hole and none is, and ``not_a_mask`` for a photograph.
+    White is a mean over the channels above 127.5, or 1 in a file of 0 and 1 alone; what is
+    transparent counts as black. The image is stretched to ``size`` (height, width) first, if given.
+    The result may be all 0. Raises ImageError as ``decode`` does, ``no_white`` for an image with
+    pixels between black and white, where white should mark the hole and none is, and
+    ``not_a_mask`` for a photograph.
     """
     pixels = decode(data, background="black").pixels
     _refuse_photograph(pixels)
     gray = np.rint(pixels.mean(axis=2)).astype(np.uint8)
     brightest = gray.max()
+    if brightest == 1:  # as arrays of labels are saved
+        gray *= 255
+        brightest = gray.max()
     if white_is_hole and 0 < brightest <= WHITE_ABOVE:
         raise ImageError(
             "no_white",

@@ -188,6 +188,15 @@ def fill_batch(
     return [FillResult(*each) for each in zip(colors, weights, strict=True)]
 
 
+def needed_bytes(generator: Generator, height: int, width: int, options: FillOptions) -> int:
+    """The least memory that filling an image of ``height`` × ``width`` pixels takes."""
+    size = height, width
+    if options.strategy != "full":
+        limit = options.size_limit_px or generator.trained_px
+        size = _size_within(whole(height, width), limit)
+    return memory_bytes(generator.options, 1, *size)
+
+
 class _Seen(NamedTuple):
     """What the network is given of a piece; all of one size."""
 
@@ -216,13 +225,8 @@ class _Piece:
         inside = self.wanted.rows.inside, self.wanted.columns.inside
         taken[inside] = weights[self.number][inside] > 0
         sketch = np.zeros_like(hole) if task.sketch is None else task.sketch
-        planes = [self._shrunk_plane(plane[rows, columns]) for plane in (hole, taken, sketch)]
+        planes = [marked_at(plane[rows, columns], self.size) for plane in (hole, taken, sketch)]
         return _Seen(_shrunk(task.image[rows, columns], self.size), *planes)
-
-    def _shrunk_plane(self, plane: np.ndarray) -> MaskPixels:
-        """1 where any pixel of ``plane`` is marked: no hole is lost, and no thin stroke."""
-        marked = (plane != 0).astype(np.float32)
-        return (_shrunk(marked, self.size) > 0).astype(np.uint8)
 
     def put(self, filled: np.ndarray, colors: np.ndarray) -> None:
         """Write ``filled``, in [0, 1], at the size seen, to its place in ``colors``."""
@@ -275,6 +279,15 @@ def _size_within(box: Region, limit: int) -> tuple[int, int]:
     height, width = box.rows.length, box.columns.length
     scale = min(1.0, limit / max(height, width))
     return max(round(scale * height), 1), max(round(scale * width), 1)
+
+
+def marked_at(plane: np.ndarray, size: tuple[int, int]) -> MaskPixels:
+    """``plane`` at ``size`` (height, width): 1 where it has a pixel above 0, so none is lost."""
+    marked = (plane != 0).astype(np.uint8)
+    larger = max(size[0], plane.shape[0]), max(size[1], plane.shape[1])
+    if plane.shape != larger:
+        marked = cv2.resize(marked, larger[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.asarray(_shrunk(marked.astype(np.float32), size) > 0, np.uint8)
 
 
 def _shrunk(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -4,18 +4,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from cluster.storage import MissingKeyError, came_instead, folder_and_name, open_store
+from cluster.storage import (
+    MissingKeyError,
+    StorageError,
+    Store,
+    came_instead,
+    folder_and_name,
+    open_store,
+)
+from cluster.storage.records import RecordError
 from models import Discriminator, Generator
 from models.options import ModelOptions
 from models.weights import DISCRIMINATOR_KERNEL, GENERATOR_KERNEL, is_guided, plain_names
 from pipeline.checkpoints import BEST
+from pipeline.checkpoints.manifest import MANIFEST, parse_manifest
 from pipeline.checkpoints.urls import choose_checkpoint, is_mlflow_url
 from pipeline.config import Config, ConfigError, stored_model_options
 
@@ -58,20 +67,23 @@ def load_generator(source: str) -> Generator:
     what MLflow calls ``runs:/ID`` or ``models:/NAME@ALIAS``. A file without our header is read as
     the official model, guided if its first layer has six inputs.
     Raises FileNotFoundError, and ValueError for a file that holds something else or values that are
-    not finite.
+    not finite. ``trained_px`` is what the recipe beside it says.
     """
     return described_generator(source)[0]
 
 
 def described_generator(source: str) -> tuple[Generator, dict[str, str]]:
     """``load_generator``, and the entries of the file's header, such as license and origin."""
-    data, name = _read(source, EMA)
-    return read_generator(data, name), _entries(data)
+    stored = _read(source, EMA)
+    network = read_generator(stored.data, stored.name)
+    size_px = stored.recipe.get("train", {}).get("size_px")
+    network.trained_px = int(size_px or network.trained_px)
+    return network, _entries(stored.data)
 
 
 def read_weights(source: str) -> bytes:
     """The bytes of the weights file that ``load_generator`` would read. Raises as it does."""
-    return _read(source, EMA)[0]
+    return _read(source, EMA).data
 
 
 def read_generator(data: bytes, name: str) -> Generator:
@@ -111,7 +123,7 @@ def _starting_generator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
 
 
 def _starting_discriminator(wanted: ModelOptions, source: str) -> dict[str, Tensor]:
-    data, name = _read(source, DISCRIMINATOR)
+    data, name, _ = _read(source, DISCRIMINATOR)
     weights = _tensors(data, name)
     if DISCRIMINATOR_KERNEL not in weights:
         raise ValueError(
@@ -137,8 +149,16 @@ def _refuse_other_options(wanted: ModelOptions, found: Mapping[str, Any], where:
         )
 
 
-def _read(source: str, name: str) -> tuple[bytes, str]:
-    """The ``.safetensors`` file at ``source``, or ``name`` in the checkpoint; what to call it."""
+class _Stored(NamedTuple):
+    """A weights file."""
+
+    data: bytes
+    name: str  # for messages
+    recipe: Mapping[str, Any]  # of the run, where the manifest beside the file has it
+
+
+def _read(source: str, name: str) -> _Stored:
+    """The ``.safetensors`` file at ``source``, or ``name`` in the checkpoint."""
     if is_mlflow_url(source):
         from pipeline.tracking.model_urls import storage_url  # MLflow takes seconds to import
 
@@ -150,12 +170,24 @@ def _read(source: str, name: str) -> tuple[bytes, str]:
                 "`python -m pipeline weights import` converts the weights of other codes"
             )
         checkpoints, step = choose_checkpoint(source, "best", BEST)
-        return checkpoints.read(step, name), f"{name} of step {step} in {checkpoints.url}"
+        recipe = checkpoints.manifest(step).config
+        data = checkpoints.read(step, name)
+        return _Stored(data, f"{name} of step {step} in {checkpoints.url}", recipe)
     folder, file = folder_and_name(source)
+    store = open_store(folder)
     try:
-        return open_store(folder).get(file), source
+        return _Stored(store.get(file), source, _recipe_beside(store, file))
     except MissingKeyError as error:
         raise FileNotFoundError(f"{source} was not found: give a .safetensors file") from error
+
+
+def _recipe_beside(store: Store, file: str) -> Mapping[str, Any]:
+    """The recipe in the manifest of the checkpoint that ``file`` lies in; empty without one."""
+    try:
+        manifest = parse_manifest(store.get(MANIFEST))
+    except (StorageError, RecordError):
+        return {}
+    return manifest.config if file in manifest.files else {}
 
 
 def _tensors(data: bytes, name: str) -> dict[str, Tensor]:

@@ -39,6 +39,44 @@ def add_inpaint(commands: Commands) -> None:
         type=float,
         help="limit of the memory to use, in GiB; without it, most of what is free",
     )
+    sub.add_argument(
+        "--strategy",
+        choices=("full", "crop", "resize"),
+        default="full",
+        help="what the network sees: the image as it is, the surroundings of each hole at the size "
+        "that it was trained at, or the image at that size; without it, full",
+    )
+    for flag, default, text in (
+        ("--crop-margin", None, "known pixels around a hole in a crop; without it, half the hole"),
+        (
+            "--size-limit",
+            None,
+            "longest side of what the network sees in crop and resize; without it, the size that "
+            "it was trained at, 256 where no checkpoint says",
+        ),
+        ("--dilate", 0, "grow the holes by so many pixels"),
+        (
+            "--feather",
+            0,
+            "blend the fill into so many known pixels around the holes, which then change",
+        ),
+    ):
+        sub.add_argument(flag, type=int, metavar="PX", default=default, help=text)
+    sub.add_argument(
+        "--fit-mask", action="store_true", help="stretch masks and sketches of another size"
+    )
+    sub.add_argument("--invert-mask", action="store_true", help="masks are black in the hole")
+    sub.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="keep outputs that exist: resumes a folder that was cut short",
+    )
+    sub.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="images or crops of one size to fill at a time, which pays on a GPU; without it, 1",
+    )
     sub.set_defaults(command=_inpaint)
 
 
@@ -120,7 +158,8 @@ def add_figures(commands: Commands) -> None:
 
 
 def _inpaint(arguments: argparse.Namespace) -> int:
-    from pipeline.commands.inpaint import inpaint
+    from pipeline.commands.inpaint import MaskReading, inpaint
+    from pipeline.filling import FillOptions
 
     memory = arguments.memory_gib
     if memory is not None and not 0 < memory < math.inf:
@@ -131,7 +170,17 @@ def _inpaint(arguments: argparse.Namespace) -> int:
         arguments.mask,
         arguments.out,
         sketch=arguments.sketch,
-        max_memory_bytes=None if memory is None else int(memory * 2**30),
+        options=FillOptions(
+            strategy=arguments.strategy,
+            crop_margin_px=arguments.crop_margin,
+            size_limit_px=arguments.size_limit,
+            dilate_px=arguments.dilate,
+            feather_px=arguments.feather,
+            batch=arguments.batch,
+            max_memory_bytes=None if memory is None else int(memory * 2**30),
+        ),
+        reading=MaskReading(fit=arguments.fit_mask, invert=arguments.invert_mask),
+        skip_existing=arguments.skip_existing,
     ):
         print(path)
     return DONE

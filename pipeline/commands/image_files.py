@@ -14,15 +14,17 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cluster.storage import replacing
 from data_prep.color import profile_mode
 from data_prep.images import ImageError, Pixels, decode, has_16_bits, read_mask, white_of
 from data_prep.masks import MaskPixels
-from pipeline.filling import FillResult, blended
+from pipeline.filling import FillResult, blended, marked_at
 
 log = logging.getLogger(__name__)
 
 WRITTEN_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MOSTLY_WHITE = 0.9
+OTHER_ASPECT = 0.02
 WITH_ALPHA = (".png", ".tif", ".tiff", ".webp")
 WITH_16_BITS = (".png", ".tif", ".tiff")
 WITH_PROFILE = (".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -89,12 +91,17 @@ class OriginalImage:
         return lost
 
     def save(self, path: Path, filled: FillResult) -> None:
-        """Write what ``filled`` says, and the original where its weight is 0."""
+        """Write what ``filled`` says, and the original where its weight is 0.
+
+        ``path`` appears once it is whole.
+        """
         suffix = path.suffix.lower()
         options = dict(SAVING.get(suffix, {}))
         if self.profile and suffix in WITH_PROFILE and self._profile_fits(suffix):
             options["icc_profile"] = self.profile
-        self._composed(suffix, filled).save(path, **options)
+        image = self._composed(suffix, filled)
+        with replacing(path) as file:
+            image.save(file, format=Image.registered_extensions()[suffix], **options)
 
     def _composed(self, suffix: str, filled: FillResult) -> Image.Image:
         if self._stays_gray(suffix):
@@ -140,23 +147,28 @@ def read_original(path: Path) -> OriginalImage:
         return OriginalImage(pixels, pixels, profile=profile, deep_colors=deep_colors)
 
 
-def read_mask_of(image: Path, shape: tuple[int, ...], path: Path) -> MaskPixels:
+def read_mask_of(
+    image: Path, shape: tuple[int, ...], path: Path, *, fit: bool = False, invert: bool = False
+) -> MaskPixels:
     """The mask or sketch at ``path`` for ``image`` of ``shape`` (height, width, ...), 1 in white.
 
-    What is transparent counts as black. ValueError where it is not readable, of another size, or
-    gray where it should be white.
+    What is transparent counts as black. ``fit`` stretches one of another size; no stroke is lost.
+    ``invert``: 1 in black instead. ValueError where it is not readable, of another size, or gray
+    where it should be white.
     """
     try:
-        mask = read_mask(path.read_bytes())
+        mask = read_mask(path.read_bytes(), white_is_hole=not invert)
     except ImageError as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
     if mask.shape != shape[:2]:
-        raise ValueError(
-            f"{path} is {mask.shape[1]}×{mask.shape[0]}, but {image} is "
-            f"{shape[1]}×{shape[0]}: both should be of one size"
-        )
+        sizes = f"{path} is {mask.shape[1]}×{mask.shape[0]}, but {image} is {shape[1]}×{shape[0]}"
+        if not fit:
+            raise ValueError(f"{sizes}: both should be of one size")
+        if abs(mask.shape[1] / mask.shape[0] / (shape[1] / shape[0]) - 1) > OTHER_ASPECT:
+            log.warning("%s: another shape, so it is stretched out of proportion", sizes)
+        mask = marked_at(mask, (shape[0], shape[1]))
     if (share := mask.mean()) > MOSTLY_WHITE:
-        log.warning("%s is white to %.0f %%: invert it if it means the opposite", path, 100 * share)
+        log.warning("%s marks %.0f %%: invert it if it means the opposite", path, 100 * share)
     return mask
 
 

@@ -15,7 +15,9 @@ from models.options import ModelOptions
 from pipeline import cli
 from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointError, CheckpointStore
-from pipeline.commands.inpaint import NotFilledError, inpaint
+from pipeline.commands.inpaint import MaskReading, NotFilledError, inpaint
+from pipeline.filling import FillOptions
+from pipeline.networks import load_generator
 from tests.data_prep.profiles import wide_profile
 from tests.weights import write_weights
 
@@ -170,7 +172,7 @@ def test_a_mask_that_is_nearly_all_white_is_filled_with_a_warning(weights, tmp_p
     draw(tmp_path, hole=(slice(None), slice(2, None)))
     paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
     assert len(list(inpaint(weights, *paths))) == 1
-    assert "mask.png is white to 96 %: invert it" in caplog.text
+    assert "mask.png marks 96 %: invert it" in caplog.text
 
 
 @pytest.mark.parametrize("twice", ["images", "masks"])
@@ -231,8 +233,8 @@ def test_the_memory_is_estimated_before_anything_is_filled(weights, tmp_path, ca
         ({"mask": "small.png"}, "both should be of one size"),
         ({"mask": "black.png"}, "black.png has no hole: mark it with white"),
         (
-            {"mask": "ones.png"},
-            "ones.png cannot be read as a mask: its brightest pixel is 1 of 255",
+            {"mask": "dark.png"},
+            "dark.png cannot be read as a mask: its brightest pixel is 9 of 255",
         ),
         ({"image": "words.png"}, "words.png"),
         ({"weights": "nowhere.safetensors"}, "nowhere.safetensors was not found"),
@@ -245,7 +247,7 @@ def test_a_mistake_is_reported_in_one_line(weights, tmp_path, capsys, spoil, mes
     draw(tmp_path)
     Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
     Image.new("L", (50, 37), 0).save(tmp_path / "black.png")
-    Image.new("L", (50, 37), 1).save(tmp_path / "ones.png")
+    Image.new("L", (50, 37), 9).save(tmp_path / "dark.png")
     (tmp_path / "words.png").write_text("no image")
     given = {"weights": weights, "image": "image.png", "mask": "mask.png", "out": "filled.png"}
     paths = {name: str(tmp_path / value) for name, value in (given | spoil).items()}
@@ -322,6 +324,135 @@ def test_masks_may_lie_beside_their_images(folder, caplog):
     with pytest.raises(NotFilledError, match="1 filled, 1 not"):
         list(inpaint(str(weights), images, images, out))
     assert "has no b_mask.*, the mask of" in caplog.text
+
+
+@pytest.fixture
+def small(tmp_path) -> str:
+    path = tmp_path / "ema.safetensors"
+    write_weights(path, ModelOptions(guided=True, width=4))
+    return str(path)
+
+
+def test_masks_of_0_and_1_black_holes_and_other_sizes_are_read_as_they_are_meant(folder, capsys):
+    weights = folder / "ema.safetensors"
+    write_weights(weights, ModelOptions(guided=True, width=4), gain=4.0)
+    mask = np.asarray(Image.open(folder / "mask.png"))
+    Image.fromarray(mask // 255).save(folder / "ones.png")
+    Image.fromarray(255 - mask).save(folder / "black.png")
+    Image.fromarray(mask.repeat(2, axis=0).repeat(2, axis=1)).save(folder / "twice.png")
+    sketch = np.asarray(Image.open(folder / "sketch.png"))
+    Image.fromarray(sketch.repeat(3, axis=0).repeat(3, axis=1)).save(folder / "thrice.png")
+    outs = []
+    for number, (name, strokes, *flags) in enumerate(
+        [
+            ("mask", "sketch"),
+            ("ones", "sketch"),
+            ("black", "sketch", "--invert-mask"),
+            ("twice", "thrice", "--fit-mask"),
+        ]
+    ):
+        out = folder / f"{number}.png"
+        files = [str(folder / f"{each}.png") for each in ("image", name, strokes)]
+        command = ["inpaint", str(weights), *files[:2], "--sketch", files[2], "--out", str(out)]
+        assert cli.main([*command, *flags]) == 0, capsys.readouterr().err
+        outs.append(out.read_bytes())
+    assert len(set(outs)) == 1
+
+
+def test_a_fitted_mask_of_another_shape_gives_a_warning(small, tmp_path, caplog):
+    draw(tmp_path)
+    Image.open(tmp_path / "mask.png").resize((80, 37)).save(tmp_path / "wide.png")
+    paths = (tmp_path / f"{name}.png" for name in ("image", "wide", "filled"))
+    list(inpaint(small, *paths, reading=MaskReading(fit=True)))
+    assert "wide.png is 80×37, but" in caplog.text
+    assert "another shape" in caplog.text
+
+
+def test_the_strategy_and_the_edges_of_the_hole_are_chosen_by_flags(small, tmp_path, capsys):
+    image, hole = draw(tmp_path, height=90, width=120)
+    files = [str(tmp_path / f"{name}.png") for name in ("image", "mask")]
+    results = {}
+    for flags in (
+        "",
+        "--strategy crop --size-limit 32 --crop-margin 4",
+        "--strategy resize --size-limit 32",
+        "--dilate 2",
+        "--feather 2",
+    ):
+        out = tmp_path / "filled.png"
+        command = ["inpaint", small, *files, "--out", str(out), *flags.split()]
+        assert cli.main(command) == 0, capsys.readouterr().err
+        results[flags] = np.asarray(Image.open(out))
+    changed = {flags: (result != image).any(axis=2) for flags, result in results.items()}
+    for flags in ("--dilate 2", "--feather 2"):
+        assert changed[flags][3, 15:25].all()
+        assert not changed[flags][2].any()
+        assert not changed.pop(flags)[[0, -1]].any()
+    assert not any(changes[~hole].any() for changes in changed.values())
+    assert len({results[flags].tobytes() for flags in changed}) == 3
+    assert cli.main(["inpaint", small, *files, "--out", "o.png", "--size-limit", "2"]) == 1
+    assert "size_limit_px is 2: give at least 8" in capsys.readouterr().err
+
+
+def test_what_a_folder_has_already_is_skipped_on_wish(small, folder, capsys):
+    images, masks, out = folder / "images", folder / "masks", folder / "out"
+    command = ["inpaint", small, str(images), str(masks), "--out", str(out), "--skip-existing"]
+    out.mkdir()
+    (out / "a.png").write_bytes(b"kept")
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"{out / 'b.png'}\n"
+    assert (out / "a.png").read_bytes() == b"kept"
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_batch_fills_as_one_by_one_and_continues_past_a_fault(small, folder, caplog):
+    images, masks = folder / "images", folder / "masks"
+    rng = np.random.default_rng(3)
+    for stem in "acd":
+        pixels = rng.integers(256, size=(37, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{stem}.png")
+        shutil.copy(folder / "mask.png", masks / f"{stem}.png")
+    single = list(inpaint(small, images, masks, folder / "single"))
+    (images / "c.png").write_bytes(b"damaged")
+    batches = inpaint(small, images, masks, folder / "out", options=FillOptions(batch=3))
+    together = [next(batches).name for _ in range(3)]
+    with pytest.raises(NotFilledError, match="3 filled, 1 not"), caplog.at_level("INFO"):
+        next(batches)
+    assert together == ["a.png", "b.png", "d.png"]
+    assert "inpaint done=4/4 failed=1" in caplog.text
+    for path in single:
+        if path.name in together:
+            one, batch = (
+                np.asarray(Image.open(folder / each / path.name)).astype(int)
+                for each in ("single", "out")
+            )
+            np.testing.assert_allclose(batch, one, atol=1)
+
+
+def test_an_output_that_was_cut_short_does_not_stay(small, tmp_path, monkeypatch):
+    draw(tmp_path)
+
+    def cut_short(self, file, **options):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    paths = (tmp_path / f"{name}.png" for name in ("image", "mask", "filled"))
+    with pytest.raises(OSError, match="disk full"):
+        list(inpaint(small, *paths))
+    assert {path.stem for path in tmp_path.iterdir()} == {"ema", "image", "mask", "sketch"}
+
+
+def test_a_checkpoint_knows_the_size_that_it_was_trained_at(small, tmp_path):
+    checkpoints = CheckpointStore(open_store(str(tmp_path / "run/checkpoints")))
+    manifest = {"metrics": {"val/l1_percent": 5.0}, "config": {"train": {"size_px": 64}}}
+    checkpoints.save(7, {"ema.safetensors": Path(small).read_bytes()}, manifest=manifest)
+    checkpoints.close()
+    folder = tmp_path / "run/checkpoints/step-00000007"
+    assert load_generator(str(tmp_path / "run")).trained_px == 64
+    assert load_generator(str(folder / "ema.safetensors")).trained_px == 64
+    assert load_generator(small).trained_px == 256
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
