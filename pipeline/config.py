@@ -159,6 +159,12 @@ class TrainSettings(Section):
     save_deadline_minutes: PositiveFloat = 10.0
     """How long storage may be away before a run ends because it cannot save; training continues
     meanwhile."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step, counted from 1, that torch's profiler traces on rank 0. The trace is
+    kept in the run's folder ``profile/`` and by the tracker. Traced steps are slower."""
+    check_replicas_every_steps: PositiveInt | None = 2000
+    """Steps between two comparisons of all ranks' weights, bit by bit; a run whose ranks differ
+    names them and ends. null: never, for ranks on GPUs of several kinds."""
     max_bad_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is not finite, after which a run ends. Such steps
     change no weights."""
@@ -185,6 +191,13 @@ class TrainSettings(Section):
         if (global_batch := before.data.get("global_batch", streams)) % streams:
             raise ValueError(f"should divide global_batch {global_batch}")
         return streams
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _begin_before_they_end(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"should be [first, last], as [{steps[1]}, {steps[0]}]")
+        return steps
 
     @field_validator("discriminator_start_step")
     @classmethod

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline import ranks as distributed
+from pipeline.rank_health import OwnTime
 from pipeline.state import Position
 from pipeline.step import FAULTS, StepResult
 
@@ -32,6 +33,8 @@ class IntervalValues:
     bad: list[BadStep]
     in_a_row: int
     """The longest run of bad steps, with those that came right before the interval."""
+    forward_ms: float = 0.0
+    """Of this rank's own pass through the generator, the mean of the last steps."""
 
 
 class Interval:
@@ -47,12 +50,14 @@ class Interval:
         self._faults: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._streak = 0
+        self._own_time = OwnTime()
 
     def add(self, position: Position, keys: tuple[str, ...], result: StepResult) -> None:
         """``position`` is the one after the step, ``keys`` are those of this rank's batch."""
         self._steps.append((position, keys))
         self._names.append(frozenset(result.losses))
         self._faults.append(result.faults)
+        self._own_time.add(result.forward)
         good = result.bad == 0
         for name, value in result.losses.items():
             counted = torch.where(good, value, 0.0)
@@ -75,4 +80,4 @@ class Interval:
                 good.update(names)
         means = {name: value / good[name] for name, value in sums.items() if good[name]}
         self._steps, self._names, self._faults, self._sums = [], [], [], {}
-        return IntervalValues(means, bad, longest)
+        return IntervalValues(means, bad, longest, self._own_time.read_ms())

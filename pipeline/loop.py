@@ -5,9 +5,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,26 +19,33 @@ from cluster.session import job_metadata
 from cluster.storage import join
 from data_prep.images import decode
 from data_prep.shards import Dataset
+from models.masking import erase
 from pipeline import networks
 from pipeline import ranks as distributed
 from pipeline.checkpoints import CheckpointStore, parse_best, refuse_other_model
 from pipeline.config import Config
+from pipeline.data.batch import DeviceBatch
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
 from pipeline.device import memory_explained, refuse_precision, set_backends
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
+from pipeline.goodput import HOURS, WallTime
 from pipeline.hang_watch import HangWatch
+from pipeline.health import GATES_EVERY, Alarms, readable, saturated_gates
 from pipeline.interval import Interval, IntervalValues
 from pipeline.lease import HeldLease
 from pipeline.pair import NetworkPair, build_pair, fresh_networks
+from pipeline.profiling import StepProfiler
 from pipeline.progress import format_duration
+from pipeline.rank_health import SlowRanks, different_replicas, own_times
+from pipeline.rank_health import metrics as rank_metrics
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.schedule import learning_rates
 from pipeline.state import Position, TrainingState
 from pipeline.stop_request import StopRequest
-from pipeline.tracking import Tracker, open_training_tracker
+from pipeline.tracking import Tracker, last_logged, open_training_tracker
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +74,7 @@ def train_on_rank(
     set_backends(cfg.train.precision, deterministic=cfg.train.deterministic)
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
+    wall = _wall_time(storage) if ranks.first else WallTime()
     torch.manual_seed(cfg.train_seed)  # equal initial weights on all ranks
 
     checkpoints = CheckpointStore(
@@ -99,9 +107,22 @@ def train_on_rank(
         watch = HangWatch(ranks, cfg.train.hang_timeout_s)
         stack.callback(watch.close)
         loop = TrainingLoop(
-            cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease, watch, on_step
+            cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease, watch, wall, on_step
         )
         return loop.run(loader, position, stop)
+
+
+def _wall_time(storage: RunStorage) -> WallTime:
+    """The wall time of the run so far, from what its earlier attempts recorded."""
+    try:
+        before = last_logged(storage.run, HOURS)
+    except OSError as error:
+        log.warning(
+            "hours of earlier attempts are not counted, their record was not read: %s", error
+        )
+        return WallTime()
+    hours = {name.removeprefix(HOURS): value for name, value in before.values.items()}
+    return WallTime(hours, before.lost_s)
 
 
 def _load_initial_weights(cfg: Config, **modules: nn.Module) -> None:
@@ -129,21 +150,32 @@ class TrainingLoop:
     tracker: Tracker
     lease: HeldLease | None
     watch: HangWatch
+    wall: WallTime
     on_step: Callable[[int], None]
+    alarms: Alarms = field(default_factory=Alarms)
+    slow_ranks: SlowRanks = field(default_factory=SlowRanks)
+    gates: tuple[int, float] | None = None
+    """Step at which the share of saturated gates was measured last, and this share."""
 
     def run(self, loader: TrainLoader, position: Position, stop: StopRequest) -> Position:
         cfg, device = self.cfg.train, self.ranks.device
         vote = distributed.Vote(timedelta(seconds=1800))
         left = False
-        clock, interval = _Clock(cfg.global_batch), Interval(self.ranks.weight(cfg.streams))
-        for epoch, epoch_step, batch in clock.waiting(
-            loader.batches(position.epoch, position.epoch_step)
+        interval, reported = Interval(self.ranks.weight(cfg.streams)), position.step
+        profiler = self._profiler()
+        for epoch, epoch_step, batch in self.wall.waiting(
+            loader.batches(position.epoch, position.epoch_step), compiles=cfg.compile
         ):
-            result = self.pair.step(batch.to(device), position.step)
+            if profiler:
+                profiler.before(position.step + 1)
+            on_device = batch.to(device)
+            result = self.pair.step(on_device, position.step)
+            self.wall.enter("training")
             position = Position(position.step + 1, epoch, epoch_step + 1)
             interval.add(position, batch.keys, result)
-            clock.steps += 1
             self.watch.progress(position.step)
+            if profiler:
+                profiler.after(position.step)
 
             if self.ranks.first:
                 self.checkpoints.raise_failure()
@@ -154,23 +186,32 @@ class TrainingLoop:
             last = position.step >= cfg.steps
             stopping, leaving = vote.ask(stop.requested, stop.leaving)
             if last or stopping or position.step % cfg.log_every_steps == 0:
-                self._report(position, interval, clock)
+                self._report(position, interval, on_device, position.step - reported)
+                reported = position.step
+            every = cfg.check_replicas_every_steps
+            if every and position.step % every == 0:
+                self._check_replicas(position.step)
             if last or position.step % cfg.save_every_steps == 0:
-                self._save(position, stop, validate=last or not stopping)
-                clock.restart()  # the speed of training leaves saving out
+                with self.wall.within("saving"):
+                    self._save(position, stop, validate=last or not stopping)
             elif stopping or (leaving and not left):
                 # The launcher kills this process after some seconds.
                 log.warning("saving step=%d: %s", position.step, "stop" if stopping else "leave")
-                self._save(position, stop, validate=False)
-                clock.restart()
+                with self.wall.within("saving"):
+                    self._save(position, stop, validate=False)
             left = left or leaving
             if last or stopping:
                 break
+        if profiler:
+            profiler.close()
         vote.close()
         self.watch.close()
         if self.ranks.first:
-            self.checkpoints.wait()  # a run is finished once its last checkpoint is committed
+            with self.wall.within("saving"):
+                self.checkpoints.wait()  # a run is finished once its last checkpoint is committed
             self._note_safe(stop)
+            self.tracker.log_metrics(position.step, self.wall.hours())
+            log.info("wall time of the run %s", self.wall.summary())
         self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")
         return position
 
@@ -178,18 +219,76 @@ class TrainingLoop:
         if (step := self.checkpoints.safe_step) is not None:
             stop.note_safe(step)
 
-    def _report(self, position: Position, interval: Interval, clock: "_Clock") -> None:
-        """Log what the last steps did."""
+    def _profiler(self) -> StepProfiler | None:
+        steps = self.cfg.train.profile_steps
+        if steps is None or not self.ranks.first:
+            return None
+
+        def keep(name: str, trace: bytes) -> None:
+            try:
+                self.storage.run.put(name, trace)
+            except OSError as error:  # training continues while storage is away
+                log.warning("the profile is not on storage: %s", error)
+            self.tracker.log_artifact(name, trace)
+
+        return StepProfiler(*steps, keep)
+
+    def _check_replicas(self, step: int) -> None:
+        """Raise TrainingError where the ranks do not hold equal weights."""
+        if self.ranks.world_size == 1:
+            return
+        fault = different_replicas(
+            {
+                "generator": self.pair.generator.module.parameters(),
+                "discriminator": self.pair.discriminator.module.parameters(),
+                "averaged generator": self.pair.average.module.parameters(),
+            }
+        )
+        if fault is not None:
+            raise TrainingError(
+                f"the ranks hold different weights at step {step}: {fault}; a GPU or memory is "
+                f"faulty, or the ranks compute on several kinds of GPUs; {self._healthy()}: run "
+                "the same command without that node, or set train.check_replicas_every_steps=null"
+            )
+
+    def _measure_gates(self, step: int, batch: DeviceBatch) -> None:
+        """Look at the gates again, at most every ``GATES_EVERY`` steps."""
+        if self.gates is not None and step - self.gates[0] < GATES_EVERY:
+            return
+        share = saturated_gates(
+            self.pair.generator.module,
+            erase(batch.image, batch.mask),
+            batch.mask,
+            batch.sketch if self.cfg.model.guided else None,
+        )
+        if share is not None:
+            mean = distributed.mean({"share": share}, self.ranks.device)
+            self.gates = step, mean["share"]
+
+    def _report(
+        self, position: Position, interval: Interval, batch: DeviceBatch, steps: int
+    ) -> None:
+        """Log what the last ``steps`` did; ``batch`` is that of the last one."""
         device = self.ranks.device
         values = interval.read(device)
-        means = values.means | clock.read()
+        self._measure_gates(position.step, batch)
+        means = readable(values.means) | self.wall.speeds(steps, self.cfg.train.global_batch)
+        if self.gates is not None:
+            means["health/saturated_gates"] = self.gates[1]
+        times = distributed.gathered(
+            own_times(
+                values.forward_ms / self.ranks.weight(self.cfg.train.streams),
+                means["speed/data_wait_ms"],
+                device,
+            )
+        )
+        means |= rank_metrics(times)
         rates = learning_rates(self.cfg.train, position.step - 1)
         means["lr/generator"], means["lr/discriminator"] = rates
         adversarial = position.step > self.cfg.train.discriminator_start_step
-        for network in ("generator", "discriminator") if adversarial else ("generator",):
-            squared = means.pop(f"health/squared_grad_norm_{network}", math.nan)
-            means[f"health/grad_norm_{network}"] = math.sqrt(squared)
         means["health/bad_steps"] = float(len(values.bad))
+        alarms = self.alarms.look(position.step, means)
+        means |= self.alarms.metrics()
         self.tracker.log_metrics(position.step, means)
         left_s = (self.cfg.train.steps - position.step) / means["speed/steps_per_s"]
         log.info(
@@ -202,6 +301,12 @@ class TrainingLoop:
             means["speed/images_per_s"],
             format_duration(left_s),
         )
+        if self.ranks.first:
+            for sentence in self.slow_ranks.look(times):
+                log.warning("%s", sentence)
+            for name, sentence in alarms.items():
+                log.warning("alarm at step %d: %s", position.step, sentence)
+                self.tracker.log_tag(f"project.alarm.{name}", f"step {position.step}: {sentence}")
         if values.bad:
             self._report_bad_steps(values)
 
@@ -262,7 +367,8 @@ class TrainingLoop:
     def _save(self, position: Position, stop: StopRequest, *, validate: bool) -> None:
         """Write a checkpoint; ``validate`` the averaged generator first, unless a stop comes."""
         started = time.perf_counter()
-        evaluation = self._validate(stop) if validate else None
+        with self.wall.within("validation"):
+            evaluation = self._validate(stop) if validate else None
         metrics = {}
         if evaluation is not None:
             metrics = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
@@ -330,38 +436,6 @@ def _adversarial_fields(means: Mapping[str, float]) -> str:
     names = ("loss/adversarial", "loss/discriminator", "score/margin")
     values = ((name.partition("/")[2], means.get(name, math.nan)) for name in names)
     return "".join(f"{name}={value:.4f} " for name, value in values)
-
-
-class _Clock:
-    """Speed since the last reading; saving does not count."""
-
-    def __init__(self, global_batch: int) -> None:
-        self.steps = 0
-        self._global_batch = global_batch
-        self._waited_s = 0.0
-        self._since = time.perf_counter()
-
-    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield from ``batches`` and measure the wait for each one."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches)
-            self._waited_s += time.perf_counter() - started
-            yield batch
-
-    def read(self) -> dict[str, float]:
-        elapsed_s = max(time.perf_counter() - self._since, 1e-9)
-        steps = max(self.steps, 1)
-        values = {
-            "speed/steps_per_s": steps / elapsed_s,
-            "speed/images_per_s": steps * self._global_batch / elapsed_s,
-            "speed/data_wait_ms": 1000 * self._waited_s / steps,
-        }
-        self.restart()
-        return values
-
-    def restart(self) -> None:
-        self.steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
 
 
 def _newest(

@@ -13,6 +13,8 @@ from models.losses import hinge_discriminator, hinge_generator
 from models.masking import erase, paste
 from pipeline.data.batch import DeviceBatch
 from pipeline.engine import Engine
+from pipeline.health import generator_signs
+from pipeline.rank_health import Mark, mark
 from pipeline.ranks import largest
 
 FAULTS = (
@@ -33,6 +35,8 @@ class StepResult:
     """Detached scalars of this rank's batch, by metric name."""
     faults: Tensor
     """(5,) float32, equal on all ranks: 1 where one of FAULTS was not finite on any rank."""
+    forward: tuple[Mark, Mark] = (0.0, 0.0)
+    """Begin and end of the generator's pass over the batch, in which ranks wait for no other."""
 
     @property
     def bad(self) -> Tensor:
@@ -109,11 +113,14 @@ def train_step(
             loss = loss + gan_weight * adversarial_loss
         return values.share(part, loss)
 
+    begun = mark(batch.image.device)
     with torch.set_grad_enabled(len(parts) == 1):
         filled = [fill(part) for part in parts]
+    forward = begun, mark(batch.image.device)
     for part, (coarse, refined) in zip(parts, filled, strict=True):
         l1_coarse, l1_refined = F.l1_loss(coarse, part.image), F.l1_loss(refined, part.image)
         values.add(part, {"loss/l1_coarse": l1_coarse, "loss/l1_refined": l1_refined})
+        values.add(part, generator_signs(part.image, part.mask, coarse, refined))
     faults.check(values["loss/l1_coarse"] + values["loss/l1_refined"])
 
     if adversarial:
@@ -143,7 +150,7 @@ def train_step(
     if adversarial:
         discriminator.revert(faults.bad)
         values["health/squared_grad_norm_discriminator"] = discriminator.squared_grad_norm
-    return StepResult(dict(values), faults.found)
+    return StepResult(dict(values), faults.found, forward)
 
 
 class _Means(dict[str, Tensor]):

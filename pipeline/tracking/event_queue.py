@@ -22,6 +22,8 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "checkpoint": {"step": int, "url": str, "values": dict, "ms": int},
     "image": {"key": str, "step": int, "path": str},
     "pack": {"name": str, "url": str, "digest": str},
+    "artifact": {"name": str, "path": str},
+    "tag": {"name": str, "text": str},
     "end": {"status": str},
 }
 
@@ -111,7 +113,7 @@ class EventQueue:
             except OSError as error:
                 self._warn(error)
         for event in delivered:
-            if event["kind"] == "image":
+            if event["kind"] in ("image", "artifact"):
                 with contextlib.suppress(OSError):
                     Path(event["path"]).unlink(missing_ok=True)
 

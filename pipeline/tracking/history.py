@@ -82,6 +82,7 @@ class HistoryWriter:
         self._changed = threading.Lock()
         self._closed = threading.Event()
         self._failing = False
+        self._status: Status | None = None
         self._thread = threading.Thread(target=self._work, name="history", daemon=True)
         self._thread.start()
 
@@ -91,6 +92,10 @@ class HistoryWriter:
         if kept:
             with self._changed:
                 self._new.append((step, _now_ms(), kept))
+
+    def finish(self, status: Status) -> None:
+        """Note that the attempt ends as it should, with ``status``."""
+        self._status = status
 
     def close(self) -> None:
         """Write what is left; a storage that does not answer gets ``CLOSE_S`` seconds."""
@@ -112,6 +117,8 @@ class HistoryWriter:
             if self._attempt is None:
                 self._begin()
             self._write_pieces()
+            if self._closed.is_set() and self._status is not None:
+                self._put_record()
             self._failing = False
         except Exception as error:  # whatever storage does, training continues
             if not self._failing:
@@ -124,9 +131,15 @@ class HistoryWriter:
             for key in self._store.list_keys(f"{FOLDER}/")
         )
         attempt = 1 + max((int(match[1]) for match in found if match), default=0)
-        record = {"format": FORMAT, "started_ms": self._started_ms, **asdict(self._info)}
-        self._store.put(_attempt_key(attempt), json.dumps(record, indent=1).encode())
+        self._put_record(attempt)
         self._attempt = attempt
+
+    def _put_record(self, attempt: int | None = None) -> None:
+        record = {"format": FORMAT, "started_ms": self._started_ms, **asdict(self._info)}
+        if self._closed.is_set() and self._status is not None:
+            record["ended"] = self._status
+        key = _attempt_key(self._attempt or attempt or 1)
+        self._store.put(key, json.dumps(record, indent=1).encode())
 
     def _write_pieces(self) -> None:
         with self._changed:
@@ -170,7 +183,14 @@ class HistoryTracker:
     def log_pack(self, name: str, url: str, digest: str) -> None:
         self._tracker.log_pack(name, url, digest)
 
+    def log_artifact(self, name: str, data: bytes) -> None:
+        self._tracker.log_artifact(name, data)
+
+    def log_tag(self, name: str, text: str) -> None:
+        self._tracker.log_tag(name, text)
+
     def finish(self, status: Status) -> None:
+        self._writer.finish(status)
         self._tracker.finish(status)
 
     def __enter__(self) -> Self:
@@ -266,13 +286,8 @@ def read_history(store: Store) -> History:
     Whatever is torn or foreign there is passed over and counted. Steps from before this format are
     those of the file ``LEGACY``, without times.
     """
-    records: dict[int, Mapping[str, Any]] = {}
-    pieces: dict[int, list[str]] = {}
-    for key in store.list_keys(f"{FOLDER}/"):
-        if match := _PIECE.fullmatch(key):
-            pieces.setdefault(int(match[1]), []).append(key)
-        elif match := _ATTEMPT.fullmatch(key):
-            records[int(match[1])] = _record(store, key)
+    found, pieces = _attempt_keys(store)
+    records = {number: _record(store, key) for number, key in found.items()}
     logged: list[_AttemptLines] = []
     damaged = 0
     with ThreadPoolExecutor(READERS) as pool:
@@ -287,6 +302,61 @@ def read_history(store: Store) -> History:
         logged.insert(0, _AttemptLines(Attempt(0, AttemptInfo(), 0, 0, 0), sections))
     attempts = [each.attempt for each in logged if each.attempt.number]
     return History(_curves(logged), attempts, damaged)
+
+
+@dataclass(frozen=True)
+class LastLogged:
+    """The end of what the attempts of a run have recorded so far."""
+
+    values: Mapping[str, float]
+    """The last ones with some prefix, whether superseded since or not."""
+    lost_s: float
+    """Seconds since the last value of an attempt that was lost; 0 after one that ended well."""
+
+
+def last_logged(store: Store, prefix: str) -> LastLogged:
+    """What the run in ``store`` recorded last; metrics that begin with ``prefix``.
+
+    An attempt that recorded nothing was lost too, and so is the time since it started.
+    """
+    records, pieces = _attempt_keys(store)
+    since_ms: int | None = None
+    for number in sorted({*records, *pieces}, reverse=True):
+        record = _record(store, records[number]) if number in records else {}
+        ended_well = "ended" in record
+        sections, _ = _sections([_existing(store, key) for key in sorted(pieces.get(number, []))])
+        if not sections:
+            if not ended_well:
+                since_ms = int(record.get("started_ms", _now_ms()))
+            continue
+        if not ended_well:
+            since_ms = int(max(section.ms.max() for section in sections))
+        values: dict[str, float] = {}
+        for section in sorted(sections, key=lambda section: float(section.ms[-1])):
+            values |= {
+                name: float(column[-1])
+                for name, column in zip(section.names, section.values, strict=True)
+                if name.startswith(prefix)
+            }
+        # Without such values the attempt is of a version that did not note how it ended either.
+        return LastLogged(values, _since_s(since_ms) if values else 0.0)
+    return LastLogged({}, _since_s(since_ms))
+
+
+def _since_s(ms: int | None) -> float:
+    return 0.0 if ms is None else max(_now_ms() - ms, 0) / 1000
+
+
+def _attempt_keys(store: Store) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """The record and the pieces of each attempt."""
+    records: dict[int, str] = {}
+    pieces: dict[int, list[str]] = {}
+    for key in store.list_keys(f"{FOLDER}/"):
+        if match := _PIECE.fullmatch(key):
+            pieces.setdefault(int(match[1]), []).append(key)
+        elif match := _ATTEMPT.fullmatch(key):
+            records[int(match[1])] = key
+    return records, pieces
 
 
 @dataclass(frozen=True)

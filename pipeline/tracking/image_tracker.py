@@ -29,6 +29,10 @@ class ImageFileTracker(FinishOnExit):
 
     def log_pack(self, name: str, url: str, digest: str) -> None: ...
 
+    def log_artifact(self, name: str, data: bytes) -> None: ...
+
+    def log_tag(self, name: str, text: str) -> None: ...
+
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None:
         try:
             self._store.put(f"tracking/{key}-{step:08d}.png", encode_png(pixels))

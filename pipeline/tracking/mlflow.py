@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -79,6 +80,18 @@ class MlflowTracker(FinishOnExit):
 
     def log_pack(self, name: str, url: str, digest: str) -> None:
         self._queue.add({"kind": "pack", "name": name, "url": url, "digest": digest})
+
+    def log_artifact(self, name: str, data: bytes) -> None:
+        path = self._queue.folder / name.replace("/", "~")
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            log.warning("tracking: the file %s was lost: %s", name, describe_error(error))
+            return
+        self._queue.add({"kind": "artifact", "name": name, "path": str(path)})
+
+    def log_tag(self, name: str, text: str) -> None:
+        self._queue.add({"kind": "tag", "name": name, "text": text})
 
     def _close(self) -> None:
         self._monitor.close()
@@ -249,6 +262,10 @@ class MlflowRun:
             self._log_image(events[0])
         elif kind == "pack":
             self._log_input(self.id, "evaluation", events[0])
+        elif kind == "artifact":
+            self._log_file(events[0])
+        elif kind == "tag":
+            self._client.set_tag(self.id, events[0]["name"], events[0]["text"])
         else:
             self._client.set_terminated(self.id, events[0]["status"])
 
@@ -408,6 +425,15 @@ class MlflowRun:
             compress_image_size(image).save(Path(folder, f"{name}+compressed.webp"))
             self._client.log_artifacts(self.id, folder, "images")
         self._client.set_tag(self.id, "mlflow.loggedImages", True)
+
+    def _log_file(self, event: Mapping[str, Any]) -> None:
+        path = Path(event["path"])
+        if not path.exists():
+            return
+        folder, _, name = event["name"].rpartition("/")
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copyfile(path, Path(scratch, name))
+            self._client.log_artifact(self.id, str(Path(scratch, name)), folder or None)
 
     def _experiment_id(self) -> str:
         found = self._client.get_experiment_by_name(self._experiment)

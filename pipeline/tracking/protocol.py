@@ -62,6 +62,12 @@ class Tracker(Protocol):
     def log_pack(self, name: str, url: str, digest: str) -> None:
         """Record the evaluation pack at ``url`` as an input of the run, beside its dataset."""
 
+    def log_artifact(self, name: str, data: bytes) -> None:
+        """Record a file; ``name`` is its path among those of the run."""
+
+    def log_tag(self, name: str, text: str) -> None:
+        """Record what people should read on the page of the run."""
+
     def finish(self, status: Status) -> None:
         """Set the status with which the run finishes at the end of the block."""
 
@@ -114,3 +120,7 @@ class NullTracker(FinishOnExit):
     def log_image(self, key: str, step: int, pixels: np.ndarray) -> None: ...
 
     def log_pack(self, name: str, url: str, digest: str) -> None: ...
+
+    def log_artifact(self, name: str, data: bytes) -> None: ...
+
+    def log_tag(self, name: str, text: str) -> None: ...

@@ -60,6 +60,8 @@ def test_a_run_is_recorded_completely(uri, tmp_path):
         tracked.log_metrics(5, {"loss/l1_refined": 0.5, "speed/images_per_s": 3.0})
         tracked.log_metrics(10, {"loss/l1_refined": 0.25})
         tracked.log_image("samples", 10, np.zeros((4, 6, 3), np.uint8))
+        tracked.log_artifact("profile/steps.json.gz", b"trace")
+        tracked.log_tag("project.alarm.gray_coarse", "step 10: the coarse output is gray")
     run = the_run(uri)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "demo"
@@ -73,6 +75,9 @@ def test_a_run_is_recorded_completely(uri, tmp_path):
     assert next(artifacts.rglob("images/samples+step+10+*.png")).exists()
     assert next(artifacts.rglob("images/samples+step+10+*+compressed.webp")).exists()
     assert run.data.tags["mlflow.loggedImages"] == "True"
+    assert next(artifacts.rglob("profile/steps.json.gz")).read_bytes() == b"trace"
+    assert run.data.tags["project.alarm.gray_coarse"] == "step 10: the coarse output is gray"
+    assert not [*(tmp_path / "queue").glob("*steps*")]  # delivered, so not kept here
 
 
 def test_a_restart_resumes_the_run_and_repeats_no_step(uri, tmp_path):
