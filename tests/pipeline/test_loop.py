@@ -12,6 +12,8 @@ import pytest
 from cluster.storage import open_store
 from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
+from pipeline.goodput import HOURS, PHASES
+from pipeline.tracking.history import read_history
 
 FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 DIVERGING = ("train.learning_rate=1e10", "train.steps=20")
@@ -51,6 +53,16 @@ def test_a_diverged_run_commits_nothing_and_the_same_run_trains_with_sane_settin
     ran = trained(storage, "name=poisoned", "train.steps=1")
     assert ran.returncode == DONE, ran.stderr[-4000:]
     assert checkpoints.verify(1) == []
+    assert "wall time of the run hours=" in ran.stderr
+    curves = read_history(open_store(f"{storage}/runs/poisoned")).curves
+    assert {f"{HOURS}{phase}" for phase in PHASES} <= curves.keys()
+    assert {
+        "health/coarse_contrast",
+        "health/saturated_gates",
+        "health/l1_in_hole",
+    } <= curves.keys()
+    assert curves["health/alarm_dead_discriminator"].values.tolist() == [0.0]
+    assert curves["speed/peak_memory_gib"].values[-1] > 0.05
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_a_diagnosis(storage):
