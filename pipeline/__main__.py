@@ -7,7 +7,21 @@ import sys
 # inpainting a large image on a CPU spends half of its time on page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from pipeline.cli import main
+
+def run() -> int:
+    """The exit code of the command; also of one that is interrupted, or fails, while it loads."""
+    try:
+        from pipeline.cli import main
+    except KeyboardInterrupt:
+        print("stopped: run the same command to resume", file=sys.stderr)
+        return 3
+    except ModuleNotFoundError as error:
+        from pipeline.errors import describe_missing_package
+
+        print(describe_missing_package(error), file=sys.stderr)
+        return 1
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

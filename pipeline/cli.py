@@ -9,6 +9,7 @@ from cluster.storage import describe_error
 from pipeline import config
 from pipeline.arguments import diagnosis, evaluation, stages, storage, weights
 from pipeline.arguments.common import DEMO, EXAMPLE, MISTAKE, STOPPED, help_format
+from pipeline.errors import describe_missing_package
 
 __all__ = ["EXAMPLE", "build_parser", "main"]
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: run the same command to resume", file=sys.stderr)
         return STOPPED
+    except ModuleNotFoundError as error:  # first: what follows imports as well
+        print(describe_missing_package(error), file=sys.stderr)
+        return MISTAKE
     except config.ConfigError as error:  # one line for every mistake
         print(f"ConfigError: {error}", file=sys.stderr)
         return MISTAKE

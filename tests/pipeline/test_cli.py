@@ -2,6 +2,8 @@
 
 import argparse
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pipeline import cli, config
 from pipeline.arguments.common import DONE, MISTAKE, STOPPED
 from pipeline.commands.reference import reference
 from pipeline.config import documented_settings
+from pipeline.errors import describe_missing_package
 
 DEMO = Path("pipeline/recipes/demo.yaml")
 
@@ -204,3 +207,29 @@ def test_other_words_after_flags_are_refused(capsys, words):
         cli.main(["prepare", str(DEMO), *words])
     assert left.value.code == 2
     assert f"unrecognized arguments: {words[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lacking", "command"),
+    [
+        ("yaml", ["show", "pipeline/recipes/demo.yaml"]),
+        ("ray", ["prepare", "pipeline/recipes/demo.yaml", "storage=nowhere"]),
+        ("torch", ["inpaint", "a.safetensors", "b.png", "c.png", "--out", "d.png"]),
+    ],
+)
+def test_a_machine_without_a_package_says_so_in_one_line(lacking, command):
+    code = (
+        f"import sys; sys.modules[{lacking!r}] = None; sys.argv[1:] = {command!r}\n"
+        "from pipeline.__main__ import run; sys.exit(run())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"the package {lacking} is not installed for {sys.executable}: use ")
+
+
+def test_a_module_of_ours_that_is_missing_keeps_its_traceback():
+    with pytest.raises(ModuleNotFoundError):
+        describe_missing_package(ModuleNotFoundError("no", name="pipeline.nowhere"))
