@@ -204,9 +204,7 @@ def _prune(arguments: argparse.Namespace) -> bool:
     if unfinished:
         print(f"{verb} {unfinished} unfinished uploads of killed processes")
     freed = sum(pruning.bytes.get(step, 0) for step in pruning.deleted) / MB
-    count = (
-        f"{len(pruning.deleted)} checkpoints, {freed:.1f} MB, and {len(pruning.orphans)} orphans"
-    )
+    count = f"checkpoints={len(pruning.deleted)} MB={freed:.1f} orphans={len(pruning.orphans)}"
     if not pruning.deleted and not pruning.orphans:
         print("nothing to delete")
     elif arguments.yes:

@@ -174,14 +174,14 @@ def test_prune_shows_what_it_would_do_and_deletes_with_yes(run, capsys):
         "keep step 30: newest, newest healthy",
         "would delete step 10, 0.0 MB: not of the newest 1, best 1 val/l1_percent",
         "would delete step 15: never finished",
-        "nothing was deleted: repeat with --yes to delete 1 checkpoints, 0.0 MB, and 1 orphans",
+        "nothing was deleted: repeat with --yes to delete checkpoints=1 MB=0.0 orphans=1",
     ]
     assert checkpoints.steps() == [10, 20, 30]
     assert cli.main([*prune, "--every", "10", "--json"]) == DONE
     planned = json.loads(capsys.readouterr().out)
     assert (planned["deleted"], planned["orphans"], planned["done"]) == ([], [15], False)
     assert cli.main([*prune, "--yes"]) == DONE
-    assert capsys.readouterr().out.endswith("deleted 1 checkpoints, 0.0 MB, and 1 orphans\n")
+    assert capsys.readouterr().out.endswith("deleted checkpoints=1 MB=0.0 orphans=1\n")
     assert checkpoints.steps() == [20, 30]
     assert not (Path(run) / "checkpoints/step-00000015").exists()
     assert cli.main([*prune, "--yes"]) == DONE
