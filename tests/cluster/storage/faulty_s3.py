@@ -33,6 +33,7 @@ SPOILT = frozenset(
         "long answer",  # a length that promises seven bytes more than come
         "hang",  # no answer until ``hang_s`` have passed
         "late listing",  # what the same listing said before
+        "nothing",  # the request comes through
     }
 )
 Fault = str
@@ -52,6 +53,8 @@ class FaultyS3:
     requests: list[str] = field(default_factory=list)
     refused_key: str = ""
     """Requests that are signed with this access key have expired credentials."""
+    on_refusal: Callable[[], None] = lambda: None
+    """Called at each of those."""
     before: Callable[[str, str], None] = lambda method, path: None
     """Called before a request reaches the server."""
     after: Callable[[str, str], None] = lambda method, path: None
@@ -73,6 +76,8 @@ class FaultyS3:
         with self._lock:
             self._faults.clear()
         self.away, self.refused_key = False, ""
+        self.before = self.after = lambda method, path: None
+        self.on_refusal = lambda: None
 
     def take(self, method: str, path: str) -> Fault | None:
         with self._lock:
@@ -140,6 +145,7 @@ def faulty_s3(server_url: str) -> Iterator[FaultyS3]:
             body = self.rfile.read(length)
             if proxy.refused_key and proxy.refused_key in self.headers.get("Authorization", ""):
                 fault = "ExpiredToken"
+                proxy.on_refusal()
             if fault in ANSWERS:
                 self.answer_error(fault)
                 return
