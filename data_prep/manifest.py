@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.storage import Store, scratch_folder
+from cluster.storage import StorageError, Store, join, scratch_folder
 from cluster.storage.records import RecordError, read_insisting, seal, typed, unseal
 from data_prep.contact_sheet import contact_sheet
 from data_prep.shards import (
@@ -23,6 +23,7 @@ from data_prep.shards import (
     FORMAT_VERSION,
     Dataset,
     Shard,
+    ShardError,
     damage_as_shard_error,
     digest_of,
     index_entry,
@@ -183,7 +184,8 @@ def _sketch_word(row: ManifestRow) -> str:
 def write_record(store: Store, record: ShardRecord, rows: Sequence[ManifestRow]) -> None:
     """Write the rows, then the record: the shard is finished."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     store.put(rows_key(record.shard.name), sink.getvalue().to_pybytes())
     store.put(record_key(record.shard.name), record.to_json())
 
@@ -202,12 +204,30 @@ def read_rows(
 ) -> Iterator[pa.Table]:
     """The rows of each shard, with all or some columns.
 
-    Reads a few shards at a time: fast also from slow storage, and only these are in memory.
+    Reads a few shards at a time: fast also from slow storage, and only these are in memory. Raises
+    ShardError for damaged rows.
     """
 
+    def table(store: Store, key: str) -> pa.Table:
+        try:
+            data = pa.BufferReader(store.get(key))
+            return pq.read_table(
+                data, columns=columns, schema=SCHEMA, page_checksum_verification=True
+            )
+        except StorageError:
+            raise
+        except (ValueError, OSError) as error:  # as pyarrow raises
+            raise RecordError(" ".join(str(error).split())) from error
+
     def read(shard: str) -> pa.Table:
-        data = pa.BufferReader(store.get(rows_key(shard)))
-        return pq.read_table(data, columns=columns, schema=SCHEMA)
+        key = rows_key(shard)
+        try:
+            return read_insisting(store, lambda store: table(store, key), key=key)
+        except RecordError as error:
+            raise ShardError(
+                f"{join(store.url, key)} is damaged ({error}): delete "
+                f"{join(store.url, record_key(shard))}, and the shard is made again"
+            ) from error
 
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(shards), READERS):

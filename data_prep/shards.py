@@ -379,39 +379,51 @@ def verify(
 
 
 def _file_check(dataset: Dataset, name: str, entry: dict[str, Any]) -> Callable[[], list[str]]:
-    def check() -> list[str]:
-        try:
-            data = dataset.store.get(name)
-        except StorageError as error:
-            return [str(error)]
+    def fault(store: Store) -> str | None:
+        data = store.get(name)
         if len(data) != entry["bytes"]:
-            return [f"{name} has {len(data)} bytes instead of {entry['bytes']}"]
+            return f"{name} has {len(data)} bytes instead of {entry['bytes']}"
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            return [f"{name} has other content than was written (SHA-256 differs)"]
-        return []
+            return f"{name} has other content than was written (SHA-256 differs)"
+        return None
 
-    return check
+    return lambda: _insisted(dataset, name, fault)
 
 
 def _shard_check(dataset: Dataset, shard: Shard) -> Callable[[], list[str]]:
-    def check() -> list[str]:
-        try:
-            with contextlib.closing(dataset.store.open(shard.name)) as file:
-                hashing = _Hashing(file, at_most=shard.bytes)
-                keys = [sample.key for sample in read_samples(hashing, name=shard.name)]
-                while hashing.read(1 << 20):
-                    pass
-        except (StorageError, ShardError) as error:
-            return [str(error)]
+    def fault(store: Store) -> str | None:
+        with contextlib.closing(store.open(shard.name)) as file:
+            hashing = _Hashing(file, at_most=shard.bytes)
+            keys = [sample.key for sample in read_samples(hashing, name=shard.name)]
+            while hashing.read(1 << 20):
+                pass
         if hashing.count != shard.bytes:
-            return [f"{shard.name} has {hashing.count} bytes instead of {shard.bytes}"]
+            return f"{shard.name} has {hashing.count} bytes instead of {shard.bytes}"
         if hashing.sha256.hexdigest() != shard.sha256:
-            return [f"{shard.name} has other content than was written (SHA-256 differs)"]
+            return f"{shard.name} has other content than was written (SHA-256 differs)"
         if len(keys) != shard.samples:
-            return [f"{shard.name} has {len(keys)} samples instead of {shard.samples}"]
-        return []
+            return f"{shard.name} has {len(keys)} samples instead of {shard.samples}"
+        return None
 
-    return check
+    return lambda: _insisted(dataset, shard.name, fault)
+
+
+def _insisted(dataset: Dataset, name: str, fault: Callable[[Store], str | None]) -> list[str]:
+    """The fault of one file, where every reading of it finds one."""
+
+    def read(store: Store) -> None:
+        try:
+            found = fault(store)
+        except ShardError as error:
+            found = str(error)
+        if found:
+            raise RecordError(found)
+
+    try:
+        read_insisting(dataset.store, read, key=name)
+    except (StorageError, RecordError) as error:
+        return [str(error)]
+    return []
 
 
 class _Hashing:

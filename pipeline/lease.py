@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -14,12 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from cluster.storage import MissingKeyError, Store
+from cluster.storage import MissingKeyError, StorageError, Store, join
+from cluster.storage.records import RecordError, read_insisting, seal, unseal
 from pipeline.checkpoints.manifest import CheckpointError
 
 log = logging.getLogger(__name__)
 
 LEASE = "lease.json"
+FORMAT_VERSION = 1
 RENEWAL_S = 5.0
 TIME_TO_LIVE_S = 30.0
 SETTLING_S = 0.5  # so that of two who write at once, one reads the other's
@@ -66,7 +67,12 @@ class HeldLease:
 
     def check(self) -> None:
         """Raise LeaseLostError where storage names another holder. May raise StorageError."""
-        found = _read(self.run)
+        try:
+            found = _parsed(self.run)
+        except MissingKeyError:
+            found = None
+        except RecordError as error:
+            raise StorageError(f"{join(self.run.url, LEASE)} cannot be read: {error}") from error
         if found is None or found.id != self.lease.id:
             self.lost = True
             raise LeaseLostError(
@@ -181,16 +187,28 @@ def _renew(held: HeldLease, done: threading.Event) -> None:
 
 def _read(run: Store) -> Lease | None:
     try:
-        return Lease(**json.loads(run.get(LEASE)))
+        return _parsed(run)
     except MissingKeyError:
         return None
-    except (ValueError, TypeError) as error:
+    except RecordError as error:
         log.warning("%s/%s is damaged and counts as missing: %s", run.url, LEASE, error)
         return None
 
 
+def _parsed(run: Store) -> Lease:
+    """Raises MissingKeyError, and RecordError where every reading finds damage."""
+
+    def parse(store: Store) -> Lease:
+        try:
+            return Lease(**unseal(store.get(LEASE), version=FORMAT_VERSION))
+        except TypeError as error:
+            raise RecordError(str(error)) from error
+
+    return read_insisting(run, parse, key=LEASE)
+
+
 def _write(run: Store, lease: Lease) -> None:
-    run.put(LEASE, json.dumps(asdict(lease)).encode())
+    run.put(LEASE, seal(asdict(lease), version=FORMAT_VERSION))
 
 
 def _process(pid: int) -> str | None:

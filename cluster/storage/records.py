@@ -29,8 +29,8 @@ class NewerReleaseError(RecordError):
 def read_insisting(store: Store, read: Callable[[Store], T], *, key: str) -> T:
     """What ``read`` gives; where it finds damage, it is repeated over new connections.
 
-    ``key`` is for the log. Raises RecordError where every reading finds damage, and all else at
-    once.
+    ``key`` is for the log. On a file system of this machine nothing is waited for between. Raises
+    RecordError where every reading finds damage, and all else at once.
     """
     for pause_s in REREAD_PAUSES_S:
         try:
@@ -39,7 +39,8 @@ def read_insisting(store: Store, read: Callable[[Store], T], *, key: str) -> T:
             raise
         except (RecordError, CorruptedTransferError) as error:
             log.warning("reading again url=%s: %s", join(store.url, key), error)
-            time.sleep(pause_s)
+            if store.local_path() is None:
+                time.sleep(pause_s)
             store = store.reconnected()
     try:
         return read(store)

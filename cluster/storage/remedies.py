@@ -19,6 +19,7 @@ CHECKSUMS = (
     "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
     "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
 )
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 REMEDIES = {
     ("NoSuchBucket",): "the bucket was not found at {server}: create it, or correct the URL",
     ("SignatureDoesNotMatch",): (
@@ -29,12 +30,14 @@ REMEDIES = {
         "{server} does not know the access key (InvalidAccessKeyId): correct AWS_ACCESS_KEY_ID, "
         "or AWS_ENDPOINT_URL if this is the wrong server"
     ),
-    ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"): (
-        "the credentials have expired: renew AWS_SESSION_TOKEN and its keys"
-    ),
+    EXPIRED: ("the credentials have expired: renew AWS_SESSION_TOKEN and its keys"),
     ("AccessDenied", "Forbidden", "AllAccessDisabled"): (
         "{server} denied access: these credentials need "
         "s3:GetObject, PutObject, DeleteObject and ListBucket there"
+    ),
+    ("400",): (  # all that a server answers to HEAD
+        "{server} refused the request: if the credentials have expired, renew AWS_SESSION_TOKEN "
+        "and its keys"
     ),
     ("403",): (  # all that a server answers to HEAD
         "{server} denied access: AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID, "
@@ -106,6 +109,10 @@ def _remedy_without_answer(error: Exception, server: str) -> str:
         )
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError):
         return f"cannot reach {server}: start the server, or correct AWS_ENDPOINT_URL"
+    if isinstance(error, boto.ReadTimeoutError):
+        return f"{server} did not answer in time: try again later"
+    if isinstance(error, boto.ConnectionClosedError):
+        return f"{server} closed the connection without an answer: try again later"
     if isinstance(error, boto.SSLError):
         return f"the certificate of {server} is not trusted: set AWS_CA_BUNDLE to its certificate"
     return without_secrets(f"{type(error).__name__} at {server}: {error}")

@@ -32,7 +32,7 @@ from cluster.storage.base import (
     without_secrets,
 )
 from cluster.storage.files import replacing
-from cluster.storage.remedies import answer_to_error, failure_to_error
+from cluster.storage.remedies import EXPIRED, answer_to_error, failure_to_error
 from cluster.storage.s3_settings import REQUEST_ATTEMPTS, S3Settings, endpoint
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def storage_errors(url: str) -> Iterator[None]:
     try:
         yield
     except boto.ClientError as error:
+        if error.response.get("Error", {}).get("Code") in (*EXPIRED, "400"):
+            _shared_client.cache_clear()  # the next one reads keys that were renewed meanwhile
         raise answer_to_error(url, error, endpoint()) from error
     except (boto.BotoCoreError, Boto3Error) as error:
         raise failure_to_error(url, error, endpoint()) from error
@@ -136,7 +138,9 @@ class S3Store:
         with self._storage_errors(key), replacing(path) as file:
             self._client.download_fileobj(self._bucket, self._full(key), file, Config=TRANSFER)
             if (found := file.seek(0, os.SEEK_END)) != expected:
-                raise StorageError(f"{join(self.url, key)} ended after {found} of {expected} bytes")
+                raise CorruptedTransferError(
+                    f"{join(self.url, key)} ended after {found} of {expected} bytes"
+                )
 
     def open(self, key: str) -> BinaryIO:
         with self._storage_errors(key):
@@ -285,7 +289,15 @@ class _S3Reader(io.RawIOBase):
                     self._position += len(data)
                     return len(data)
                 log.info("reading resumes url=%s position=%d%s", self._url, self._position, reason)
-                self._reopen()
+                try:
+                    self._reopen()
+                except boto.ClientError as error:
+                    if error.response.get("Error", {}).get("Code") != "InvalidRange":
+                        raise
+                    raise CorruptedTransferError(
+                        f"{self._url} ended after {self._position} of the {self._size} bytes that "
+                        "its answer announced"
+                    ) from error
         raise StorageError(
             f"{self._url}: the connection broke {READ_ATTEMPTS} times "
             f"at byte {self._position} of {self._size}{reason}"

@@ -129,10 +129,8 @@ class BackgroundSaves:
             left_s = self._failing_since + self._deadline_s - now
             if left_s <= 0:
                 self._failing_since = None
-                raise CheckpointError(
-                    f"{self._unsaved(save)} in {self._deadline_s / 60:.3g} minutes "
-                    f"(train.save_deadline_minutes): {error}"
-                ) from error
+                minutes = f"{self._deadline_s / 60:.3g} minutes (train.save_deadline_minutes)"
+                raise CheckpointError(f"{self._unsaved(save, minutes)}: {error}") from error
             log.warning(
                 "checkpoint not saved yet step=%d, next attempt in %.1f s, giving up in %.0f s: %s",
                 save.step,
@@ -147,6 +145,7 @@ class BackgroundSaves:
                 return True
             return False
 
-    def _unsaved(self, save: _Save) -> str:
+    def _unsaved(self, save: _Save, time: str = "") -> str:
         safe = "no step" if self.safe_step is None else f"step {self.safe_step}"
-        return f"step {save.step} could not be saved at {self._url}, {safe} is safe"
+        within = f" within {time}" if time else ""
+        return f"step {save.step} could not be saved at {self._url}{within}, {safe} is safe"

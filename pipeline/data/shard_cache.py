@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from cluster.storage import join
+from cluster.storage import Store, join
+from cluster.storage.records import RecordError, read_insisting
 from data_prep.shards import BLOCK, Dataset, RawSample, Shard, ShardError, read_samples
 
 log = logging.getLogger(__name__)
@@ -95,13 +96,21 @@ class ShardCache:
         url, started = join(self._url, shard.name), time.perf_counter()
         self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         arriving = path.with_suffix(f".{os.getpid()}")
-        self._store.download(shard.name, arriving)
-        file = arriving.open("rb")
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            file.close()
-            arriving.unlink()
-            raise ShardError(f"{url} has other content than was written (SHA-256 differs)")
-        file.seek(0)
+
+        def fetch(store: Store) -> BinaryIO:
+            store.download(shard.name, arriving)
+            file = arriving.open("rb")
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                file.close()
+                arriving.unlink()
+                raise RecordError("SHA-256 differs")
+            file.seek(0)
+            return file
+
+        try:
+            file = read_insisting(self._store, fetch, key=shard.name)
+        except RecordError as error:
+            raise ShardError(f"{url} has other content than was written ({error})") from error
         arriving.replace(path)
         log.debug("shard fetched url=%s seconds=%.1f", url, time.perf_counter() - started)
         self._evict()

@@ -22,7 +22,7 @@ def quick(environment: Mapping[str, str]) -> Iterator[None]:
     delay: Callable[..., float] = ExponentialBackoff.delay_amount
     parts = TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB)
     with (
-        silent("cluster", "pipeline", "data_prep"),
+        silent("cluster", "pipeline", "data_prep", "botocore"),
         mock.patch.dict("os.environ", {**environment, "AWS_RETRY_MODE": "standard"}),
         mock.patch.object(records, "REREAD_PAUSES_S", (0.0, 0.01)),
         mock.patch.object(background_saves, "FIRST_PAUSE_S", 0.05),

@@ -102,7 +102,7 @@ def run_scenario(
         with _trouble(scenario, place, proxy, server):
             if scenario.trouble == KILLED:
                 through = proxy if scenario.kind == "s3" else None
-                troubles.kill_writer(scenario.work, place, seed, through)
+                ended = troubles.kill_writer(scenario.work, place, seed, through)
             else:
                 acting.run()
     except STOPS as error:

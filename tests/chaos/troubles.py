@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]
 from botocore import auth
 
 from cluster.services import S3Server, start_s3
+from tests.chaos.outcome import CONTINUED
 from tests.chaos.quick import quick
 from tests.chaos.works import WORKS, Place
 from tests.cluster.storage.faulty_s3 import FaultyS3
@@ -76,8 +77,9 @@ def spoilt(kind: str, place: Place, proxy: FaultyS3) -> Iterator[None]:
 
 @contextlib.contextmanager
 def server_killed(place: Place, proxy: FaultyS3, server: RestartableServer) -> Iterator[None]:
-    """The server dies at one of the next writes, and is started again."""
-    left, lock, restarts = place.rng.randint(1, 4), threading.Lock(), list[threading.Thread]()
+    """The server dies at one of the next requests or writes, and is started again."""
+    any_request = place.rng.random() < 0.5
+    left, lock, restarts = place.rng.randint(1, 6), threading.Lock(), list[threading.Thread]()
 
     def restart() -> None:
         proxy.server_url = server.start().url
@@ -85,7 +87,7 @@ def server_killed(place: Place, proxy: FaultyS3, server: RestartableServer) -> I
     def before(method: str, path: str) -> None:
         nonlocal left
         with lock:
-            left -= method in ("PUT", "POST", "DELETE")
+            left -= any_request or method in ("PUT", "POST", "DELETE")
             if left or restarts:
                 return
             server.kill()
@@ -115,7 +117,7 @@ def disk_full(place: Place) -> Iterator[None]:
 @contextlib.contextmanager
 def clock_skewed(place: Place) -> Iterator[None]:
     """The clock of this machine is hours off at some of the next requests."""
-    right = auth.get_current_datetime
+    right = vars(auth)["get_current_datetime"]
     hours, left = place.rng.choice([-3, 2]), itertools.count(place.rng.randint(1, 30), -1)
 
     def skewed(*arguments: Any, **options: Any) -> Any:
@@ -158,12 +160,12 @@ def credentials_expire(
         write(SECOND_KEY, SECOND_SECRET)
 
 
-def kill_writer(work: str, place: Place, seed: int, proxy: FaultyS3 | None) -> None:
-    """Run ``work`` in another process and kill -9 it at one of its writes.
+def kill_writer(work: str, place: Place, seed: int, proxy: FaultyS3 | None) -> str:
+    """Run ``work`` in another process and kill -9 it at one of its writes; how that ended.
 
     On S3 that is before a request, or before its answer; on a disk before any change to it.
     """
-    boundary = place.rng.randint(1, 25)
+    boundary = place.rng.randint(1, 100 if work == "write dataset" else 25)
     spawning = multiprocessing.get_context("forkserver")
     spawning.set_forkserver_preload([__name__])
     own = boundary if proxy is None else 0
@@ -183,6 +185,7 @@ def kill_writer(work: str, place: Place, seed: int, proxy: FaultyS3 | None) -> N
         proxy.before = proxy.after = at_write
     writer.join(KILLED_WITHIN_S)
     assert writer.exitcode is not None, "the writer hangs"
+    return f"killed at write {boundary}" if writer.exitcode == -signal.SIGKILL else CONTINUED
 
 
 def _write(work: str, place: Place, seed: int, boundary: int, aws: Mapping[str, str]) -> None:

@@ -87,7 +87,7 @@ class OnCheckpoints(Work):
         return join(self.place.url, "runs", "one")
 
     @contextlib.contextmanager
-    def opened(self, deadline_s: float = 20.0) -> Iterator[CheckpointStore]:
+    def opened(self, deadline_s: float = 10.0) -> Iterator[CheckpointStore]:
         """The checkpoints as a trainer has them, which holds the run's lease."""
         run = open_store(self.run_url)
         with lease.held(run, job="", job_has_ended=lambda job: False) as held:
@@ -141,7 +141,7 @@ class OnCheckpoints(Work):
 
 class Save(OnCheckpoints):
     def run(self) -> None:
-        with self.opened(self.place.rng.choice([0.3, 20.0])) as checkpoints:
+        with self.opened(self.place.rng.choice([0.3, 10.0])) as checkpoints:
             self.save(checkpoints, NEXT)
 
     def repeat(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store, records
 from pipeline import lease as leases
 from pipeline.arguments.common import MISTAKE
 from pipeline.checkpoints import CheckpointStore
@@ -31,6 +31,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(leases, "RENEWAL_S", 0.1)
     monkeypatch.setattr(leases, "TIME_TO_LIVE_S", 1.5)
     monkeypatch.setattr(leases, "SETTLING_S", 0.05)
+    monkeypatch.setattr(records, "REREAD_PAUSES_S", (0.0, 0.0))
 
 
 def hold(store: Store, ended: tuple[str, ...] = ()):
@@ -80,9 +81,31 @@ def test_an_unknown_trainer_has_its_time_to_live(store, caplog):
     assert "waiting up to 2 s whether the run is alive: process 1 on far" in caplog.text
 
 
-def test_a_lease_that_is_damaged_counts_as_missing(store):
+def test_a_lease_that_is_damaged_counts_as_missing(store, caplog):
     store.put(LEASE, b"{")
-    assert seconds_to_acquire(store) < 1
+    with hold(store):
+        assert "is damaged and counts as missing" in caplog.text
+        assert "waiting" not in caplog.text
+
+
+def test_one_wrong_byte_in_the_lease_takes_no_run_away(store, monkeypatch):
+    with hold(store) as mine:
+        whole, reads = store.get, []
+
+        def spoilt(key: str) -> bytes:
+            data: bytes = whole(key)
+            reads.append(key)
+            return data[:-9] + b"X" + data[-8:] if len(reads) < spoilt_reads else data
+
+        monkeypatch.setattr(store, "get", spoilt)
+        monkeypatch.setattr(store, "reconnected", lambda: store)
+        spoilt_reads = 3
+        mine.check()
+        spoilt_reads = 10**6
+        with pytest.raises(StorageError, match=r"lease.json cannot be read"):
+            mine.check()
+        monkeypatch.undo()
+        assert not mine.lost
 
 
 def test_of_two_that_start_at_once_one_trains(store):

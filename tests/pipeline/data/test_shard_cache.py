@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shards import Dataset, ShardError
+from cluster.services import S3Server
+from cluster.storage import records
+from data_prep.shards import Dataset, ShardError, verify
 from pipeline.data.shard_cache import ShardCache
+from tests.cluster.storage.faulty_s3 import faulty_s3
 from tests.pipeline.data.tiny_dataset import copied, shards_of, write_dataset
 
 
@@ -61,6 +64,19 @@ def test_a_shard_that_changed_on_s3_is_an_error_that_names_it(
     with pytest.raises(ShardError, match=f"{shard.name} has other content than was written"):
         list(keys_of(remote, cache=tmp_path / "cache"))
     assert not (tmp_path / "cache" / f"{shard.sha256}.tar").exists()
+
+
+def test_a_wrong_byte_on_its_way_is_fetched_again(
+    remote: Dataset, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "REREAD_PAUSES_S", (0.0, 0.0))
+    with faulty_s3(s3_server.url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+        proxy.fault("flip answer", "GET", ".tar", times=2)
+        assert sum(map(len, keys_of(remote, cache=tmp_path / "cache"))) == 9
+        proxy.fault("flip answer", "GET", ".tar", times=2)
+        assert verify(remote) == []
 
 
 def test_a_closed_cache_opens_no_more_shards(dataset: Dataset) -> None:
