@@ -40,10 +40,13 @@ APP1, APP13 = 0xE1FF, 0xEDFF
 PROFILE_SEGMENT = b"ICC_PROFILE\0"
 END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff+[\x01-\xfe]")  # a stuffed zero is none
-START_OF_SCAN, PROGRESSIVE = 0xDA, 0xC2
+START_OF_SCAN, APP2 = 0xDA, 0xE2
+# Frames of which libjpeg lets the end be missing without a word: progressive, arithmetic, both.
+ENDS_SILENTLY = (0xC2, 0xC9, 0xCA)
 ORIENTATION = 0x0112  # the EXIF tag
 # Tags of TIFF that say how large a sample can be.
-BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 281, 339
+SIGNED = 2
 DEEP_WHITE = 65535
 NEARLY_BLACK = 1 / 16  # of the range: 12 bits in 16, and 8 in more, are darker at their brightest
 GRAY_8_BITS = bytes([8, 0, 0, 0, 0])  # the end of IHDR: no palette, no interlace
@@ -289,11 +292,12 @@ def _decode_jpeg(
 def _undamaged(data: bytes, warning: str) -> bytes:
     """``data``, with a marker at the end; ImageError where libjpeg's ``warning`` is of lost pixels.
 
-    Harmless are a missing marker at the end, filler before that marker, and bytes between the
-    segments before the first scan, which every decoder skips.
+    Harmless are a missing marker at the end, filler before that marker, bytes between the segments
+    before the first scan, which every decoder skips, and a damaged color profile.
     """
-    # Of a progressive file that is cut short whole scans may be missing, which libjpeg allows.
-    if warning.startswith("Premature end of JPEG file") and not _is_progressive(data):
+    # Of a progressive file whole scans may be missing; an arithmetic decoder reads zeros for the
+    # rest. So only others can be whole without an end.
+    if warning.startswith("Premature end of JPEG file") and not _ends_silently(data):
         try:
             simplejpeg.decode_jpeg(data + END_OF_IMAGE, _native(data))
             return data + END_OF_IMAGE
@@ -301,7 +305,7 @@ def _undamaged(data: bytes, warning: str) -> bytes:
             warning = str(error)
     if not warning.startswith(("Corrupt JPEG data", "Premature end")):
         return data
-    if (tidy := _without_header_filler(data)) != data:
+    if (tidy := _without_extras(data)) != data:
         try:
             simplejpeg.decode_jpeg(tidy, _native(tidy))
             return data
@@ -315,14 +319,15 @@ def _undamaged(data: bytes, warning: str) -> bytes:
     raise ImageError("damaged", f"JPEG: {warning}")
 
 
-def _without_header_filler(data: bytes) -> bytes:
-    """A JPEG without the bytes that belong to no segment before its first scan (SOS)."""
-    segments = [data[start:end] for _, start, end in _header_segments(data)]
+def _without_extras(data: bytes) -> bytes:
+    """A JPEG without what no pixel depends on before its first scan (SOS): segments of color
+    profiles, and bytes that belong to no segment."""
+    segments = [data[start:end] for kind, start, end in _header_segments(data) if kind != APP2]
     return b"".join([data[:2], *segments]) if segments else data
 
 
-def _is_progressive(data: bytes) -> bool:
-    return any(kind == PROGRESSIVE for kind, *_ in _header_segments(data))
+def _ends_silently(data: bytes) -> bool:
+    return any(kind in ENDS_SILENTLY for kind, *_ in _header_segments(data))
 
 
 def _header_segments(data: bytes) -> list[tuple[int, int, int]]:
@@ -511,9 +516,8 @@ def white_of(image: Image.Image) -> int:
     Modes are I;16 and I;16B for 16 bits, and I for 32, which Pillow also uses for 16. Raises
     ImageError ``unsupported_mode`` where the range is unknown.
     """
-    darkest, brightest = image.getextrema()
-    assert not isinstance(darkest, tuple)
-    assert not isinstance(brightest, tuple)
+    values = np.asarray(image)  # Pillow's own extremes do not know I;16B
+    darkest, brightest = int(values.min()), int(values.max())
     if darkest < 0 or brightest > DEEP_WHITE:
         raise ImageError("unsupported_mode", "one channel of 32 bits: its range is unknown")
     if stated := _stated_white(image):
@@ -530,13 +534,17 @@ def _stated_white(image: Image.Image) -> int | None:
     if tags is None:
         return None
     for tag in (MAX_SAMPLE_VALUE, BITS_PER_SAMPLE):
-        value = tags.get(tag)
-        value = value[0] if isinstance(value, tuple) else value
+        value = _first(tags.get(tag))
         if value and tag == BITS_PER_SAMPLE:
+            value -= _first(tags.get(SAMPLE_FORMAT)) == SIGNED
             value = 2**value - 1 if value < 16 else None
         if value:
             return int(value)
     return None
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
 
 
 def _band_to_rgb(image: Image.Image, background: str, white: int) -> Pixels:

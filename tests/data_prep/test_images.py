@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import pickle
@@ -11,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from data_prep.files import SourceImage
 from data_prep.images import (
@@ -200,6 +201,59 @@ def test_a_jpeg_that_is_odd_and_whole_is_decoded(photo: np.ndarray, mode: str) -
     }
     for name, changed in odd.items():
         assert psnr_db(decode(changed).pixels, expected) > 45, name
+
+
+# What libjpeg-turbo's arithmetic coder writes for red = 8 x, green = 10 y, blue = 128; 32 x 24.
+ARITHMETIC = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIs"
+    "IxwcKDcpLDAxNDQ0Hyc5PTgyPC4zNDL/2wBDAQkJCQwLDBgNDRgyIRwhMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIy"
+    "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjL/yQARCAAYACADASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIR"
+    "AxEAPwD/ALtV+D5PdD6PUA4Q3rugIIoX5FFeY3rwb3jF1Sr7+F9UuiiRHp5CH7/GmI2fn3WTknEgqOycn7iyONe0"
+    "O+HYX26jfbi0g9EGwCPRnmjra+D/2Q=="
+)
+ARITHMETIC_PROGRESSIVE = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIs"
+    "IxwcKDcpLDAxNDQ0Hyc5PTgyPC4zNDL/2wBDAQkJCQwLDBgNDRgyIRwhMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIy"
+    "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjL/ygARCAAYACADASIAAhEBAxEB/8wABgAQARD/2gAMAwEAAhADEAAA"
+    "Af8AdnS0kakFySniU9HxjpXOfY8017pgcP/MAAQQBf/aAAgBAQABBQIS++pHgknVQP/MAAQRBf/aAAgBAwEBPwEV"
+    "DzIVMAYg/8wABBEF/9oACAECAQE/AUq6ixncjMz/zAAEEAX/2gAIAQEABj8CwP/MAAQQBf/aAAgBAQABPyHTQF3P"
+    "GmD/2gAMAwEAAgADAAAAECa4sP/MAAQRBf/aAAgBAwEBPxAjDQos/8wABBEF/9oACAECAQE/ENMqUf/MAAQQBf/a"
+    "AAgBAQABPxCqMuNFI7T/2Q=="
+)
+
+
+@pytest.mark.parametrize("encoded", [ARITHMETIC, ARITHMETIC_PROGRESSIVE])
+def test_a_jpeg_with_arithmetic_coding_is_decoded_and_damaged_where_cut(encoded: str) -> None:
+    data = base64.b64decode(encoded)
+    y, x = np.mgrid[:24, :32]
+    expected = np.stack([8 * x, 10 * y, np.full_like(x, 128)], axis=-1).astype(np.uint8)
+    assert psnr_db(decode(data).pixels, expected) > 35
+    assert psnr_db(decode(data + b"garbage").pixels, expected) > 35
+    with pytest.raises(ImageError) as caught:
+        decode(data[: len(data) * 3 // 4])
+    assert caught.value.reason == "damaged"
+
+
+def test_a_damaged_color_profile_damages_no_pixel(photo: np.ndarray) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = saved(Image.fromarray(photo), "JPEG", quality=95, icc_profile=profile)
+    at = data.index(b"ICC_PROFILE\0") + 12  # the number of this part, then how many there are
+    for damaged in (data[:at] + b"\7" + data[at + 1 :], data[:at] + b"\0\0" + data[at + 2 :]):
+        assert np.array_equal(decode(damaged).pixels, decode(data).pixels)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bit_tiffs_of_either_byte_order_are_scaled_by_their_range(order: str) -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    mode = "I;16" if order == "<u2" else "I;16B"
+    image = Image.frombytes(mode, (64, 64), values.astype(order).tobytes())
+    pixels = decode(saved(image, "TIFF")).pixels
+    assert np.abs(pixels[..., 0] - values / 257).max() < 1
+    signed = TiffImagePlugin.ImageFileDirectory_v2()
+    signed[258], signed[339] = 16, 2
+    half = Image.frombytes("I;16", (64, 64), (values / 2).astype("<u2").tobytes())
+    pixels = decode(saved(half, "TIFF", tiffinfo=signed)).pixels
+    assert np.abs(pixels[..., 0] - values / 257).max() < 1
 
 
 def test_a_progressive_jpeg_that_is_cut_short_is_damaged(photo: np.ndarray) -> None:
