@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_evaluate(commands)
     evaluation.add_evalpack(commands)
     weights.add_inpaint(commands)
+    weights.add_ui(commands)
     weights.add_weights(commands)
     weights.add_figures(commands)
     storage.add_checkpoints(commands)

@@ -77,9 +77,10 @@ def add_recipe_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+def add_weights_argument(parser: argparse.ArgumentParser, *, more: bool = False) -> None:
     parser.add_argument(
         "weights",
+        nargs="+" if more else None,
         metavar="WEIGHTS",
         help="a .safetensors file, the folder of a checkpoint, or the folder of a run, which gives "
         "its best checkpoint; path or URL, or runs:/ID or models:/NAME@ALIAS of MLflow",

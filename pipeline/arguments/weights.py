@@ -80,6 +80,30 @@ def add_inpaint(commands: Commands) -> None:
     sub.set_defaults(command=_inpaint)
 
 
+def add_ui(commands: Commands) -> None:
+    sub = add_command(
+        commands,
+        "ui",
+        "serve a page with two brushes, hole and sketch, to this machine's browser",
+        "ui checkpoint/ema.safetensors",
+    )
+    add_weights_argument(sub, more=True)
+    sub.add_argument("--port", type=int, default=7860, help="port to listen on; 0: any free one")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; without it, this machine alone reaches the page, which asks "
+        "for no password",
+    )
+    sub.add_argument(
+        "--max-pixels", type=int, default=25_000_000, help="largest image to take, in pixels"
+    )
+    sub.add_argument(
+        "--max-mb", type=int, default=100, help="largest file to take, in millions of bytes"
+    )
+    sub.set_defaults(command=_ui)
+
+
 def add_weights(commands: Commands) -> None:
     actions = add_group(
         commands,
@@ -183,6 +207,26 @@ def _inpaint(arguments: argparse.Namespace) -> int:
         skip_existing=arguments.skip_existing,
     ):
         print(path)
+    return DONE
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from pipeline.ui.server import MEGABYTE, Limits, serve
+
+    for flag in ("max_pixels", "max_mb"):
+        if getattr(arguments, flag) < 1:
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} {getattr(arguments, flag)} should be above 0")
+    if not 0 <= arguments.port < 2**16:
+        raise ValueError(f"--port {arguments.port} should be from 0 to {2**16 - 1}")
+    limits = Limits(arguments.max_pixels, arguments.max_mb * MEGABYTE)
+    serve(
+        arguments.weights,
+        host=arguments.host,
+        port=arguments.port,
+        limits=limits,
+        ready=lambda url: print(f"open {url} (Ctrl-C ends it)", flush=True),
+    )
     return DONE
 
 

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from cluster.storage import replacing
 from data_prep.color import profile_mode
-from data_prep.images import ImageError, Pixels, decode, has_16_bits, read_mask, white_of
+from data_prep.images import (
+    MAX_PIXELS,
+    ImageError,
+    Pixels,
+    decode,
+    has_16_bits,
+    read_mask,
+    white_of,
+)
 from data_prep.masks import MaskPixels
 from pipeline.filling import FillResult, blended, marked_at
 
@@ -56,10 +64,14 @@ def refuse_to_write(target: Path, given: Collection[Path] = ()) -> None:
 
 def read_image(path: Path) -> Pixels:
     """Upright 8-bit RGB. ValueError where ``path`` is not a readable image."""
+    return _decoded(path.read_bytes(), str(path))
+
+
+def _decoded(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Pixels:
     try:
-        return decode(path.read_bytes()).pixels
+        return decode(data, max_pixels=max_pixels).pixels
     except ImageError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -124,10 +136,18 @@ class OriginalImage:
 
 def read_original(path: Path) -> OriginalImage:
     """The image with its alpha, 16 bits and color profile. ValueError where it is not readable."""
-    pixels = read_image(path)
+    return original_image(path.read_bytes(), str(path))
+
+
+def original_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> OriginalImage:
+    """``read_original`` of the bytes of a file; ``name`` is for messages.
+
+    ValueError also where the image has more than ``max_pixels``.
+    """
+    pixels = _decoded(data, name, max_pixels)
     with warnings.catch_warnings(action="ignore"):
         try:
-            image: Image.Image = Image.open(io.BytesIO(path.read_bytes()))
+            image: Image.Image = Image.open(io.BytesIO(data))
             deep_colors = has_16_bits(image) and not image.mode.startswith("I")
             image = ImageOps.exif_transpose(image)
         except OSError:  # an array of numpy's, which Pillow does not know
