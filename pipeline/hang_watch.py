@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ class Beat:
     step: int
     idle_s: float
     """Seconds since it made progress."""
+    doing: str = ""
+    """``the save``, while it takes part in one."""
 
 
 class HangWatch:
@@ -47,7 +50,7 @@ class HangWatch:
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self._ranks, self._timeout_s = ranks, timeout_s
         self._pause_s = min(timeout_s / BEATS_PER_TIMEOUT, LONGEST_PAUSE_S)
-        self._step, self._since = 0, time.monotonic()
+        self._step, self._since, self._doing = 0, time.monotonic(), ""
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
@@ -71,15 +74,27 @@ class HangWatch:
             self.progress(self._step)
             yield item
 
+    @contextlib.contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """What every rank takes part in inside the block: one that never comes is named."""
+        self._doing = doing
+        try:
+            yield
+        finally:
+            self._doing = ""
+
     def close(self) -> None:
         self._done.set()
+
+    def _beat(self, number: int) -> Beat:
+        return Beat(number, self._step, time.monotonic() - self._since, self._doing)
 
     def _watch(self) -> None:
         number = 0
         while not self._done.wait(self._pause_s):
             number += 1
             idle_s = time.monotonic() - self._since
-            self._tell(Beat(number, self._step, idle_s))
+            self._tell(self._beat(number))
             if idle_s > self._timeout_s and self._all_hang(number):
                 os._exit(1)
 
@@ -95,10 +110,10 @@ class HangWatch:
         before = self._beats()
         if self._done.wait(3 * self._pause_s):
             return False
-        self._tell(Beat(number + 1, self._step, time.monotonic() - self._since))
+        self._tell(self._beat(number + 1))
         after = self._beats()
         me = self._ranks.rank
-        answering = {me: Beat(number, self._step, time.monotonic() - self._since)} | {
+        answering = {me: self._beat(number)} | {
             rank: beat
             for rank, beat in after.items()
             if rank not in before or beat.number != before[rank].number
@@ -110,21 +125,10 @@ class HangWatch:
             log.error(
                 "no rank has made progress for %.0f s (train.hang_timeout_s): %s",
                 self._timeout_s,
-                self._diagnosis(answering),
+                diagnosis(answering, self._ranks.world_size),
             )
         logging.shutdown()
         return True
-
-    def _diagnosis(self, answering: dict[int, Beat]) -> str:
-        silent = sorted(set(range(self._ranks.world_size)) - set(answering))
-        if silent:
-            ranks = ", ".join(map(str, silent))
-            return f"rank {ranks} did not answer; the stacks of those that do are above"
-        steps = {beat.step for beat in answering.values()}
-        behind = [rank for rank, beat in answering.items() if beat.step == min(steps)]
-        if len(steps) > 1:
-            return f"rank {', '.join(map(str, sorted(behind)))} is behind, at step {min(steps)}"
-        return f"all ranks answer, at step {min(steps)}; their stacks are above"
 
     def _beats(self) -> dict[int, Beat]:
         """The last beat of every rank that has sent one."""
@@ -137,3 +141,19 @@ class HangWatch:
                 log.warning("hang watch: the ranks' store does not answer: %s", error)
                 return found
         return found
+
+
+def diagnosis(answering: Mapping[int, Beat], world_size: int) -> str:
+    """Which ranks keep the others waiting, from the beats of those that answer."""
+    if silent := sorted(set(range(world_size)) - set(answering)):
+        ranks = ", ".join(map(str, silent))
+        return f"rank {ranks} did not answer; the stacks of those that do are above"
+    steps = {beat.step for beat in answering.values()}
+    behind = [rank for rank, beat in answering.items() if beat.step == min(steps)]
+    if len(steps) > 1:
+        return f"rank {', '.join(map(str, sorted(behind)))} is behind, at step {min(steps)}"
+    doing = max(beat.doing for beat in answering.values())
+    if missing := sorted(rank for rank, beat in answering.items() if beat.doing != doing):
+        ranks = ", ".join(map(str, missing))
+        return f"rank {ranks} is missing from {doing} at step {min(steps)}; its stack is above"
+    return f"all ranks answer, at step {min(steps)}; their stacks are above"

@@ -192,12 +192,12 @@ class TrainingLoop:
             if every and position.step % every == 0:
                 self._check_replicas(position.step)
             if last or position.step % cfg.save_every_steps == 0:
-                with self.wall.within("saving"):
+                with self.wall.within("saving"), self.watch.during("the save"):
                     self._save(position, stop, validate=last or not stopping)
             elif stopping or (leaving and not left):
                 # The launcher kills this process after some seconds.
                 log.warning("saving step=%d: %s", position.step, "stop" if stopping else "leave")
-                with self.wall.within("saving"):
+                with self.wall.within("saving"), self.watch.during("the save"):
                     self._save(position, stop, validate=False)
             left = left or leaving
             if last or stopping:

@@ -41,6 +41,7 @@ def pull(
     step: int,
     to: Path,
     *,
+    manifest: CheckpointManifest | None = None,
     weights_only: bool = False,
     overwrite: bool = False,
     advance: PullProgress = lambda done, total: None,
@@ -49,10 +50,11 @@ def pull(
 
     ``to`` appears once it is whole. A pull that was cut short is resumed by repeating it, in the
     middle of a file. ``weights_only`` copies the averaged generator and the manifest. ``advance``
-    gets the bytes that are there and those of all files. Raises CheckpointError where ``to`` holds
+    gets the bytes that are there and those of all files. ``manifest`` is that of ``step``, where it
+    was read already. Raises CheckpointError where ``to`` holds
     anything else, unless ``overwrite``.
     """
-    manifest = checkpoints.manifest(step)
+    manifest = manifest or checkpoints.manifest(step)
     wanted = dict(manifest.files)
     if weights_only:
         if WEIGHTS not in wanted:

@@ -150,14 +150,21 @@ class CheckpointStore:
 
     def manifest(self, step: int) -> CheckpointManifest:
         """The manifest of a finished checkpoint. Raises CheckpointError for a damaged one."""
-        key = self.key(step, MANIFEST)
-        try:
-            return self._read_whole(key, lambda data: _manifest_of(step, data))
-        except MissingKeyError as error:
+        found = self.find_manifest(step)
+        if found is None:
             known = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
                 f"{self.url} has no finished checkpoint of step {step}: it has {known}"
-            ) from error
+            )
+        return found
+
+    def find_manifest(self, step: int) -> CheckpointManifest | None:
+        """``manifest``; None where ``step`` is not finished."""
+        key = self.key(step, MANIFEST)
+        try:
+            return self._read_whole(key, lambda data: _manifest_of(step, data))
+        except MissingKeyError:
+            return None
         except NewerReleaseError as error:
             raise NewerCheckpointError(f"{join(self.url, key)}: {error}") from error
 

@@ -117,6 +117,20 @@ def describe_checkpoints(
     ]
 
 
+def open_checkpoint(
+    url: str, which: CheckpointChoice, best: tuple[str, MetricMode]
+) -> tuple[CheckpointStore, CheckpointManifest]:
+    """``choose_checkpoint``, and the manifest; one request for an exact step of a run's folder."""
+    if isinstance(which, int) and not re.search(r"/step-\d+/*$", url):
+        folder = url.rstrip("/")
+        place = folder if folder.endswith("/checkpoints") else join(folder, "checkpoints")
+        checkpoints = CheckpointStore(open_store(place))
+        if (found := checkpoints.find_manifest(which)) is not None:
+            return checkpoints, found
+    checkpoints, step = choose_checkpoint(url, which, best)
+    return checkpoints, checkpoints.manifest(step)
+
+
 def choose_checkpoint(
     url: str, which: CheckpointChoice, best: tuple[str, MetricMode]
 ) -> tuple[CheckpointStore, int]:

@@ -24,12 +24,12 @@ from pipeline.checkpoints import (
 from pipeline.checkpoints.manifest import CheckpointManifest
 from pipeline.checkpoints.pull import pull
 from pipeline.checkpoints.urls import (
-    choose_checkpoint,
     describe_checkpoints,
     find_checkpoints,
     find_runs,
     is_mlflow_url,
     list_checkpoints,
+    open_checkpoint,
 )
 from pipeline.commands.tables import print_table
 from pipeline.progress import progress
@@ -100,8 +100,7 @@ def _ls_runs(runs: Mapping[str, CheckpointStore], as_json: bool) -> None:
 
 def _show(arguments: argparse.Namespace) -> bool:
     which, best = _choice(arguments.step)
-    checkpoints, step = choose_checkpoint(arguments.url, which, best)
-    manifest = checkpoints.manifest(step)
+    checkpoints, manifest = open_checkpoint(arguments.url, which, best)
     if not arguments.trace:
         _print_json(manifest.record())
         return True
@@ -120,13 +119,14 @@ def _show(arguments: argparse.Namespace) -> bool:
 
 def _pull(arguments: argparse.Namespace) -> bool:
     which, best = _choice(arguments.step)
-    checkpoints, step = choose_checkpoint(arguments.url, which, best)
-    print(_described(checkpoints.manifest(step), best))
+    checkpoints, manifest = open_checkpoint(arguments.url, which, best)
+    print(_described(manifest, best))
     with progress("pull", "MB") as advance:
         paths = pull(
             checkpoints,
-            step,
+            manifest.step,
             arguments.out,
+            manifest=manifest,
             weights_only=arguments.weights_only,
             overwrite=arguments.overwrite,
             advance=lambda done, total: advance(round(done / MB), round(total / MB)),

@@ -28,6 +28,7 @@ from pipeline.checkpoints import CheckpointError, CheckpointStore, background_sa
 from pipeline.checkpoints.manifest import manifest_bytes
 from pipeline.checkpoints.pull import pull
 from pipeline.checkpoints.urls import list_checkpoints
+from pipeline.cli import main
 from tests.cluster.storage.faulty_s3 import FaultyS3, faulty_s3
 
 WEIGHTS = save_tensors({"kernel": np.arange(300, dtype=np.float32)})
@@ -99,6 +100,19 @@ def test_a_checkpoint_that_was_passed_over_is_set_aside_and_never_deleted(store:
     save(checkpoints, 20)  # the run comes there by itself
     assert checkpoints.steps() == [15, 20]
     assert checkpoints.verify(20) == []
+
+
+def test_a_repeated_pull_of_an_exact_step_costs_one_request(
+    s3: tuple[FaultyS3, str], tmp_path: Path
+) -> None:
+    proxy, url = s3
+    save(CheckpointStore(open_store(join(url, "checkpoints"))), 10, 20)
+    command = ["checkpoints", "pull", url, "--step", "10", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    proxy.requests.clear()
+    assert main(command) == 0
+    assert len(proxy.requests) == 1
+    assert proxy.requests[0].endswith("checkpoints/step-00000010/manifest.json")
 
 
 def test_a_cut_or_busy_answer_is_asked_for_again(s3: tuple[FaultyS3, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from pipeline.hang_watch import HangWatch
+from pipeline.hang_watch import Beat, HangWatch, diagnosis
 from pipeline.ranks import Ranks
 from tests.distributed import on_ranks
 
@@ -54,6 +54,15 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
     assert "no rank has made progress for 8 s (train.hang_timeout_s): rank 1 did not answer" in log
     assert 'File "' in log
     assert "in step" in log  # the stack of the rank that waits
+
+
+def test_ranks_that_are_missing_from_a_save_are_named():
+    saving, stepping = Beat(9, 40, 300.0, "the save"), Beat(9, 40, 300.0)
+    beats = {0: saving, 1: stepping, 2: saving, 3: stepping}
+    assert diagnosis(beats, 4).startswith("rank 1, 3 is missing from the save at step 40")
+    assert diagnosis({0: saving, 2: saving}, 3).startswith("rank 1 did not answer")
+    assert diagnosis({0: saving, 1: Beat(9, 38, 300.0)}, 2) == "rank 1 is behind, at step 38"
+    assert diagnosis({0: saving, 1: saving}, 2).startswith("all ranks answer, at step 40")
 
 
 def watched(idle_rank: int | None) -> bool:
