@@ -18,6 +18,7 @@ from cluster.git import code_tree
 from cluster.storage import MissingKeyError, StorageError, describe_error, open_store
 
 SHARED_MEMORY = Path("/dev/shm")
+ANOTHER_DISK = "another disk"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _storage_fault(marker: tuple[str, str]) -> str:
     try:
         open_store(url).get(key)
     except MissingKeyError:
-        return f"what this machine writes to {url} is not seen there: it is another disk"
+        return f"what this machine writes to {url} is not seen there: {ANOTHER_DISK}"
     except StorageError as error:
         return str(error)
     return ""

@@ -441,15 +441,20 @@ class _Writing:
 
     def attempt(self) -> None:
         checkpoints, step, store = self._checkpoints, self._step, self._checkpoints.store
-        if self._manifest is None:
-            if fault := _tensors_fault(self._files):
-                raise CheckpointError(f"step {step} was not saved at {checkpoints.url}: {fault}")
-            self._manifest = self._described()
+        if self._manifest is None and (fault := _tensors_fault(self._files)):
+            raise CheckpointError(f"step {step} was not saved at {checkpoints.url}: {fault}")
         if not self._cleared:
             checkpoints.before_commit()  # who lost the run may delete nothing
             checkpoints.delete(step)  # leftovers of a save that was cut short
             self._cleared = True
-        _at_once(self._put, sorted(self._left))
+        with ThreadPoolExecutor(1) as hashing:  # while the bytes travel
+            described = None if self._manifest else hashing.submit(self._described)
+            try:
+                _at_once(self._put, sorted(self._left))
+            finally:
+                if described is not None:
+                    self._manifest = described.result()
+        assert self._manifest is not None
         checkpoints.before_commit()
         store.put(checkpoints.key(step, MANIFEST), self._manifest)  # last: this is the commit
         log.info(

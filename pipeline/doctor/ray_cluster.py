@@ -7,7 +7,14 @@ import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 
-from cluster.nodes import NodeAnswer, NodeFacts, NodeQuestions, look_everywhere, look_here
+from cluster.nodes import (
+    ANOTHER_DISK,
+    NodeAnswer,
+    NodeFacts,
+    NodeQuestions,
+    look_everywhere,
+    look_here,
+)
 from cluster.session import SessionError, connect
 from cluster.storage import StorageError, describe_error, without_password
 from pipeline.config import Config
@@ -210,7 +217,7 @@ def _view_findings(subject: str, facts: NodeFacts, here: NodeFacts) -> Iterator[
         )
     if facts.storage_fault:
         cause, cure = cause_and_cure(OSError(facts.storage_fault))
-        if "another disk" in cure:
+        if ANOTHER_DISK in cure:
             cause, cure = facts.storage_fault, "use s3://, or mount one file system on every node"
         yield problem(subject, cause, cure)
     # A node answers within seconds of the question.

@@ -83,8 +83,12 @@ def cause_and_cure(
     error: Exception, otherwise: str = "see the log of the server"
 ) -> tuple[str, str]:
     """The halves of a message ``cause: cure``, as most errors have them; else ``otherwise``."""
-    cause, _, cure = str(error).rpartition(": ")
-    return (cause, cure) if " " in cause else (str(error), otherwise)
+    text = str(error)
+    for at in reversed([found.start() for found in re.finditer(": ", text)]):
+        cause, cure = text[:at], text[at + 2 :]
+        if cure.count("(") == cure.count(")"):  # else the colon is within brackets
+            return (cause, cure) if " " in cause else (text, otherwise)
+    return text, otherwise
 
 
 def _settings_findings() -> Iterator[Diagnosis]:

@@ -19,6 +19,7 @@ from pipeline.doctor.findings import Diagnosis
 from pipeline.doctor.storage import _clock, _exercised, _speed, storage_probes
 from tests.cluster.storage.faulty_s3 import FaultyS3, faulty_s3
 from tests.cluster.storage.listening import listening, write_certificate
+from tests.pipeline.doctor.lines import wrong
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +43,6 @@ def look(url: str, *clients: str, needed_bytes: int = 1) -> list[Diagnosis]:
         for probe in storage_probes(url, needed_bytes=needed_bytes)
         if not clients or probe.subject.rpartition(" ")[2] in clients
         for finding in probe.look()
-    ]
-
-
-def wrong(findings: list[Diagnosis]) -> list[str]:
-    """Every finding but those that are ok, as one text with its cure."""
-    for finding in findings:
-        assert bool(finding.cure) is (finding.verdict != "ok"), finding
-    return [
-        f"{found.verdict} {found.subject}: {found.message} -> {found.cure}"
-        for found in findings
-        if found.verdict != "ok"
     ]
 
 
