@@ -10,6 +10,7 @@ from pipeline import config
 from pipeline.arguments import diagnosis, evaluation, stages, storage, weights
 from pipeline.arguments.common import DEMO, EXAMPLE, MISTAKE, STOPPED, help_format
 from pipeline.errors import describe_missing_package
+from pipeline.stop_request import interrupts_answered
 
 __all__ = ["EXAMPLE", "build_parser", "main"]
 
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
+        with interrupts_answered():
+            return command(parsed)
     except KeyboardInterrupt:
         print("stopped: run the same command to resume", file=sys.stderr)
         return STOPPED

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -86,9 +87,9 @@ def _bar(what: str, unit: str) -> Iterator[Advance]:
 
 def leave_terminal() -> None:
     """Give the terminal back as it was, for a process that ends without leaving its blocks."""
-    if _bars and sys.__stderr__ is not None:
-        sys.__stderr__.write("\n\x1b[?25h")  # shows the cursor, which a bar hides
-        sys.__stderr__.flush()
+    if _bars:
+        # Raw, since Python's files may be in use; it shows the cursor, which a bar hides.
+        os.write(2, b"\n\x1b[?25h")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Protocol
 
 from cluster.submit import NOT_SAVED
+from pipeline.progress import leave_terminal
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,36 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def interrupts_answered() -> Iterator[None]:
+    """In the block, the first Ctrl-C answers in a line at once and then interrupts.
+
+    What runs in threads is waited for, which can take as long as storage does; the second Ctrl-C
+    ends the process without that. Nothing changes where something else handles Ctrl-C.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+
+    # Raw writes: Python's files may be in use by what a signal interrupts.
+    def at_once(signum: int, frame: FrameType | None) -> None:
+        leave_terminal()
+        os.write(2, b"stopped at once: run the same command to resume\n")
+        os._exit(1)
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, at_once)
+        os.write(2, b"\nstopping (Ctrl-C again: at once)\n")
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class PolledStop:

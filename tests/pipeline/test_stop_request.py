@@ -62,6 +62,38 @@ def test_the_time_for_saving_ends_before_the_launcher_kills(monkeypatch, environ
     assert time_to_save_s() == seconds
 
 
+SLOW = """
+import argparse, sys, threading, time
+from pipeline import cli
+
+def command(arguments):
+    print("begun", flush=True)
+    waiting = threading.Thread(target=time.sleep, args=(60,))
+    waiting.start()
+    try:
+        time.sleep(60)
+    finally:
+        waiting.join()
+
+cli._parsed = lambda arguments: argparse.Namespace(command=command)
+sys.exit(cli.main([]))
+"""
+
+
+def test_the_first_ctrl_c_answers_at_once_and_the_second_waits_for_nothing():
+    command = [sys.executable, "-c", SLOW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == b"\n"
+        assert process.stderr.readline() == b"stopping (Ctrl-C again: at once)\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b"stopped at once: run the same command to resume\n"
+        assert process.wait(30) == MISTAKE
+
+
 def test_hours_that_are_over_are_a_request():
     assert not SignalStop(max_hours=1).requested
     assert SignalStop(max_hours=1e-9).requested
