@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from cluster.guard import guarded
 from cluster.ports import LOOPBACK, free_ports
@@ -27,7 +27,6 @@ from cluster.storage import describe_error, without_password
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 READY_S = 90
@@ -149,19 +148,6 @@ def connect() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def run_on_gpu(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """The result of ``function``, run on a GPU of the connected cluster.
-
-    It runs in this process where the cluster has no GPU, or without a connection. Arguments and
-    result must be picklable.
-    """
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized() or not ray.cluster_resources().get("GPU"):
-        return function(*args, **kwargs)
-    result: R = ray.get(ray.remote(num_gpus=1)(function).remote(*args, **kwargs))
-    return result
 
 
 def run_on_gpus(function: Callable[[int, int], R]) -> list[R]:

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config import TrainSettings
 from pipeline.errors import TrainingError
+from pipeline.ranks import Ranks
 
 PRECISION: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -37,11 +38,21 @@ def set_backends(precision: str, *, deterministic: bool) -> None:
     torch.set_flush_denormal(True)  # tails of the attention's softmax cost threefold otherwise
 
 
-def set_exact_convolutions() -> None:
-    """For measuring: equal bits in any order of images, in float32, whatever a recipe says."""
+def device_for_filling(ranks: Ranks) -> torch.device:
+    """What ``ranks`` says, ready to fill images in float32 with equal bits in any order of them.
+
+    The precision of a recipe is for training. Raises TrainingError where a GPU is asked for and
+    there is none.
+    """
+    device = ranks.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # What is fastest may differ in the last digits from one group of images to the next.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return device
 
 
 def refuse_precision(precision: str, device: torch.device) -> None:

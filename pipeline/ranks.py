@@ -2,7 +2,8 @@
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -75,6 +76,28 @@ def current(
     if machine is None:
         machine = int(os.environ.get("GROUP_RANK", "0"))
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), machine, device)
+
+
+@contextmanager
+def sharing_work() -> Iterator[Ranks]:
+    """Torchrun's ranks, in a process group that carries results; else this process alone."""
+    if not launched_by_torchrun() or dist.is_initialized():
+        yield current()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield current()
+    finally:
+        dist.destroy_process_group()
+
+
+def gathered_on_first(value: T) -> list[T] | None:
+    """The value of every rank, in their order; None on all ranks except the first."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
 
 
 class Vote:

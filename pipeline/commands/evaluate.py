@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from rich.table import Table
 
 from cluster.session import connect
@@ -30,7 +29,7 @@ from pipeline.evaluation.pack_evaluation import (
 from pipeline.evaluation.pack_metrics import PackMetrics
 from pipeline.evaluation.packs import Pack
 from pipeline.evaluation.published import beside
-from pipeline.ranks import Ranks, current, launched_by_torchrun
+from pipeline.ranks import Device, Ranks, launched_by_torchrun, sharing_work
 from pipeline.run_storage import RunStorage
 from pipeline.tracking import open_run_tracker
 
@@ -87,17 +86,10 @@ def evaluate_pack(arguments: PackArguments) -> bool:
 @contextlib.contextmanager
 def _ranks() -> Iterator[Ranks]:
     """Torchrun's ranks, or the cluster of the environment, or this process alone."""
-    if launched_by_torchrun():
-        dist.init_process_group("gloo")  # it carries the results alone
-        try:
-            yield current()
-        finally:
-            dist.destroy_process_group()
-    elif os.environ.get("RAY_ADDRESS"):
-        with connect():
-            yield Ranks()
-    else:
-        yield Ranks()
+    alone = not launched_by_torchrun()
+    on_cluster = alone and os.environ.get("RAY_ADDRESS")
+    with connect() if on_cluster else contextlib.nullcontext(), sharing_work() as ranks:
+        yield ranks
 
 
 def _metrics(arguments: PackArguments, pack: Pack) -> PackMetrics:
@@ -120,6 +112,7 @@ def _contestants(
 ) -> Iterator[tuple[Contestant, Store]]:
     """Everything to evaluate, with the store that keeps its results; the weights first."""
     weights, step, name = None, 0, ""
+    device: Device = "auto" if cfg is None else cfg.train.device
     url = arguments.out or ""
     if cfg is not None:
         storage = RunStorage.open(cfg)
@@ -133,7 +126,7 @@ def _contestants(
         weights = networks.read_weights(arguments.source)
         name = arguments.source.rstrip("/").rpartition("/")[2]
     if weights is not None:
-        yield Contestant(name, weights, step=step), open_store(url)
+        yield Contestant(name, weights, step=step, device=device), open_store(url)
     elif not arguments.baselines:
         raise ValueError("nothing to evaluate: give a recipe, weights, or --baseline")
     for baseline in dict.fromkeys(arguments.baselines):
@@ -144,6 +137,7 @@ def _contestants(
                 weights if trained else None,
                 baseline,
                 step if trained else 0,
+                device,
             ),
             open_store(join(url, BASELINE_FOLDER, baseline)),
         )

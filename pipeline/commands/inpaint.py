@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from data_prep.images import IMAGE_SUFFIXES
 from models import Generator
 from pipeline.commands.image_files import (
@@ -16,9 +14,11 @@ from pipeline.commands.image_files import (
     read_original,
     refuse_to_write,
 )
+from pipeline.device import device_for_filling
 from pipeline.filling import FillOptions, FillTask, fill_batch, needed_bytes
 from pipeline.networks import load_generator
 from pipeline.progress import progress
+from pipeline.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,7 @@ def inpaint(
         left = [job for job in jobs if not job.out.exists()]
         log.info("skipped existing=%d left=%d", len(jobs) - len(left), len(left))
         jobs = left
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = load_generator(weights).to(device).eval()
+    generator = load_generator(weights).to(device_for_filling(Ranks())).eval()
     if sketch is not None and not generator.guided:
         raise ValueError(f"{weights} takes no sketch: leave out --sketch, or use guided weights")
     filler = _Filler(generator, options or FillOptions(), reading or MaskReading())

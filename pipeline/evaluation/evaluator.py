@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,6 +53,17 @@ class Evaluation:
     panels: list[SamplePanel]
     """Images of the first rows, for the sheet of samples."""
     device: torch.device
+
+    @classmethod
+    def joined(cls, parts: Sequence["Evaluation"], keep: int) -> "Evaluation":
+        """Of images in shares that follow one another; the first ``keep`` have panels."""
+        rows = [row for part in parts for row in part.rows]
+        panels: list[SamplePanel] = []
+        for part in parts:
+            panels += part.panels
+            if len(part.panels) < len(part.rows):
+                break
+        return cls(rows, panels[:keep], parts[0].device)
 
     def means(self, total: Total | None = None) -> dict[str, float]:
         """Each metric's mean over all images, every image counting the same.

@@ -3,18 +3,21 @@
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 
-from cluster.session import run_on_gpu
 from cluster.storage import Store
 from data_prep.images import encode_png
 from data_prep.shards import Dataset
 from pipeline import networks
+from pipeline import ranks as distributed
 from pipeline.checkpoints import BEST, CheckpointError, CheckpointStore
 from pipeline.config import Config
 from pipeline.data.batch import Batch
 from pipeline.data.loaders import validation_batches, validation_definition
+from pipeline.device import device_for_filling
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.shares import measured_in_shares
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
@@ -28,8 +31,14 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
 
     The metrics (see ``pipeline/evaluation/metrics.py``), one row per image, and a sheet of
     samples are kept in ``<run>/evaluation/step-<step>/``; equal settings are measured once.
-    Raises CheckpointError where the run has no checkpoint.
+    Under torchrun all ranks share the images, and the first writes. Raises CheckpointError where
+    the run has no checkpoint.
     """
+    with distributed.sharing_work():
+        return _evaluate_run(cfg, storage)
+
+
+def _evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
     checkpoints = CheckpointStore(storage.checkpoints)
     step = checkpoints.best(*BEST)
     if step is None:
@@ -48,8 +57,13 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
             log.info("evaluated already step=%d %s", step, _fields(known["metrics"]))
             return dict(known["metrics"])
 
-    evaluation = run_on_gpu(_measure, cfg, storage.checkpoints, step, dataset)
-    metrics, sheet = evaluation.means(), evaluation.sheet()
+    share = partial(_measure_share, cfg, storage.checkpoints, step, dataset)
+    parts = measured_in_shares(share, cfg.train.device)
+    evaluation = None if parts is None else Evaluation.joined(parts, cfg.evaluate.sheet)
+    metrics = distributed.from_first({} if evaluation is None else evaluation.means())
+    if evaluation is None:
+        return metrics
+    sheet = evaluation.sheet()
     run.put(f"{folder}/samples.png", encode_png(sheet))
     run.put(f"{folder}/rows.csv", evaluation.csv().encode())
     record = {"settings": settings, "pictures": len(evaluation.rows), "metrics": metrics}
@@ -64,16 +78,19 @@ def evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
     return metrics
 
 
-def _measure(cfg: Config, checkpoints: Store, step: int, dataset: Dataset) -> Evaluation:
-    """The held-out images through the averaged generator of ``step``."""
+def _measure_share(
+    cfg: Config, checkpoints: Store, step: int, dataset: Dataset, share: int, shares: int
+) -> Evaluation:
+    """A share of the held-out images through the averaged generator of ``step``."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # for a worker of Ray's
-    device = Ranks().device
+    device = device_for_filling(distributed.current(device=cfg.train.device))
     weights = CheckpointStore(checkpoints).read(step, networks.EMA)
     generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)
     limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
     images = sum(shard.samples for shard in dataset.shards("val"))
-    batches = validation_batches(cfg, dataset, Ranks(), limit)
-    advancing = _advancing(batches, min(images, limit or images))
+    mine = Ranks(share, world_size=shares)
+    batches = validation_batches(cfg, dataset, mine, limit)
+    advancing = _advancing(batches, -(-min(images, limit or images) // shares))
     return evaluate(generator, advancing, device=device, keep=cfg.evaluate.sheet)
 
 

@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import models
 from cluster.git import git_commit
-from cluster.session import job_metadata, run_on_gpus
+from cluster.session import job_metadata
 from cluster.storage import MissingKeyError, Store, join
 from data_prep.images import Pixels, encode_png
 from pipeline import networks
 from pipeline import ranks as distributed
-from pipeline.device import set_exact_convolutions
+from pipeline.device import device_for_filling
 from pipeline.evaluation.adherence import Adherence
 from pipeline.evaluation.baselines import BASELINES, Filler, GeneratorFiller, UntrainedFiller
 from pipeline.evaluation.feature_metrics import (
@@ -38,8 +37,10 @@ from pipeline.evaluation.pack_metrics import PackMetrics
 from pipeline.evaluation.packs import TRANSFERS, Pack, PackContent, PackItem
 from pipeline.evaluation.record import FOLDER
 from pipeline.evaluation.sample_sheet import SamplePanel, sample_panel, sample_sheet
+from pipeline.evaluation.shares import measured_in_shares
 from pipeline.evaluation.statistics import MIN_IMAGES, differences
 from pipeline.progress import progress
+from pipeline.ranks import Device
 
 FORMAT_VERSION = 1
 KEPT_IMAGES = 200
@@ -61,6 +62,8 @@ class Contestant:
     """A key of ``BASELINES``."""
     step: int = 0
     """Training step of the weights; 0 if unknown."""
+    device: Device = "auto"
+    """What it computes on; results do not depend on it beyond rounding."""
 
     @property
     def weights_sha256(self) -> str | None:
@@ -153,17 +156,9 @@ def measure_on_pack(
         item.key for item in sheet_items(pack)
     )
     share = partial(_measure_share, pack, contestant, measured, shown)
-    if dist.is_initialized():
-        ranks = distributed.current()
-        gathered: list[list[PackRow]] | None = (
-            [[] for _ in range(ranks.world_size)] if ranks.first else None
-        )
-        dist.gather_object(share(ranks.rank, ranks.world_size), gathered, dst=0)
-        if gathered is None:
-            return None
-        parts = gathered
-    else:
-        parts = run_on_gpus(share)
+    parts = measured_in_shares(share, contestant.device)
+    if parts is None:
+        return None
     return sorted((row for part in parts for row in part), key=lambda row: row.item.key)
 
 
@@ -176,11 +171,7 @@ def _measure_share(
     shares: int,
 ) -> list[PackRow]:
     """Each ``shares``-th image from number ``share`` on."""
-    device = distributed.current().device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # What is fastest may differ in the last digits from one group of images to the next.
-    set_exact_convolutions()
+    device = device_for_filling(distributed.current(device=contestant.device))
     filler = contestant.filler(device)
     adherence = Adherence(measured.detector, device) if measured.detector else None
     lpips = Lpips(measured.vgg, device) if measured.vgg else None

@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from cluster.session import RayHead, SessionError, connect, local_ray, run_on_gpu
+from cluster.session import RayHead, SessionError, connect, local_ray
 from cluster.submit import INTERRUPTED, NOT_SAVED, SubmitError, package_files, submit
 
 ROOT = Path(__file__).parents[2]
@@ -311,22 +311,17 @@ def wait_for_none(folder: Path, timeout_s: float = 60) -> list[psutil.Process]:
     return left
 
 
-def test_run_on_gpu_uses_a_gpu_of_the_cluster_and_otherwise_this_process() -> None:
-    assert run_on_gpu(os.getpid) == os.getpid()
+def test_shares_run_on_the_gpus_of_the_cluster_and_otherwise_in_this_process() -> None:
     program = """
 import os
 import ray
-from cluster.session import run_on_gpu, run_on_gpus
-
-def process() -> int:
-    return os.getpid()
+from cluster.session import run_on_gpus
 
 def share(number: int, shares: int) -> tuple[int, int, int]:
     return number, shares, os.getpid()
 
 assert run_on_gpus(share) == [(0, 1, os.getpid())]
 ray.init("local", num_cpus=1, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.2")
-assert run_on_gpu(process) != process()
 shares = run_on_gpus(share)
 assert [each[:2] for each in shares] == [(0, 2), (1, 2)]
 assert os.getpid() not in [each[2] for each in shares]

@@ -10,12 +10,14 @@ import torch
 
 from pipeline.config import TrainSettings
 from pipeline.device import (
+    device_for_filling,
     memory_explained,
     missing_for_compilation,
     refuse_precision,
     set_backends,
 )
 from pipeline.errors import TrainingError
+from pipeline.ranks import Ranks
 
 GPU = torch.device("cuda", 0)
 
@@ -92,3 +94,24 @@ def test_compilation_without_a_compiler_is_noticed(monkeypatch, tmp_path, where)
     assert missing_for_compilation(where) is None
     (tmp_path / "Python.h").unlink()
     assert (missing_for_compilation(where) is None) is (where.type == "cpu")
+
+
+def test_filling_is_exact_whatever_training_left_switched_on(monkeypatch):
+    for module, switch, value in (
+        (torch.backends.cudnn, "allow_tf32", True),
+        (torch.backends.cudnn, "benchmark", True),
+        (torch.backends.cudnn, "deterministic", False),
+        (torch.backends.cuda.matmul, "allow_tf32", True),
+    ):
+        monkeypatch.setattr(module, switch, value)
+    assert device_for_filling(Ranks(kind="cpu")) == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_filling_on_a_gpu_that_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match="torch finds no GPU"):
+        device_for_filling(Ranks(kind="cuda"))
