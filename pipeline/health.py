@@ -168,8 +168,8 @@ class Alarms:
         if alarm is DEAD:
             return (
                 f"the discriminator is dead: since step {since} its loss is 1 and the score margin "
-                "0, so the generator learns nothing from it: resume from before with a lower "
-                "train.discriminator_learning_rate (python -m pipeline fork)"
+                "0, so the generator learns nothing from it: fork the run before that step, with a "
+                "lower train.discriminator_learning_rate"
             )
         if alarm is GRAY:
             return (

@@ -96,14 +96,8 @@ def test_compilation_without_a_compiler_is_noticed(monkeypatch, tmp_path, where)
     assert (missing_for_compilation(where) is None) is (where.type == "cpu")
 
 
-def test_filling_is_exact_whatever_training_left_switched_on(monkeypatch):
-    for module, switch, value in (
-        (torch.backends.cudnn, "allow_tf32", True),
-        (torch.backends.cudnn, "benchmark", True),
-        (torch.backends.cudnn, "deterministic", False),
-        (torch.backends.cuda.matmul, "allow_tf32", True),
-    ):
-        monkeypatch.setattr(module, switch, value)
+def test_filling_is_exact_whatever_training_left_switched_on():
+    set_backends("tf32", deterministic=False)
     assert device_for_filling(Ranks(kind="cpu")) == torch.device("cpu")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cudnn.benchmark
