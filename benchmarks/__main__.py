@@ -26,12 +26,13 @@ ON_CPU = (
     "attention",
     "inference",
     "step",
+    "health",
     "hed",
     "hed_bsds",
     "landmarks",
     "scaling",
 )
-ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"], "hed": []}
+ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"], "health": [], "hed": []}
 
 
 def main() -> None:

@@ -55,6 +55,14 @@ GOALS = (
         at_most=True,
     ),
     Goal("optimizer and moving average", "step_cpu/optimiser_and_average_times_faster", 2.4, 2.0),
+    Goal(
+        "signs of health, of the step, at most",
+        "health_cpu/health_percent_of_step",
+        1.0,
+        1.0,
+        at_most=True,
+        unit=" %",
+    ),
     Goal("attention, both ways, fp32", "attention_cpu/times_faster_at_batch_4/fp32", 5.0, 3.8),
     Goal(
         "attention, both ways, bf16 against fp32",

@@ -129,10 +129,11 @@ def _costs(comparison: Comparison) -> Table:
         "hours",
         "GPU hours",
         "rank hours",
+        "training %",
         "ranks",
         "images",
         "images/s",
-        right=(1, 2, 3, 5, 6),
+        right=(1, 2, 3, 4, 6, 7),
     )
     for run in comparison.runs:
         spent = cost(run.history)
@@ -141,6 +142,7 @@ def _costs(comparison: Comparison) -> Table:
             _number(spent["hours"]),
             _number(spent["gpu_hours"]),
             _number(spent["rank_hours"]),
+            _number(spent["goodput_percent"]),
             spent["devices"],
             _number(spent["images"]),
             _number(spent["images_per_s"]),

@@ -89,8 +89,12 @@ def _run(run: RunRecord, group: str) -> dict[str, Any]:
 
 
 def cost(history: History) -> dict[str, Any]:
-    """What the run took, with what restarts repeated: hours, hours times ranks, the machines."""
+    """What the run took, with what restarts repeated: hours, hours times ranks, the machines.
+
+    ``goodput_percent`` is the share of its wall time that was training; NaN for older runs.
+    """
     attempts = history.attempts
+    goodput = history.curves.get("speed/goodput_percent")
     speed = history.curves.get("speed/images_per_s")
     last = max((attempt.last_step for attempt in attempts), default=0)
     images = float(history.images(np.array([last]))[0]) if attempts else math.nan
@@ -98,6 +102,7 @@ def cost(history: History) -> dict[str, Any]:
         "hours": sum(attempt.hours for attempt in attempts) if attempts else math.nan,
         "rank_hours": history.rank_hours if attempts else math.nan,
         "gpu_hours": history.gpu_hours if attempts else math.nan,
+        "goodput_percent": float(goodput.values[-1]) if goodput is not None else math.nan,
         "devices": ", ".join(
             dict.fromkeys(f"{a.info.world_size} × {a.info.device or '?'}" for a in attempts)
         ),

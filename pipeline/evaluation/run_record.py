@@ -32,6 +32,8 @@ NOT_THE_RESULT = (
     "train.save_every_steps",
     "train.log_every_steps",
     "train.max_failures",
+    "train.profile_steps",
+    "train.check_replicas_every_steps",
 )
 """Settings that change no update of the weights, or what begins like them."""
 SEEDS = ("train.seed", "seed")

@@ -1,4 +1,4 @@
-"""Work that is measured in shares: on the ranks or GPUs that there are."""
+"""Measurements in shares: one on each rank, or on each GPU of the cluster."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -589,12 +589,12 @@ function sheets(root) {
 
 function costs() {
   place("cost").append(table(
-    [{ name: "Run" }, { name: "Group" }, { name: "Hours", number: true }, { name: "GPU hours", number: true }, { name: "Rank hours", number: true }, { name: "Ranks" },
+    [{ name: "Run" }, { name: "Group" }, { name: "Hours", number: true }, { name: "GPU hours", number: true }, { name: "Rank hours", number: true }, { name: "Training %", number: true }, { name: "Ranks" },
       { name: "Steps", number: true }, { name: "Images", number: true }, { name: "Images/s", number: true }, { name: "Attempts", number: true }, { name: "Commit" }, { name: "Dataset" }],
-    DATA.runs.map((run) => ({ cells: [run.label, run.group || "set apart", ...[run.cost.hours, run.cost.gpu_hours, run.cost.rank_hours].map((x) => ({ text: number(x, 3), sort: x })),
+    DATA.runs.map((run) => ({ cells: [run.label, run.group || "set apart", ...[run.cost.hours, run.cost.gpu_hours, run.cost.rank_hours, run.cost.goodput_percent].map((x) => ({ text: number(x, 3), sort: x })),
       run.cost.devices || "–", { text: number(run.cost.steps, 6), sort: run.cost.steps }, { text: number(run.cost.images, 4), sort: run.cost.images }, { text: number(run.cost.images_per_s, 3), sort: run.cost.images_per_s },
       run.attempts, run.commit || "–", run.dataset || "–"] })), { label: "cost" }),
-    el("p", { class: "soft", text: "From the first to the last value of every attempt, with the steps that a restart repeated. Images/s is the median." }));
+    el("p", { class: "soft", text: "From the first to the last value of every attempt, with the steps that a restart repeated. Training % is the share of the wall time that was no saving, validation, restart or wait for data. Images/s is the median." }));
   const damaged = DATA.runs.filter((run) => run.damaged);
   if (damaged.length) place("cost").append(el("p", { text: `Damaged lines left out: ${damaged.map((run) => `${run.label} ${run.damaged}`).join(", ")}.` }));
 }
