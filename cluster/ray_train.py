@@ -18,11 +18,24 @@ from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.worker_group import (
+    Worker,
+    WorkerGroup,
+    WorkerGroupPollStatus,
+    WorkerGroupState,
+)
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.storage import join, pyarrow_filesystem
@@ -31,6 +44,9 @@ Resource = Literal["GPU", "CPU"]
 
 BUSY_S = 15.0  # what ended a moment ago may still hold its place
 CONTROLLER_FAILURES = 3  # Ray Train's default is to try without end
+RESIZE_S = 30.0  # between two looks whether more ranks would fit
+PLACE_S = 20.0  # in which Ray finds a place where it has one; it notices a lost node after 15 s
+REPLACEMENT_S = 60.0  # a node that is lost may have a successor
 
 _leaving = threading.Event()
 
@@ -45,10 +61,12 @@ class Workers:
 
     count: int
     resource: Resource
+    between: tuple[int, int] | None = None
+    """How few and how many they may become, as nodes go and come; None: always ``count``."""
 
 
 def find_room(
-    wanted: int | Literal["auto"],
+    wanted: int | tuple[int, int] | Literal["auto"],
     resource: Resource | None,
     *,
     most: int,
@@ -59,18 +77,24 @@ def find_room(
     """The ranks that fit the connected cluster now; each takes one ``resource``.
 
     Without a ``resource``: a GPU where the cluster has some, else a CPU. ``auto`` is one rank for
-    each that exists, and ``most`` at most. A cluster that is too small has ``wait_s`` to grow, and
-    one that is busy at least ``BUSY_S`` to become free; ``waiting`` gets one line about it. Raises
-    RoomError afterwards. None where ``interrupted`` came first.
+    each that exists, and ``most`` at most; of a pair, the first has to fit. A cluster that is too
+    small has ``wait_s`` to grow, and one that is busy at least ``BUSY_S`` to become free;
+    ``waiting`` gets one line about it. Raises RoomError afterwards. None where ``interrupted`` came
+    first.
     """
     started, reported = time.monotonic(), False
     while True:
         exists, free = ray.cluster_resources(), ray.available_resources()
         kind: Resource = resource or ("GPU" if exists.get("GPU") else "CPU")
         there, unused = int(exists.get(kind, 0)), int(free.get(kind, 0))
-        count = max(min(there, most), 1) if wanted == "auto" else wanted
+        if isinstance(wanted, tuple):
+            count, hoped = wanted
+        else:
+            count = hoped = max(min(there, most), 1) if wanted == "auto" else wanted
         if count <= unused:
-            return Workers(count, kind)
+            if not isinstance(wanted, tuple):
+                return Workers(count, kind)
+            return Workers(min(unused, hoped), kind, between=wanted)
         have = f"the cluster has {there}" + (f", {unused} of them free" if there else "")
         asked = f"{count} rank{'s' * (count > 1)} need one {kind} each, and {have}"
         patience_s = max(wait_s, BUSY_S) if count <= there else wait_s
@@ -81,7 +105,7 @@ def find_room(
         if not reported:
             waiting(f"{asked}: waiting for up to {patience_s:.0f} s")
             reported = True
-            autoscaler.request_resources(bundles=[{kind: 1}] * count)
+            autoscaler.request_resources(bundles=[{kind: 1}] * hoped)
         time.sleep(0.5)
 
 
@@ -90,16 +114,21 @@ def run_workers(
     config: dict[str, Any],
     workers: Workers,
     *,
+    mailbox: Mailbox,
     storage_url: str,
     max_failures: int,
+    wait_s: float,
     timeout_s: float,
     mistakes: tuple[type[BaseException], ...],
 ) -> None:
     """Run ``function(config)`` on every rank of a process group, until all ranks have returned.
 
-    Ranks that are lost start again together, ``max_failures`` times; so does whatever fails with
-    an exception that is none of ``mistakes``. One of ``mistakes`` ends all ranks at once. Raises
-    the exception of the first rank that failed, or RoomError where the ranks could not start.
+    Ranks that are lost start again together; so does whatever fails with an exception that is none
+    of ``mistakes``. That happens ``max_failures`` times without a new safe step in ``mailbox``.
+    One of ``mistakes`` ends all ranks at once. Where the number of ranks may change, they are asked
+    to save before a change, see ``is_leaving``, and wait ``wait_s`` for nodes where too few are
+    left. Raises WorkersError with the line of the first rank that failed, or RoomError where the
+    ranks have no place.
     """
     # Paths in recipes are relative to this folder: workers have to stay in it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -111,7 +140,11 @@ def run_workers(
 
     trainer = _Trainer(
         run,  # a train_loop_config would be shown by Ray's dashboard, passwords in it included
-        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=on_gpus),
+        scaling_config=ScalingConfig(
+            num_workers=workers.between or workers.count,
+            use_gpu=on_gpus,
+            elastic_resize_monitor_interval_s=RESIZE_S,
+        ),
         torch_config=_Torch(backend="nccl" if on_gpus else "gloo", timeout_s=int(timeout_s)),
         run_config=RunConfig(
             # A new name each time: the state is in our checkpoints, so Ray resumes nothing.
@@ -123,10 +156,15 @@ def run_workers(
             ),
         ),
     )
-    trainer.mistakes = mistakes
+    trainer.mistakes, trainer.mailbox, trainer.wait_s = mistakes, mailbox, wait_s
     try:
         trainer.fit()
     except TrainingFailedError as error:
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            cause = RoomError(f"{cause.num_workers} ranks have no place any more, nodes are gone")
+        if isinstance(cause, RoomError):
+            raise cause from error
         raise WorkersError(_reason(error, mistakes)) from error
 
 
@@ -164,7 +202,7 @@ def place_in_node() -> tuple[int, int]:
 
 
 def is_leaving() -> bool:
-    """Whether this worker was asked to end: by SIGTERM, or because Ray's node is about to end."""
+    """Whether this worker ends soon: by SIGTERM, with its node, or for another number of ranks."""
     return _leaving.is_set() or get_train_context().preemption_context.preemption_info is not None
 
 
@@ -190,15 +228,23 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    mistakes: tuple[type[BaseException], ...] = ()
+    mistakes: tuple[type[BaseException], ...]
+    mailbox: Mailbox
+    wait_s: float
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-        """As Ray does, with our controller and our policy."""
-        policy = _RetryMachines(self.run_config.failure_config, self.mistakes)
+        """As Ray does, with our controller and our policies."""
+        variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+        failures = self.run_config.failure_config
+        kwargs["failure_policy"] = _RetryMachines(failures, self.mistakes, self.mailbox)
+        if self.scaling_config.elasticity_enabled:
+            wait_s = max(self.wait_s, REPLACEMENT_S)
+            kwargs["scaling_policy"] = _Resizing(self.scaling_config, self.mailbox, wait_s)
+            variables |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(PLACE_S)}
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
+        variables |= get_env_vars_to_propagate()
         actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
-        controller = actor(_Controller).remote(**(kwargs | {"failure_policy": policy}))
+        controller = actor(_Controller).remote(**kwargs)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
 
@@ -235,16 +281,76 @@ class _Controller(TrainController):  # type: ignore[misc]
 
 
 class _RetryMachines(DefaultFailurePolicy):  # type: ignore[misc]
-    """Ray's own policy, except that a mistake would only be repeated."""
+    """Ray's own policy, except that a mistake would only be repeated, and a safe step absolves."""
 
-    def __init__(self, config: FailureConfig, mistakes: tuple[type[BaseException], ...]) -> None:
+    def __init__(
+        self, config: FailureConfig, mistakes: tuple[type[BaseException], ...], mailbox: Mailbox
+    ) -> None:
         super().__init__(config)
-        self._mistakes = mistakes
+        self._mistakes, self._mailbox = mistakes, mailbox
+        self._safe_step: str | None = None
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if _mistake(training_failed_error, self._mistakes) is not None:
             return FailureDecision.RAISE
+        if (safe_step := self._mailbox.get("safe step")) != self._safe_step:
+            self._safe_step = safe_step
+            self._worker_group_failures = self._controller_failures = 0
         return super().make_decision(training_failed_error)
+
+
+class _Resizing(ElasticScalingPolicy):  # type: ignore[misc]
+    """Ray's own policy, except that ranks save before others join them, and no wait is endless."""
+
+    def __init__(self, config: ScalingConfig, mailbox: Mailbox, wait_s: float) -> None:
+        super().__init__(config)
+        self._mailbox, self._wait_s = mailbox, wait_s
+        self._waiting_since: float | None = None
+        self._saving: tuple[ScalingDecision, str | None] | None = None
+        """What happens once there is another safe step than this one."""
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """Without the nodes that have just gone: Ray hears of them after up to 20 s."""
+        kind: Resource = "GPU" if self.scaling_config.use_gpu else "CPU"
+        alive = sum(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
+        possible: int = super()._count_possible_workers(reserved_resources)
+        return min(int(alive), possible)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._saving = None
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, NoopDecision):
+            self._waiting_since = None
+            return decision
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        if now - self._waiting_since > self._wait_s or self._mailbox.get("stop") is not None:
+            waited_s = now - self._waiting_since
+            least = self.scaling_config.min_workers
+            raise RoomError(f"{least} ranks have had no place for {waited_s:.0f} s")
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        if self._saving is not None:
+            decision, before = self._saving
+            if self._mailbox.get("safe step") == before:
+                return NoopDecision()
+            self._saving = None
+            return decision
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if not isinstance(decision, NoopDecision):
+            self._saving = decision, self._mailbox.get("safe step")
+            for worker in worker_group_state.workers:
+                worker.execute_async(_leave)
+        return NoopDecision()
+
+
+def _leave() -> None:
+    _leaving.set()
 
 
 def _failures(error: TrainingFailedError) -> Mapping[int, BaseException]:

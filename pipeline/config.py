@@ -88,9 +88,10 @@ class TrainSettings(Section):
     launcher: Literal["ray", "local"] = "ray"
     """``ray``: Ray Train starts the ranks. ``local``: this process is the only rank, or one of
     torchrun's, which is detected."""
-    workers: PositiveInt | Literal["auto"] = "auto"
+    workers: PositiveInt | Literal["auto"] | tuple[PositiveInt, PositiveInt] = "auto"
     """Ranks under Ray Train, at most ``streams``; ``auto``: as many as the cluster has GPUs, or
-    CPUs where it has no GPU."""
+    CPUs where it has no GPU, at the start. ``[2, 16]``: any number between, as nodes go and
+    come."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What each rank computes on; ``auto``: a GPU where there is one. With ``cuda``, a cluster
     without GPUs is refused, or waited for (``cluster.wait_s``)."""
@@ -174,7 +175,8 @@ class TrainSettings(Section):
     max_hours: PositiveFloat | None = None
     """Save and end after this many hours, like a request to stop; the same command resumes."""
     max_failures: NonNegativeInt = 3
-    """How often Ray Train restarts the workers after losing one."""
+    """How often Ray Train restarts the workers after losing one, until a checkpoint is saved again;
+    then the count begins anew."""
 
     # Field by field and not after the whole: every mistake then shows at once.
 
@@ -210,9 +212,14 @@ class TrainSettings(Section):
     @field_validator("workers")
     @classmethod
     def _have_a_stream_each(
-        cls, workers: int | Literal["auto"], before: ValidationInfo
-    ) -> int | Literal["auto"]:
-        if workers != "auto" and workers > (streams := before.data.get("streams", workers)):
+        cls, workers: int | Literal["auto"] | tuple[int, int], before: ValidationInfo
+    ) -> int | Literal["auto"] | tuple[int, int]:
+        if workers == "auto":
+            return workers
+        least, most = workers if isinstance(workers, tuple) else (workers, workers)
+        if least > most:
+            raise ValueError(f"should be [fewest, most], and {least} is more than {most}")
+        if most > (streams := before.data.get("streams", most)):
             raise ValueError(f"should be at most streams {streams}")
         return workers
 

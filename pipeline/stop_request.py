@@ -1,9 +1,11 @@
 """Requests to stop with everything saved, and what is true where there was no time for that."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 POLL_INTERVAL_S = 1.0
 RESERVE_S = 20.0  # of the grace, for the end of all processes
 GRACE_S = 120.0  # as ray_job.yaml and ray_cluster.yaml give
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest(Protocol):
@@ -101,6 +104,12 @@ class SignalStop:
         assert self._give_up is not None
         if not self._done.wait(time_to_save_s()):
             self._give_up()
+
+
+def stop_with_launcher() -> None:
+    """From now on, SIGTERM comes when the process ends that started this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from pipeline.networks import starting_weights
 from pipeline.progress import leave_terminal, progress
 from pipeline.ranks import Device, Ranks
 from pipeline.run_storage import RunStorage
-from pipeline.stop_request import PolledStop, SignalStop, not_saved
+from pipeline.stop_request import PolledStop, SignalStop, not_saved, stop_with_launcher
 from pipeline.tracking import refuse_early
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ RESOURCE: Mapping[Device, Literal["GPU", "CPU"] | None] = {
     "cuda": "GPU",
 }
 """What a rank takes one of in a Ray cluster."""
+NO_ROOM = (
+    "set train.workers=auto, a smaller number or [fewest, most], or cluster.wait_s where the "
+    "cluster still grows"
+)
 MISTAKES = (ValueError, FileNotFoundError, StorageRefusedError, CheckpointError, TrainingError)
 """What would only happen again if a rank were started again."""
 
@@ -118,7 +122,11 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     """In this process: one rank of torchrun's, or the only one."""
     backend = "gloo" if _device_here(cfg).type == "cpu" else "nccl"
     if distributed.launched_by_torchrun():
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * cfg.train.hang_timeout_s))
+        stop_with_launcher()  # ranks that outlive it would keep the run from who starts it again
+        with lost_rank_as_error():
+            dist.init_process_group(
+                backend, timeout=timedelta(seconds=2 * cfg.train.hang_timeout_s)
+            )
     elif cfg.train.engine == "deepspeed":  # needs a process group, even of one rank
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -137,7 +145,12 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     stop = SignalStop(max_hours=cfg.train.max_hours, at_once=end_now, give_up=end_now)
     showing = _showing_steps(cfg) if ranks.first else contextlib.nullcontext(lambda step: None)
     try:
-        with stop.listening(), _lease_of_first(storage, ranks) as lease, showing as show:
+        with (
+            lost_rank_as_error(),
+            stop.listening(),
+            _lease_of_first(storage, ranks) as lease,
+            showing as show,
+        ):
             # By its own count: rank 0 may still be writing the last checkpoint.
             with full_memory_as_error():
                 end = train_on_rank(cfg, storage, dataset, ranks, stop, lease, show)
@@ -164,6 +177,21 @@ def full_memory_as_error() -> Iterator[None]:
             "the GPU has no memory left: set a smaller train.global_batch or train.size_px, "
             "train.activation_checkpointing=true, or use more GPUs "
             f"({str(error).partition('. ')[0]})"
+        ) from error
+
+
+@contextlib.contextmanager
+def lost_rank_as_error() -> Iterator[None]:
+    """Raise TrainingError where this rank cannot reach the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # Gloo's errors have no type of their own; they begin with the place in its source.
+        if not isinstance(error, dist.DistError) and "gloo" not in reason:
+            raise
+        raise TrainingError(
+            f"another rank has ended or is out of reach: run the same command to resume ({reason})"
         ) from error
 
 
@@ -220,10 +248,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                     interrupted=lambda: stop.requested,
                 )
             except ray_train.RoomError as error:
-                raise TrainingError(
-                    f"{error}: set train.workers=auto or a smaller number, or cluster.wait_s where "
-                    "the cluster still grows"
-                ) from error
+                raise TrainingError(f"{error}: {NO_ROOM}") from error
             if workers is None:
                 return
             log.info("training on %d rank(s), one %s each", workers.count, workers.resource)
@@ -240,8 +265,10 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                             "lease": lease,
                         },
                         workers,
+                        mailbox=mailbox,
                         storage_url=join(storage.run_url, "ray"),
                         max_failures=cfg.train.max_failures,
+                        wait_s=cfg.cluster.wait_s,
                         timeout_s=2 * cfg.train.hang_timeout_s,
                         mistakes=MISTAKES,
                     )
@@ -268,6 +295,8 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                 raise TrainingError(not_saved(int(safe) if safe else None)) from None
         if failure and isinstance(failure[0], ray_train.WorkersError):
             raise TrainingError(str(failure[0])) from failure[0]
+        if failure and isinstance(failure[0], ray_train.RoomError):
+            raise TrainingError(f"{failure[0]}: {NO_ROOM}") from failure[0]
         if failure:
             raise failure[0]
 

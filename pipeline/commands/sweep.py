@@ -117,7 +117,11 @@ def _room(configs: Sequence[config.Config]) -> "Room":
     if all(cfg.train.launcher == "local" for cfg in configs):
         return Room("GPU" if gpus else "CPU")
     wanted = [cfg.train.workers if cfg.train.launcher == "ray" else 1 for cfg in configs]
-    numbers = [workers for workers in wanted if workers != "auto"]
+    numbers = [
+        workers[1] if isinstance(workers, tuple) else workers
+        for workers in wanted
+        if workers != "auto"
+    ]
     return Room("GPU" if gpus else "CPU", "auto" if len(numbers) < len(wanted) else max(numbers))
 
 

@@ -34,7 +34,10 @@ def ranks(cfg: Config, nodes: Sequence[NodeAnswer]) -> tuple[int, int, str]:
     on_gpus = cfg.train.device == "cuda" or (cfg.train.device == "auto" and gpus > 0)
     room = gpus if on_gpus else cpus
     wanted = cfg.train.workers
-    count = max(min(room, cfg.train.streams), 1) if wanted == "auto" else wanted
+    if isinstance(wanted, tuple):
+        count = min(max(room, wanted[0]), wanted[1])
+    else:
+        count = max(min(room, cfg.train.streams), 1) if wanted == "auto" else wanted
     if cfg.train.launcher == "local":
         count = 1
     return count, room, "GPU" if on_gpus else "CPU"

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.ray_train import RoomError, Workers, WorkersError, find_room, is_leaving, run_workers
+from cluster.ray_train import (
+    Mailbox,
+    RoomError,
+    Workers,
+    WorkersError,
+    find_room,
+    is_leaving,
+    run_workers,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
 
@@ -41,6 +49,12 @@ def test_auto_takes_the_smaller_of_gpus_and_streams_else_cpus():
     assert room("auto") == Workers(2, "GPU")
     assert room("auto", most=1) == Workers(1, "GPU")
     assert room("auto", "CPU") == Workers(3, "CPU")
+
+
+def test_of_a_pair_as_many_ranks_start_as_fit_now():
+    assert room((1, 4)) == Workers(2, "GPU", between=(1, 4))
+    with pytest.raises(RoomError, match="3 ranks need one GPU each, and the cluster has 2"):
+        room((3, 4))
 
 
 def test_more_ranks_than_gpus_are_refused_at_once_with_both_numbers():
@@ -122,6 +136,8 @@ def run(function: Any, tmp_path: Path, **config: Any) -> str:
             function,
             {"tries": str(tries)} | config,
             Workers(1, "CPU"),
+            mailbox=Mailbox(str(tmp_path)),
+            wait_s=0,
             storage_url=str(tmp_path / "ray"),
             max_failures=3,
             timeout_s=60,
