@@ -22,7 +22,7 @@ from benchmarks.timing import cpu_name
 from tests.chaos.outcome import CONTINUED, Outcome
 
 RESULTS = Path(__file__).parent / "results"
-PROGRAMS = ("storage",)
+PROGRAMS = ("storage", "training")
 """Modules of this package. Each has ``SEEDS``, how many seeds its long form has; ``PACKAGES``,
 whose versions matter; and ``outcomes(seeds)``, which runs a scenario for each seed."""
 
