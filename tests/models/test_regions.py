@@ -23,8 +23,9 @@ HEIGHT, WIDTH = 136, 208
 
 
 def networks(dtype: torch.dtype, **options: Any) -> Generator:
-    torch.manual_seed(1)
-    return Generator(True, width=8, **options).to(dtype).eval()
+    generator = Generator(True, width=8, **options)
+    fill_generator(generator)  # fresh weights shrink what goes through them, and so any difference
+    return generator.to(dtype).eval()
 
 
 def drawn(dtype: torch.dtype, *holes: tuple[int, int, int, int]) -> tuple[torch.Tensor, ...]:
@@ -40,12 +41,11 @@ def drawn(dtype: torch.dtype, *holes: tuple[int, int, int, int]) -> tuple[torch.
 def differences(
     generator: Generator, image: torch.Tensor, mask: torch.Tensor, sketch: torch.Tensor
 ) -> float:
-    """How far ``fill`` is from the whole computation at most, in units of the latter's spread."""
+    """How far ``fill`` is from the whole computation at most, in colors from -1 to 1."""
     with torch.no_grad():
         refined = generator(erase(image, mask), mask, sketch)[1]
     filled = fill(generator, image, mask, sketch)
-    spread = refined.expand_as(image)[mask.expand_as(image) > 0].std().clamp_min(1e-3)
-    return float((filled - paste(refined, into=image, mask=mask)).abs().max() / spread)
+    return float((filled - paste(refined, into=image, mask=mask)).abs().max())
 
 
 APART = [(0, 20, 0, 13), (100, 136, 150, 208), (60, 65, 100, 103)]  # two at a corner
@@ -77,15 +77,21 @@ def test_holes_are_filled_as_in_the_whole_computation(
 @given(
     ends=st.tuples(*[st.integers(0, HEIGHT)] * 2, *[st.integers(0, WIDTH)] * 2),
     other=st.tuples(st.integers(0, HEIGHT - 1), st.integers(0, WIDTH - 1)),
+    padding=st.sampled_from(get_args(Padding)),
+    attention=st.sampled_from(list(ATTENTION_PRESETS)),
 )
 def test_random_holes_are_filled_as_in_the_whole_computation(
-    ends: tuple[int, int, int, int], other: tuple[int, int]
+    ends: tuple[int, int, int, int],
+    other: tuple[int, int],
+    padding: Padding,
+    attention: AttentionPreset,
 ) -> None:
     y, x = other
     top, bottom = sorted(ends[:2])
     left, right = sorted(ends[2:])
     holes = (top, bottom, left, right), (y, y + 1, x, x + 1)
-    assert differences(networks(torch.float64), *drawn(torch.float64, *holes)) < 1e-10
+    generator = networks(torch.float64, padding=padding, attention=attention)
+    assert differences(generator, *drawn(torch.float64, *holes)) < 1e-10
 
 
 @pytest.mark.parametrize("preset", ATTENTION_PRESETS)
