@@ -67,12 +67,7 @@ class HeldLease:
 
     def check(self) -> None:
         """Raise LeaseLostError where storage names another holder. May raise StorageError."""
-        try:
-            found = _parsed(self.run)
-        except MissingKeyError:
-            found = None
-        except RecordError as error:
-            raise StorageError(f"{join(self.run.url, LEASE)} cannot be read: {error}") from error
+        found = _read_back(self.run)
         if found is None or found.id != self.lease.id:
             self.lost = True
             raise LeaseLostError(
@@ -138,7 +133,7 @@ def _acquired(run: Store, job: str, job_has_ended: Callable[[str], bool]) -> Lea
         _write(run, mine)
         if before is not None:
             time.sleep(SETTLING_S)
-        found = _read(run)
+        found = _read_back(run)
         if found is not None and found.id == mine.id:
             return mine
 
@@ -193,6 +188,17 @@ def _read(run: Store) -> Lease | None:
     except RecordError as error:
         log.warning("%s/%s is damaged and counts as missing: %s", run.url, LEASE, error)
         return None
+
+
+def _read_back(run: Store) -> Lease | None:
+    """What a living trainer finds. Raises StorageError where every reading finds damage: that says
+    nothing about who has the run."""
+    try:
+        return _parsed(run)
+    except MissingKeyError:
+        return None
+    except RecordError as error:
+        raise StorageError(f"{join(run.url, LEASE)} cannot be read: {error}") from error
 
 
 def _parsed(run: Store) -> Lease:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -366,13 +367,13 @@ class TrainingLoop:
 
     def _save(self, position: Position, stop: StopRequest, *, validate: bool) -> None:
         """Write a checkpoint; ``validate`` the averaged generator first, unless a stop comes."""
-        started = time.perf_counter()
         with self.wall.within("validation"):
             evaluation = self._validate(stop) if validate else None
         metrics = {}
         if evaluation is not None:
             metrics = {f"val/{k}": v for k, v in evaluation.means(distributed.total).items()}
         # Collective at ZeRO stages 1 and 2, so on every rank; only rank 0 writes.
+        started = time.perf_counter()
         pair = self.pair
         state = TrainingState(
             position, pair.generator.state(), pair.discriminator.state(), pair.average.weights()
@@ -386,9 +387,10 @@ class TrainingLoop:
             )
         if self.ranks.first:
             job = job_metadata()
+            header = networks.weights_header(self.cfg.model)
             self.checkpoints.save(
                 position.step,
-                state.files(networks.weights_header(self.cfg.model), metrics=metrics),
+                partial(state.copied().files, header, metrics=metrics),
                 manifest={
                     "metrics": metrics,
                     "validation": validation_definition(self.cfg)
@@ -402,6 +404,7 @@ class TrainingLoop:
                     "ray_submission": job.get("job_submission_id") or "",
                 },
             )
+            stall_s = time.perf_counter() - started
             if evaluation is not None:
                 folder = self.checkpoints.folder(position.step)
                 self.tracker.log_checkpoint(
@@ -409,11 +412,11 @@ class TrainingLoop:
                 )
                 self.tracker.log_image("samples", position.step, evaluation.sheet())
             log.info(
-                "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stall_s=%.1f",
+                "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stall_s=%.3f",
                 position.step,
                 metrics.get("val/l1_percent", math.nan),
                 metrics.get("val/psnr_db", math.nan),
-                time.perf_counter() - started,
+                stall_s,
             )
 
     def _validate(self, stop: StopRequest) -> Evaluation | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ class TrainingState:
                 named[f"{network}/{name}"] = value
         finite = torch.stack([value.isfinite().all() for value in named.values()]).tolist()
         return [name for name, fine in zip(named, finite, strict=True) if not fine]
+
+    def copied(self) -> "TrainingState":
+        """This state in memory of the CPU, as it is now: later steps do not change it."""
+
+        def engine(state: EngineState) -> EngineState:
+            return replace(state, weights=_copied(state.weights), moments=_copied(state.moments))
+
+        return TrainingState(
+            self.position, engine(self.generator), engine(self.discriminator), _copied(self.ema)
+        )
 
     def files(self, metadata: Mapping[str, str], **more: Any) -> dict[str, bytes]:
         """File name to content, copied off the device; ``more`` goes into ``state.json``.
@@ -106,6 +116,15 @@ class TrainingState:
             engine("discriminator"),
             load_tensors(files["ema.safetensors"]),
         )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach().to(
+            "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
+        )
+        for name, value in tensors.items()
+    }
 
 
 def _off_device(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

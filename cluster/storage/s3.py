@@ -19,6 +19,7 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto
+from s3transfer.exceptions import RetriesExceededError as TransferRetriesError
 
 from cluster.storage.base import (
     ABANDONED_S,
@@ -71,6 +72,10 @@ def storage_errors(url: str) -> Iterator[None]:
         if error.response.get("Error", {}).get("Code") in (*EXPIRED, "400"):
             _shared_client.cache_clear()  # the next one reads keys that were renewed meanwhile
         raise answer_to_error(url, error, endpoint()) from error
+    except TransferRetriesError as error:  # of a download in parts, which boto3 hands on as it is
+        last = error.last_exception
+        cause = last if isinstance(last, Exception) else error
+        raise failure_to_error(url, cause, endpoint()) from error
     except (boto.BotoCoreError, Boto3Error) as error:
         raise failure_to_error(url, error, endpoint()) from error
 

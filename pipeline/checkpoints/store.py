@@ -100,18 +100,25 @@ class CheckpointStore:
     def store(self) -> Store:
         return self._store
 
-    def save(self, step: int, files: Mapping[str, bytes], *, manifest: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        files: Mapping[str, bytes] | Callable[[], Mapping[str, bytes]],
+        *,
+        manifest: Mapping[str, Any],
+    ) -> None:
         """Write in the background; ``manifest`` is added to the names, sizes and digests.
 
-        Returns at once, unless the previous save is still on its first attempt: then it waits for
-        that. While storage is away, attempts are repeated until ``save_deadline_s``, or until the
-        next save supersedes this one. Raises the failure of an earlier save, and CheckpointError
-        where a metric in ``manifest`` is not finite. A tensor that is not finite raises
-        CheckpointError later, as a failure does. None of these leaves a finished checkpoint.
+        ``files``: names and contents, or what makes them, in the background as well. Returns at
+        once, unless the previous save is still on its first attempt: then it waits for that. While
+        storage is away, attempts are repeated until ``save_deadline_s``, or until the next save
+        supersedes this one. Raises the failure of an earlier save, and CheckpointError where a
+        metric in ``manifest`` is not finite. A tensor that is not finite raises CheckpointError
+        later, as a failure does. None of these leaves a finished checkpoint.
         """
         if fault := metrics_fault(manifest.get("metrics", {})):
             raise CheckpointError(f"step {step} was not saved at {self.url}: {fault}")
-        self._saves.submit(step, _Writing(self, step, dict(files), dict(manifest)).attempt)
+        self._saves.submit(step, _Writing(self, step, files, dict(manifest)).attempt)
 
     def raise_failure(self) -> None:
         """Raise the failure of a save that has ended; returns at once otherwise."""
@@ -430,19 +437,26 @@ class _Writing:
         self,
         checkpoints: CheckpointStore,
         step: int,
-        files: dict[str, bytes],
+        files: Mapping[str, bytes] | Callable[[], Mapping[str, bytes]],
         more: dict[str, Any],
     ) -> None:
-        self._checkpoints, self._step, self._files, self._more = checkpoints, step, files, more
+        self._checkpoints, self._step, self._more = checkpoints, step, more
+        self._make: Callable[[], Mapping[str, bytes]] | None = (
+            files if callable(files) else dict(files).copy
+        )
+        self._files: Mapping[str, bytes] = {}
         self._started = time.perf_counter()
         self._manifest: bytes | None = None
         self._cleared = False
-        self._left = set(files)
+        self._left: set[str] = set()
 
     def attempt(self) -> None:
         checkpoints, step, store = self._checkpoints, self._step, self._checkpoints.store
-        if self._manifest is None and (fault := _tensors_fault(self._files)):
-            raise CheckpointError(f"step {step} was not saved at {checkpoints.url}: {fault}")
+        if self._make is not None:
+            self._files, self._make = self._make(), None  # what it made them from is free again
+            self._left = set(self._files)
+            if fault := _tensors_fault(self._files):
+                raise CheckpointError(f"step {step} was not saved at {checkpoints.url}: {fault}")
         if not self._cleared:
             checkpoints.before_commit()  # who lost the run may delete nothing
             checkpoints.delete(step)  # leftovers of a save that was cut short

@@ -123,6 +123,19 @@ def test_a_cut_or_busy_answer_is_asked_for_again(s3: tuple[FaultyS3, str]) -> No
     assert checkpoints.load(20) == FILES
 
 
+def test_a_download_that_never_comes_whole_is_one_clear_line(
+    s3: tuple[FaultyS3, str], tmp_path: Path
+) -> None:
+    proxy, url = s3
+    store = open_store(url)
+    store.put("key", WEIGHTS)
+    proxy.fault("long answer", "GET", "/key", times=99)
+    with pytest.raises(StorageError, match="key: ") as caught:
+        store.download("key", tmp_path / "key")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "key").exists()
+
+
 def test_a_corrupted_upload_is_repeated(s3: tuple[FaultyS3, str]) -> None:
     proxy, url = s3
     store = open_store(url)

@@ -104,6 +104,8 @@ def test_one_wrong_byte_in_the_lease_takes_no_run_away(store, monkeypatch):
         spoilt_reads = 10**6
         with pytest.raises(StorageError, match=r"lease.json cannot be read"):
             mine.check()
+        with pytest.raises(StorageError, match=r"lease.json cannot be read"):
+            hold(store).__enter__()
         monkeypatch.undo()
         assert not mine.lost
 
