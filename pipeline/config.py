@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -241,15 +242,33 @@ class EvaluateSettings(Section):
     """Images on the sample sheet."""
 
 
-class TrackingSettings(Section):
-    backend: Literal["mlflow", "jsonl", "none"] = "mlflow"
-    """Besides the metrics in the run's folder. ``jsonl``: images there too; ``none``: nothing."""
-    experiment: str = "deepfill"
-    """MLflow experiment of the run."""
-    uri: str | None = None
-    """MLflow server or database; else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``."""
-    parent: str | None = None
-    """Folder of the sweep that this run is part of; ``sweep`` sets it."""
+with warnings.catch_warnings():
+    # pydantic warns that classes have a method ``register``, which nobody calls on this one.
+    warnings.filterwarnings("ignore", 'Field name "register"', UserWarning)
+
+    class TrackingSettings(Section):
+        backend: Literal["mlflow", "jsonl", "none"] = "mlflow"
+        """Besides the metrics in the run's folder. ``jsonl``: images there; ``none``: nothing."""
+        experiment: str = "deepfill"
+        """MLflow experiment of the run."""
+        uri: str | None = None
+        """MLflow server or database; else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``."""
+        parent: str | None = None
+        """Folder of the sweep that this run is part of; ``sweep`` sets it."""
+        register: str | None = None
+        """Name of a model in MLflow's registry, to which ``evaluate`` adds the best generator as a
+        version with the alias ``candidate``."""
+
+        @field_validator("register")
+        @classmethod
+        def _is_a_name_for_mlflow(cls, register: str | None, before: ValidationInfo) -> str | None:
+            if register is None:
+                return None
+            if before.data.get("backend", "mlflow") != "mlflow":
+                raise ValueError("should be null where backend is not mlflow")
+            if not re.fullmatch(r"[^/:@.%\"']+", register):
+                raise ValueError("should be a name without / : @ . % and quotes, as deepfill")
+            return register
 
 
 RENAMED: Mapping[str, str] = {

@@ -125,6 +125,12 @@ def add_compare(commands: Commands) -> None:
         "--tracking-uri",
         help="MLflow server or database for ids and filters; without it, MLFLOW_TRACKING_URI",
     )
+    sub.add_argument(
+        "--promote",
+        metavar="NAME",
+        help="registered model: compare with its champion, and move that alias to the run that "
+        "the verdict calls better",
+    )
     sub.set_defaults(command=_compare)
 
 
@@ -211,6 +217,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         primary=arguments.primary,
         separate=arguments.separate,
         out=arguments.out,
+        promote=arguments.promote,
     ):
         console.print(part)
     return DONE

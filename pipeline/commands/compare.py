@@ -13,6 +13,8 @@ from cluster.storage import replacing
 from pipeline.evaluation.comparison import ALL, PRIMARY, Comparison, compare
 from pipeline.evaluation.report import cost, html_report
 from pipeline.evaluation.run_record import find_runs, read_runs
+from pipeline.tracking.opening import resolve_uri
+from pipeline.tracking.registry import CHAMPION, ModelVersion, Registry
 
 SHOWN_SETTINGS = 30  # differing settings on the terminal; the page has all
 STYLES = {
@@ -34,24 +36,66 @@ def compare_runs(
     primary: str = PRIMARY,
     separate: bool = False,
     out: Path | None = None,
+    promote: str | None = None,
 ) -> Iterator[RenderableType]:
     """Compare the runs that ``words`` name; yields what to print. ``out``: the page to write.
 
-    The first run, with the others of its recipe, is the baseline of the rest. Raises
-    ValueError where a word names no run, or fewer than two runs are named.
+    The first run, with the others of its recipe, is the baseline of the rest. ``promote``: a
+    registered model, whose champion is the baseline instead, and is replaced where the verdict says
+    that one run is better. Raises ValueError where a word names no run, or fewer than two runs are
+    named, and RegistryError.
     """
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder: give the name of a file, as {out}/report.html")
     urls = find_runs(words, storage=storage, tracking_uri=tracking_uri)
+    registry = champion = None
+    if promote is not None:
+        registry = Registry(resolve_uri(tracking_uri), promote)
+        if (champion := registry.champion()) is not None:
+            [baseline] = find_runs([champion.run_url], storage=storage, tracking_uri=tracking_uri)
+            urls = [baseline, *(url for url in urls if url != baseline)]
+            separate = True  # or seeds of the champion's recipe would be judged as one with it
     if len(urls) < 2:
         raise ValueError(f"{', '.join(urls)} is one run: give two or more to compare")
     comparison = compare(read_runs(urls), pack=pack, primary=primary, separate=separate)
     yield from _summary(comparison)
+    if registry is not None:
+        yield Text(_promote(registry, champion, comparison), style="bold")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as file:
             file.write(html_report(comparison).encode())
         yield Text(f"report: {out}")
+
+
+def _promote(registry: Registry, champion: ModelVersion | None, comparison: Comparison) -> str:
+    """Move the alias ``champion`` where exactly one run is better; says what was done, or why not.
+
+    Without a champion the baseline is what others have to be better than.
+    """
+    if not comparison.groups:
+        return f"{CHAMPION} stays: nothing was compared"
+    baseline, *others = comparison.groups
+    if champion is not None:
+        compared = {record.step for record in baseline.records}
+        if not champion.is_of(baseline.runs[0].url) or compared != {champion.step}:
+            return f"{CHAMPION} stays: step {champion.step} of {champion.run_url} was not compared"
+    better = {each.group for each in comparison.verdicts if each.outcome == "better"}
+    chosen = [group for group in others if group.label in better]
+    if len(chosen) > 1:
+        names = ", ".join(group.label for group in chosen)
+        return f"{CHAMPION} stays: {names} are better; compare them with each other, then name one"
+    if not chosen and champion is not None:
+        return f"{CHAMPION} stays version {champion.number}: no run is better"
+    [group] = chosen or [baseline]
+    if len(group.runs) > 1:
+        return f"{CHAMPION} stays: {group.described} are several runs, give --separate"
+    version = registry.version_of(group.runs[0].url, group.records[0].step)
+    registry.promote(version)
+    was = f"version {champion.number}" if champion else "none"
+    return (
+        f"{CHAMPION} is version {version.number} of {version.name} now, {group.label} (was {was})"
+    )
 
 
 def _summary(comparison: Comparison) -> Iterator[RenderableType]:

@@ -2,10 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
-from cluster.storage import Store
+from cluster.storage import Store, join
 from data_prep.images import encode_png
 from data_prep.shards import Dataset
 from pipeline import networks
@@ -22,6 +22,8 @@ from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.tracking import open_run_tracker
+from pipeline.tracking.opening import resolve_uri
+from pipeline.tracking.registry import CANDIDATE, Registry, RegistryError
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ def _evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
         known = json.loads(run.get(f"{folder}/metrics.json"))
         if known["settings"] == settings and known["metrics"].keys() == METRICS.keys():
             log.info("evaluated already step=%d %s", step, _fields(known["metrics"]))
+            register_generator(cfg, storage, checkpoints, step, known["metrics"])
             return dict(known["metrics"])
 
     share = partial(_measure_share, cfg, storage.checkpoints, step, dataset)
@@ -75,7 +78,41 @@ def _evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
         tracker.log_image("evaluation", step, sheet)
         tracker.finish("FINISHED" if newest >= cfg.train.steps else "KILLED")
     log.info("evaluated step=%d images=%d %s", step, len(evaluation.rows), _fields(metrics))
+    register_generator(cfg, storage, checkpoints, step, metrics)
     return metrics
+
+
+def register_generator(
+    cfg: Config,
+    storage: RunStorage,
+    checkpoints: CheckpointStore,
+    step: int,
+    metrics: Mapping[str, float],
+) -> None:
+    """Make the averaged generator of ``step`` a version of ``tracking.register``, once.
+
+    The first rank does it; the others return at once. A warning where MLflow refuses or is away.
+    """
+    name = cfg.tracking.register
+    if name is None or not distributed.current(device=cfg.train.device).first:
+        return
+    weights = checkpoints.read(step, networks.EMA)
+    generator = networks.read_generator(weights, f"{networks.EMA} of step {step}")
+    try:
+        version = Registry(resolve_uri(cfg.tracking.uri), name).register(
+            experiment=cfg.tracking.experiment,
+            run_url=storage.run_url,
+            weights_url=join(storage.run_url, "checkpoints", checkpoints.folder(step)),
+            step=step,
+            weights=weights,
+            options=generator.options,
+            trained_px=cfg.train.size_px,
+            metrics=metrics,
+        )
+    except RegistryError as error:  # what was measured stays
+        log.warning("not registered, repeat `evaluate` to register: %s", error)
+        return
+    log.info("registered models:/%s/%s alias=%s", version.name, version.number, CANDIDATE)
 
 
 def _measure_share(
