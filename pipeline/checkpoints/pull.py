@@ -123,6 +123,9 @@ def _place(
     for name, data in records.items():
         with replacing(work / name) as file:
             file.write(data)
+    for path in work.iterdir():  # what a killed pull was just writing
+        if path.name not in {*names, *records}:
+            path.unlink()
     if to.is_dir() and not any(to.iterdir()):
         to.rmdir()
     if not to.exists():

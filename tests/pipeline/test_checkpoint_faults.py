@@ -102,6 +102,21 @@ def test_a_checkpoint_that_was_passed_over_is_set_aside_and_never_deleted(store:
     assert checkpoints.verify(20) == []
 
 
+def test_what_a_killed_pull_left_is_not_in_the_next_one(tmp_path: Path) -> None:
+    checkpoints = CheckpointStore(open_store(str(tmp_path / "run")))
+    save(checkpoints, 10)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(checkpoints, 10, tmp_path / "out", advance=interrupt)
+    (work,) = tmp_path.glob(".out.*.unfinished")
+    (work / ".unfinished-machine-1").write_bytes(b"half a manifest")
+    pull(checkpoints, 10, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, "manifest.json"}
+
+
 def test_a_repeated_pull_of_an_exact_step_costs_one_request(
     s3: tuple[FaultyS3, str], tmp_path: Path
 ) -> None:
