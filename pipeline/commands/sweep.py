@@ -186,6 +186,9 @@ def _named(base: str, chosen: dict[str, str]) -> str:
 
 def _commands(recipe: Path, child: SweepChild, pack: str | None) -> Iterator[list[str]]:
     ours = [sys.executable, "-m", "pipeline"]
-    yield [*ours, "run", str(recipe), *child.overrides]
+    # Ranks started by Ray measure on its GPUs too; the others need no cluster, which `run` starts.
+    stages = ["run"] if child.cfg.train.launcher == "ray" else ["train", "evaluate"]
+    for stage in stages:
+        yield [*ours, stage, str(recipe), *child.overrides]
     if pack is not None:
         yield [*ours, "evaluate", str(recipe), *child.overrides, "--pack", pack]
