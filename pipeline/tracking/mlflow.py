@@ -303,16 +303,26 @@ class MlflowRun:
             self._log_input(run_id, "training", dataset | {"digest": self._info.dataset_digest})
 
     def _parent_id(self, experiment_id: str) -> str:
-        """The run of the sweep, found or created."""
-        url = self._info.parent
-        found = self._client.search_runs(
-            [experiment_id], f"tags.`project.sweep` = '{url}'", max_results=1
-        )
-        if found:
-            return str(found[0].info.run_id)
+        """The run of the sweep, found or created; children that start together agree on it."""
+        client, url = self._client, self._info.parent
+
+        def oldest() -> str | None:
+            found = client.search_runs(
+                [experiment_id],
+                f"tags.`project.sweep` = '{url}'",
+                max_results=1,
+                order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+            )
+            return str(found[0].info.run_id) if found else None
+
+        if (parent := oldest()) is not None:
+            return parent
         name = url.rstrip("/").rpartition("/")[2]
-        run = self._client.create_run(experiment_id, run_name=name, tags={"project.sweep": url})
-        return str(run.info.run_id)
+        run = client.create_run(experiment_id, run_name=name, tags={"project.sweep": url})
+        made = str(run.info.run_id)
+        if (parent := oldest() or made) != made:
+            client.delete_run(made)
+        return parent
 
     def _send_recorded(self, run_id: str) -> None:
         """What the run keeps on storage and MLflow does not have, metric by metric and in order.

@@ -83,3 +83,28 @@ def test_a_sweep_trains_under_one_parent_and_compares(tmp_path, capfd):
         "before-l1_weight-10",
     ]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+
+
+@pytest.mark.slow
+def test_children_that_start_together_agree_on_one_parent(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    from pipeline.tracking.mlflow import MlflowRun
+    from pipeline.tracking.protocol import RunInfo
+
+    ensure_database(tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("sweeps")
+    child = MlflowRun(RunInfo("child", "", parent="storage/sweeps/demo"), uri, "sweeps")
+    child._client = MlflowClient(uri)
+    create = child._client.create_run
+
+    def late(*args, **kwargs):
+        client.create_run(*args, **kwargs)  # another child comes first
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(child._client, "create_run", late)
+    parent = child._parent_id(experiment)
+    (run,) = client.search_runs([experiment], "tags.`project.sweep` = 'storage/sweeps/demo'")
+    assert run.info.run_id == parent == child._parent_id(experiment)
