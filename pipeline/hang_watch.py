@@ -84,7 +84,10 @@ class HangWatch:
             self._doing = ""
 
     def close(self) -> None:
+        """End the thread: none may be at work when the interpreter ends."""
         self._done.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def _beat(self, number: int) -> Beat:
         return Beat(number, self._step, time.monotonic() - self._since, self._doing)

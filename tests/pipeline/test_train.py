@@ -1,6 +1,7 @@
 """Where training runs, what is refused before it starts, and what counts as finished."""
 
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,14 @@ class NodeIsGoing:
 
 def test_a_rank_whose_node_goes_saves_once_and_trains_on(storage):
     cfg, stored = recipe(storage, "name=going", "train.steps=6", "train.save_every_steps=6")
-    stop = NodeIsGoing()
+    stop, threads = NodeIsGoing(), set(threading.enumerate())
     end = train_on_rank(cfg, stored, stored.open_dataset(), Ranks(), stop, None)
     assert end.step == 6
     checkpoints = CheckpointStore(stored.checkpoints)
     assert checkpoints.steps() == [1, 6]
     assert checkpoints.manifest(1).metrics == {}
     assert stop.safe[-1] == 6
+    assert set(threading.enumerate()) <= threads  # none is at work when the interpreter ends
 
 
 def test_on_gpus_that_are_pretended_the_processor_can_train(storage, two_pretended_gpus):
