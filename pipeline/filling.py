@@ -91,8 +91,10 @@ class FillResult:
 
 def blended(new: np.ndarray, old: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """``new`` mixed into the integers ``old`` by ``weight``; where that is 0, ``old`` stays."""
-    mixed = np.rint(weight * new + (1 - weight) * old).astype(old.dtype)
-    result: np.ndarray = np.where(weight > 0, mixed, old)
+    inside = weight.reshape(old.shape[:2]) > 0
+    share = weight[inside]
+    result: np.ndarray = old.copy()
+    result[inside] = np.rint(share * new[inside] + (1 - share) * old[inside])
     return result
 
 
