@@ -1,7 +1,6 @@
 """The command line: ``python -m pipeline COMMAND``."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,6 +9,7 @@ from pipeline import config
 from pipeline.arguments import diagnosis, evaluation, stages, storage, weights
 from pipeline.arguments.common import DEMO, EXAMPLE, MISTAKE, STOPPED, help_format
 from pipeline.errors import describe_missing_package
+from pipeline.logs import WITH_TIME, configure_logs
 from pipeline.stop_request import interrupts_answered
 
 __all__ = ["EXAMPLE", "build_parser", "main"]
@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved. Wrong usage raises SystemExit with 2.
     """
     parsed = _parsed(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
-    )
+    configure_logs(WITH_TIME)
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
         with interrupts_answered():

@@ -25,6 +25,7 @@ from pipeline.data.sample_order import dataset_misfits
 from pipeline.errors import TrainingError
 from pipeline.evaluation.metrics import METRICS
 from pipeline.lease import HeldLease, RunTakenError, held
+from pipeline.logs import configure_logs
 from pipeline.loop import train_on_rank
 from pipeline.networks import starting_weights
 from pipeline.progress import leave_terminal, progress
@@ -304,7 +305,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
 def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
     from cluster import ray_train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    configure_logs()
     cfg = Config.model_validate(loop_config["config"])
     storage = RunStorage.open(cfg)
     ranks = distributed.current(*ray_train.place_in_node(), device=loop_config["device"])

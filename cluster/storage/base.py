@@ -16,6 +16,7 @@ SECRETS = (
     *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN"),
 )
 """Variables whose values no text may show."""
+SHORTEST_SECRET = 5  # shorter ones are parts of ordinary words
 ABANDONED_S = 7 * 24 * 3600  # after this long without a byte, a writer on another machine is dead
 
 
@@ -146,7 +147,7 @@ def one_line(text: str) -> str:
 
 def describe_error(error: BaseException, max_chars: int = 300) -> str:
     """Kind and message of ``error`` in one line of at most ``max_chars``, without secrets."""
-    text = without_password(one_line(without_secrets(str(error))))
+    text = one_line(without_secrets(str(error)))
     return f"{type(error).__name__}: {text}"[:max_chars].removesuffix(": ")
 
 
@@ -172,9 +173,15 @@ def without_password(text: str) -> str:
     return re.sub(r":(/{1,2})[^/@\s:]*(?::(?!\d+[/?#])[^@\s]*)?@(?:[^/@\s]*@)*", r":\1", text)
 
 
-def without_secrets(text: str) -> str:
-    """``text`` on one line, with the values of this process's credentials blanked out."""
+def blanked(text: str) -> str:
+    """``text`` with the values of this process's credentials, and passwords of URLs, blanked."""
     for name in SECRETS:
-        if value := os.environ.get(name):
+        value = os.environ.get(name, "")
+        if len(value) >= SHORTEST_SECRET:
             text = text.replace(value, "***")
-    return " ".join(text.split())
+    return without_password(text)
+
+
+def without_secrets(text: str) -> str:
+    """``blanked`` text on one line."""
+    return " ".join(blanked(text).split())

@@ -12,6 +12,8 @@ from cluster.storage import describe_error, one_line, without_password, without_
 Verdict = Literal["ok", "warning", "problem"]
 
 PATIENCE_S = 20.0
+abandoned: list[str] = []
+"""Subjects of probes that were given up, and whose threads may still run."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,6 @@ class Examination:
     def __init__(self, probes: Sequence[Probe]) -> None:
         self._started = time.monotonic()
         self._running = [(probe, self._start(probe)) for probe in probes]
-        self.unanswered = False
-        """Whether a probe was given up, so that its thread may still run."""
 
     def findings(self) -> Iterator[Diagnosis]:
         """In the order of the probes, each as soon as it is there."""
@@ -68,7 +68,7 @@ class Examination:
                 try:
                     finding = found.get(timeout=max(0.0, deadline - time.monotonic()))
                 except queue.Empty:
-                    self.unanswered = True
+                    abandoned.append(probe.subject)
                     yield problem(
                         probe.subject,
                         f"no answer within {probe.patience_s:.0f} s",

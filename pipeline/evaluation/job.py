@@ -18,6 +18,7 @@ from pipeline.device import device_for_filling
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.shares import measured_in_shares
+from pipeline.logs import configure_logs
 from pipeline.progress import progress
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
@@ -119,7 +120,7 @@ def _measure_share(
     cfg: Config, checkpoints: Store, step: int, dataset: Dataset, share: int, shares: int
 ) -> Evaluation:
     """A share of the held-out images through the averaged generator of ``step``."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # for a worker of Ray's
+    configure_logs()  # for a worker of Ray's
     device = device_for_filling(distributed.current(device=cfg.train.device))
     weights = CheckpointStore(checkpoints).read(step, networks.EMA)
     generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,8 @@ from pipeline import cli
 from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load
+from pipeline.doctor.storage import storage_probes
+from pipeline.logs import SecretFreeFormatter
 
 SECRET = "planted-5f3a"
 DEMO = Path("pipeline/recipes/demo.yaml")
@@ -80,3 +87,89 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(
     shown = capsys.readouterr()
     assert SECRET not in shown.out + shown.err
     assert len(shown.err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def only_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doctor looks at the storage alone: the other probes see no URL."""
+    monkeypatch.setattr("pipeline.commands.doctor.all_probes", lambda cfg, url: storage_probes(url))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://AKIA:{SECRET}@bucket/runs/x",
+        f"https://user:{SECRET}@host/runs/x",
+        f"file://user:{SECRET}@host/runs/x",
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_doctor_refuses_a_url_with_a_secret_without_repeating_it(
+    url: str,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cli.main(["doctor", url, *options]) == MISTAKE
+    shown = capsys.readouterr()
+    assert SECRET not in shown.out + shown.err
+    assert "storage" in shown.out
+
+
+@pytest.mark.slow
+def test_no_log_of_a_library_shows_a_secret_even_at_debug(
+    s3_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only_storage: None,
+) -> None:
+    token = f"{SECRET}-token"
+    monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{SECRET}-key")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    ours, raw = io.StringIO(), io.StringIO()
+    shown = [logging.StreamHandler(ours), logging.StreamHandler(raw)]
+    shown[0].setFormatter(SecretFreeFormatter("%(message)s"))
+    loggers = [logging.getLogger(name) for name in ("botocore", "boto3", "s3transfer", "urllib3")]
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+        for handler in shown:
+            logger.addHandler(handler)
+    try:
+        assert cli.main(["checkpoints", "ls", s3_url]) == MISTAKE
+        assert cli.main(["doctor", s3_url]) == MISTAKE
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+            for handler in shown:
+                logger.removeHandler(handler)
+    printed = capsys.readouterr()
+    assert SECRET not in printed.out + printed.err
+    assert "AWS_ACCESS_KEY_ID" in printed.out + printed.err
+    assert token in raw.getvalue()  # which is why lines are formatted by us
+    assert "***" in ours.getvalue()
+    assert SECRET not in ours.getvalue()
+
+
+def test_a_traceback_of_a_bug_shows_no_secret() -> None:
+    program = (
+        "from pipeline.logs import configure_logs\n"
+        "import logging, os\n"
+        "configure_logs()\n"
+        "key = os.environ['AWS_SECRET_ACCESS_KEY']\n"
+        "try:\n    raise KeyError(f'header {key}')\n"
+        "except KeyError:\n    logging.exception('signed with %s', key)\n"
+        "raise RuntimeError(f'https://user:{key}@host and {key}')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "AWS_SECRET_ACCESS_KEY": SECRET},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert SECRET not in ran.stdout + ran.stderr
+    assert "signed with ***" in ran.stderr
+    assert "RuntimeError: https://host and ***" in ran.stderr
+    assert 'File "<string>", line' in ran.stderr
