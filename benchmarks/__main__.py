@@ -25,6 +25,7 @@ ON_CPU = (
     "compare",
     "attention",
     "inference",
+    "big_images",
     "step",
     "health",
     "hed",

@@ -88,6 +88,27 @@ GOALS = (
         "inference at 256², bf16 against fp32", "inference_cpu/times_faster/256x256/bf16", 8.0, 6.0
     ),
     Goal(
+        "a hole of 5 % in 1920×1080, against the whole",
+        "big_images/times_faster/1920x1080, 5 %",
+        5.0,
+        None,
+    ),
+    Goal(
+        "a hole of 5 % in 4096×2160, against the whole",
+        "big_images/times_faster/4096x2160, 5 %",
+        10.0,
+        None,
+    ),
+    Goal("a hole of 60 %, against the whole", "big_images/times_faster/960x544, 60 %", 1.0, None),
+    Goal(
+        "memory for a hole of 5 % in 1920×1080, of the whole's, at most",
+        "big_images/memory_of_whole/1920x1080, 5 %",
+        1.0,
+        None,
+        at_most=True,
+        unit="",
+    ),
+    Goal(
         "training step on a GPU, bf16 against TF32",
         "step_cuda/times_faster_than_reference_fp32/bf16",
         4.0,
