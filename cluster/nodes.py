@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -103,8 +104,10 @@ def look_everywhere(questions: NodeQuestions, *, timeout_s: float) -> list[NodeA
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[remote.options(scheduling_strategy=pinned).remote(questions)] = node
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    machines = Counter(node["NodeManagerHostname"] for node in asked.values())
     answers = []
     for reference, node in asked.items():
+        name = node["NodeManagerHostname"]
         facts, fault = None, ""
         if reference not in ready:
             fault = f"no answer within {timeout_s:.0f} s"
@@ -118,7 +121,7 @@ def look_everywhere(questions: NodeQuestions, *, timeout_s: float) -> list[NodeA
         resources = node["Resources"]
         answers.append(
             NodeAnswer(
-                name=node["NodeManagerHostname"],
+                name=name if machines[name] == 1 else f"{name} {node['NodeManagerAddress']}",
                 cpus=int(resources.get("CPU", 0)),
                 gpus=int(resources.get("GPU", 0)),
                 facts=facts,

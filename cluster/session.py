@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -138,6 +139,9 @@ def connect() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences the warning that new clusters ask for a token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if threading.current_thread() is not threading.main_thread():
+        # Silences the warning that Ray sets its handler of SIGTERM in the main thread only.
+        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     try:
         ray.init(address or "local", logging_level=logging.WARNING, **({} if address else local))
     except Exception as error:  # of Ray's many kinds, some of them plain Exception
@@ -190,9 +194,14 @@ def job_has_ended(submission_id: str) -> bool:
 
 def _not_started(address: str | None, error: Exception) -> str:
     if address:
+        token = (
+            ""
+            if os.environ.get("RAY_AUTH_MODE") == "token"
+            else "; where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        )
         return (
             f"joining the Ray cluster at RAY_ADDRESS={without_password(address)} failed: check "
-            "that it runs, with the versions of Ray and Python of this machine "
+            f"that it runs, with the versions of Ray and Python of this machine{token} "
             f"({describe_error(error)})"
         )
     return (

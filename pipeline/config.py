@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from cluster.storage import without_password
+from cluster.storage import has_store, without_password
 from data_prep.masks import MaskSettings
 from data_prep.settings import DataSettings, SketchSettings
 from models.options import OLD_SPELLINGS, ModelOptions
@@ -319,6 +319,13 @@ class Config(Section):
     @classmethod
     def _new_names(cls, tree: Any) -> Any:
         return _renamed(tree) if isinstance(tree, dict) else tree
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_known(cls, storage: str) -> str:
+        if not has_store(storage):
+            raise ValueError("should be a path, file:///path or s3://bucket/prefix")
+        return storage
 
     @field_validator("train")
     @classmethod

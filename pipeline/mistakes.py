@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster.storage import without_password
+
 COMMAND_LINE = "command line"
 
 ELSEWHERE = {
@@ -109,7 +111,7 @@ def listed(
             types.setdefault(name, []).append(text)
             given = details["input"]
             section = isinstance(given, BaseModel | dict) or is_dataclass(given)
-            shown = "" if section else f" (got {given!r})"
+            shown = "" if section else f" (got {without_password(repr(given))})"
             found = [mistake for mistake in found if mistake.name != name]
             found.append(Mistake(name, f"{', or '.join(types[name])}{shown}"))
     return found

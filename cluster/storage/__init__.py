@@ -18,7 +18,7 @@ from cluster.storage.base import (
     without_secrets,
 )
 from cluster.storage.files import replacing, scratch_folder
-from cluster.storage.schemes import SCHEMES, open_store, open_version, pyarrow_filesystem
+from cluster.storage.schemes import SCHEMES, has_store, open_store, open_version, pyarrow_filesystem
 
 __all__ = [
     "MIB",
@@ -32,6 +32,7 @@ __all__ = [
     "came_instead",
     "describe_error",
     "folder_and_name",
+    "has_store",
     "join",
     "one_line",
     "open_store",

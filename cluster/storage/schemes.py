@@ -29,12 +29,17 @@ def open_store(url: str) -> Store:
     Raises StorageError for another scheme, and for credentials in the URL: those belong in the
     environment.
     """
-    scheme = scheme_of(url)
-    if scheme not in SCHEMES or (scheme and not url.startswith(f"{scheme}://")):
+    if not has_store(url):
         raise StorageError(
             f"{without_password(url)}: storage is a plain path, file:///path or s3://bucket/prefix"
         )
-    return SCHEMES[scheme](url)
+    return SCHEMES[scheme_of(url)](url)
+
+
+def has_store(url: str) -> bool:
+    """Whether the form of ``url`` is one that ``open_store`` takes."""
+    scheme = scheme_of(url)
+    return scheme in SCHEMES and (not scheme or url.startswith(f"{scheme}://"))
 
 
 def pyarrow_filesystem(url: str) -> tuple[FileSystem, str]:

@@ -248,6 +248,21 @@ def test_a_ray_that_does_not_start_is_one_error_with_what_to_do(monkeypatch, add
     assert "timed out during startup. The GCS" in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["token", None])
+def test_a_cluster_that_cannot_be_joined_without_a_token_may_want_one(monkeypatch, mode):
+    def init(*_, **__):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with pytest.raises(SessionError) as caught, connect():
+        pass
+    assert ("set RAY_AUTH_MODE=token" in str(caught.value)) == (mode is None)
+
+
 def test_an_address_where_nobody_listens_is_an_error_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -119,6 +119,18 @@ def test_every_mistake_of_a_recipe_comes_at_once_with_its_line(tmp_path):
     assert "did you mean train.global_batch? (got 4)" in found[12]
 
 
+@pytest.mark.parametrize("storage", ["s3:/bucket/x", "gs://bucket/x", "http://host/x"])
+def test_storage_of_an_unknown_form_is_a_mistake_of_the_recipe(storage):
+    with pytest.raises(ConfigError, match=r"storage: should be a path, .* s3://bucket/prefix"):
+        load(DEMO, [f"storage={storage}"])
+
+
+def test_a_wrong_value_is_repeated_without_its_password():
+    with pytest.raises(ConfigError, match=r"got 's3:/bucket/x'") as error:
+        load(DEMO, ["storage=s3:/AKIA:secret@bucket/x"])
+    assert "secret" not in str(error.value)
+
+
 def test_rules_between_sections_are_checked_beside_wrong_settings_of_those_sections():
     with pytest.raises(ConfigError) as error:
         load(DEMO, ["data.stored_px=64", "data.jpeg_quality=0", "train.flip=perhaps"])
