@@ -22,6 +22,7 @@ ON_CPU = (
     "img2dataset",
     "workers",
     "plan",
+    "storage",
     "compare",
     "attention",
     "inference",
