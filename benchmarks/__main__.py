@@ -27,6 +27,7 @@ ON_CPU = (
     "attention",
     "inference",
     "big_images",
+    "saving",
     "step",
     "health",
     "hed",

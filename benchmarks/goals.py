@@ -54,6 +54,14 @@ GOALS = (
         1.3,
         at_most=True,
     ),
+    Goal(
+        "share of training that stands still for a save every 100 steps, demo recipe, at most",
+        "saving/share_of_training_percent",
+        2.0,
+        2.0,
+        at_most=True,
+        unit="%",
+    ),
     Goal("optimizer and moving average", "step_cpu/optimiser_and_average_times_faster", 2.4, 2.0),
     Goal(
         "signs of health, of the step, at most",
