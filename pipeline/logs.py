@@ -22,6 +22,8 @@ def configure_logs(form: str = "%(message)s") -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(SecretFreeFormatter(form, datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # A warning for every attempt at a server that is away; whoever asks it reports that once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     sys.excepthook = _show
 
 

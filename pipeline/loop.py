@@ -411,13 +411,12 @@ class TrainingLoop:
                     position.step, join(self.checkpoints.url, folder), metrics
                 )
                 self.tracker.log_image("samples", position.step, evaluation.sheet())
-            log.info(
-                "checkpoint step=%d val_l1_percent=%.2f val_psnr_db=%.2f stall_s=%.3f",
-                position.step,
-                metrics.get("val/l1_percent", math.nan),
-                metrics.get("val/psnr_db", math.nan),
-                stall_s,
+            measured = "".join(
+                f" val_{name}={metrics[f'val/{name}']:.2f}"
+                for name in ("l1_percent", "psnr_db")
+                if f"val/{name}" in metrics  # a stop saves without a validation
             )
+            log.info("checkpoint step=%d%s stall_s=%.3f", position.step, measured, stall_s)
 
     def _validate(self, stop: StopRequest) -> Evaluation | None:
         """None where a stop was requested meanwhile, on any rank."""

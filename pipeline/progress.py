@@ -129,14 +129,15 @@ class _Above(io.TextIOBase):
 
 @contextmanager
 def _lines(what: str, unit: str) -> Iterator[Advance]:
-    clock, logged_at = _Rate(), time.monotonic()
+    clock, logged_at, last = _Rate(), time.monotonic(), (-1, -1, -1)
 
     def advance(done: int, total: int, failed: int = 0) -> None:
-        nonlocal logged_at
+        nonlocal logged_at, last
         now, rate = time.monotonic(), clock.rate(done)
-        if done < total and now - logged_at < LINE_EVERY_S:
+        counts = (done, total, failed)
+        if counts == last if done >= total else now - logged_at < LINE_EVERY_S:
             return
-        logged_at = now
+        logged_at, last = now, counts
         speed = "" if rate is None else f" {unit}_per_s={_digits(rate)}"
         left = f" left={format_duration((total - done) / rate)}" if rate else ""
         log.info("%s done=%d/%d failed=%d%s%s", what, done, total, failed, speed, left)

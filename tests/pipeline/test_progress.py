@@ -34,6 +34,17 @@ def test_a_log_gets_the_last_line_with_counts_and_failures(caplog):
     assert "prepare done=100/100 failed=2" in caplog.messages[0]
 
 
+def test_an_end_that_is_reported_twice_is_one_line(caplog):
+    with caplog.at_level(logging.INFO), progress("pull", "MB") as advance:
+        advance(79, 79)
+        advance(79, 79)
+        advance(79, 79, 1)
+    assert [line.split()[1:3] for line in caplog.messages] == [
+        ["done=79/79", "failed=0"],
+        ["done=79/79", "failed=1"],
+    ]
+
+
 def test_what_is_not_known_yet_is_left_out(caplog, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
