@@ -319,10 +319,16 @@ def _inverse_norms(small: Features) -> Float[Tensor, "batch 1 keys"]:
     return squares.clamp_min(SMALLEST_NORM**2).rsqrt().flatten(2)
 
 
+def _with_neighbors(first: int, last: int, height: int) -> tuple[int, int]:
+    """Rows ``first`` to ``last`` and one more on each side, where there is one."""
+    # Not by min, which sizes known only to an exported network could not be compared with.
+    return max(first - 1, 0), last if last == height else last + 1
+
+
 def _scores(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> Pairs:
     """Scores of the query rows ``first`` to ``last``; coherent patches score higher."""
     height, width = pixels.shape[2], pixels.shape[3] - 1
-    start, stop = max(first - 1, 0), min(last + 1, height)
+    start, stop = _with_neighbors(first, last, height)
     middle = _fused_along_rows(pixels, inverse_norms, start, stop)
     if stop - start == height:
         fused: Tensor = _FuseColumns.apply(middle, width)  # type: ignore[no-untyped-call]
@@ -337,7 +343,7 @@ def _scores(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> P
 def _fused_along_rows(pixels: Features, inverse_norms: Tensor, first: int, last: int) -> Pairs:
     """Similarity raised where the next pixels of query and key match, rows joined end to end."""
     height, width = pixels.shape[2], pixels.shape[3] - 1
-    start, stop = max(first - 1, 0), min(last + 1, height)
+    start, stop = _with_neighbors(first, last, height)
     fused = _with_moved(_similarity(pixels, inverse_norms, start, stop), 1, -1)
     return fused[:, (first - start) * width : (last - start) * width]
 
@@ -350,7 +356,7 @@ def _similarity(pixels: Features, inverse_norms: Tensor, first: int, last: int) 
     same step: products of single pixels, summed along diagonals across and then down.
     """
     batch, _, height, padded = pixels.shape
-    start, stop = max(first - 1, 0), min(last + 1, height)
+    start, stop = _with_neighbors(first, last, height)
     queries, keys = pixels[:, :, start:stop].flatten(2), pixels.flatten(2)  # (N, C, L)
     products = torch.bmm(queries.transpose(1, 2), keys)
     products = _with_moved(products, 1, -1)
