@@ -120,7 +120,7 @@ def recipe(report: FolderReport, name: str) -> str:
         if report.by_name
         else "not used: folders or tars name the splits"
     )
-    return f"""\
+    text = f"""\
 # {name}: written by `python -m pipeline init` from a look at the images; change what you like.
 #
 # {report.train:,} images to train and {report.val:,} held out.
@@ -129,27 +129,27 @@ def recipe(report: FolderReport, name: str) -> str:
 # `python -m pipeline show {{this file}} --describe` explains every setting there is.
 
 name: {name}
-storage: storage           # a folder, or s3://BUCKET/PREFIX where other machines take part
+storage: storage  # a folder, or s3://BUCKET/PREFIX where other machines take part
 
 data:
   name: {name}
   source: folder
   root: {json.dumps(report.root, ensure_ascii=False)}
-  subject: {report.subject}            # {report.why_subject}
-  stored_px: {stored_px}           # short side; smaller images are skipped
-  color: srgb              # images with another color profile are converted
-  val_fraction: {VAL_FRACTION}       # {split}
+  subject: {report.subject}  # {report.why_subject}
+  stored_px: {stored_px}  # short side; smaller images are skipped
+  color: srgb  # images with another color profile are converted
+  val_fraction: {VAL_FRACTION}  # {split}
   shard_samples: {max(8, min(2000, report.train // 8))}
 
 model:
-  guided: true             # takes sketches; false fills without
+  guided: true  # takes sketches; false fills without
 
 train:
-  steps: {steps}            # about {max(1, steps * batch // report.train):,} passes over the images
-  size_px: {size_px}             # the side of a crop; the paper's is 256
-  global_batch: {batch}         # images per step over all GPUs; the paper's is 16
-  streams: {batch}              # most GPUs that can share a batch
-  precision: fp32          # bf16 is faster on GPUs of 2020 and later
+  steps: {steps}  # about {max(1, steps * batch // report.train):,} passes over the images
+  size_px: {size_px}  # the side of a crop; the paper's is 256
+  global_batch: {batch}  # images per step over all GPUs; the paper's is 16
+  streams: {batch}  # most GPUs that can share a batch
+  precision: fp32  # bf16 is faster on GPUs of 2020 and later
   log_every_steps: 50
   save_every_steps: {max(100, min(5000, steps // 20))}
 
@@ -160,6 +160,13 @@ evaluate:
 tracking:
   experiment: {name}
 """
+    # In one column, whatever the values; a path may hold what looks like a comment.
+    return re.sub(
+        r"^( *(?!root:)\w+: \S+) +(# .*)$",
+        lambda line: f"{line[1]:<26} {line[2]}",
+        text,
+        flags=re.M,
+    )
 
 
 def _median(report: FolderReport) -> int:

@@ -138,6 +138,10 @@ class RefusedError(RuntimeError):
     """What a receiver refuses until somebody changes something; the message says what."""
 
 
+class NotCreatedError(LookupError):
+    """Another process has to create something first, and reports why it does not."""
+
+
 class Receiver(Protocol):
     """Where an EventSender delivers; each method raises until it succeeds.
 
@@ -199,7 +203,7 @@ class EventSender:
                 pause_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
                 failures += 1
                 refused = isinstance(error, RefusedError)
-                if failures == (1 if refused else 2):
+                if failures == (1 if refused else 2) and not isinstance(error, NotCreatedError):
                     log.warning(
                         "tracking: refused, events are kept uri=%s: %s"
                         if refused

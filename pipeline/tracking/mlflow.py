@@ -25,6 +25,7 @@ from pipeline.tracking.event_queue import (
     BATCH_VALUES,
     EventQueue,
     EventSender,
+    NotCreatedError,
     RefusedError,
 )
 from pipeline.tracking.protocol import FinishOnExit, NullTracker, RunInfo, Status
@@ -203,7 +204,7 @@ class MlflowRun:
             self._readings = max(system, default=-1) + 1
         if not self._creates:
             if not found:
-                raise LookupError(f"rank 0 has not created the run of {self._info.url} yet")
+                raise NotCreatedError(f"rank 0 has not created the run of {self._info.url} yet")
             self.id = found[0].info.run_id
             return
         run = (

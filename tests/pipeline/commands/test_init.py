@@ -47,9 +47,18 @@ def test_the_recipe_of_a_folder_fits_its_images(tmp_path, count, size, size_px, 
         streams=cfg.train.streams,
         global_batch=cfg.train.global_batch,
     )
+    lines = (tmp_path / "recipe.yaml").read_text().splitlines()
+    comments = [line.index("# ") for line in lines if "# " in line and not line.startswith("#")]
+    assert len(comments) == 11
+    assert len(set(comments)) == 1
     out = capsys.readouterr().out
     assert f"{train} images to train" in out
     assert "python -m pipeline run" in out
+
+
+def test_a_folder_whose_name_looks_like_a_comment_is_kept(tmp_path):
+    images(tmp_path / "a # b", 5, (80, 70))
+    assert write(tmp_path / "a # b", tmp_path / "recipe.yaml").data.root == str(tmp_path / "a # b")
 
 
 def test_folders_that_name_the_splits_are_seen(tmp_path):

@@ -176,6 +176,18 @@ def test_every_node_adds_its_system_metrics_to_the_one_run(uri, tmp_path, monkey
         assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
+def test_a_node_that_waits_for_rank_0_does_not_call_the_server_away(
+    uri, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(event_queue, "RETRY_S", (0.05,))
+    monkeypatch.setattr(event_queue, "FLUSH_S", 1.0)
+    node = NodeTracker(INFO, uri=uri, experiment="tests", queue_folder=tmp_path / "queue", node=1)
+    with node:
+        time.sleep(1)
+    assert "no answer" not in caplog.text
+
+
 def latest_values(uri: str) -> dict[str, float]:
     if MlflowClient(uri).get_experiment_by_name("tests") is None:
         return {}
