@@ -199,6 +199,17 @@ def read_record(store: Store, shard: str) -> ShardRecord:
         raise ValueError(f"{key} is damaged, or of another version: {error}") from error
 
 
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table in a Parquet file, with those of ``columns`` that it has, or all.
+
+    Raises pyarrow's ValueError or OSError for a damaged file. In the caller's thread: the threads
+    of pyarrow's ``read_table`` may hold ``data`` when the interpreter ends, which aborts it.
+    """
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        wanted = columns and [name for name in file.schema_arrow.names if name in columns]
+        return file.read(wanted, use_threads=False)
+
+
 def read_rows(
     store: Store, shards: Sequence[str], columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
@@ -210,10 +221,12 @@ def read_rows(
 
     def table(store: Store, key: str) -> pa.Table:
         try:
-            data = pa.BufferReader(store.get(key))
-            return pq.read_table(
-                data, columns=columns, schema=SCHEMA, page_checksum_verification=True
-            )
+            found = read_parquet(store.get(key), columns)
+            for field in SCHEMA if columns is None else map(SCHEMA.field, columns):
+                if field.name not in found.column_names:  # of an earlier version
+                    found = found.append_column(field, pa.nulls(found.num_rows, field.type))
+            names = SCHEMA.names if columns is None else columns
+            return found.select(names).cast(pa.schema(map(SCHEMA.field, names)))
         except StorageError:
             raise
         except (ValueError, OSError) as error:  # as pyarrow raises

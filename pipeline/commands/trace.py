@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import pyarrow.parquet as pq
-
 from cluster.storage import StorageError, join, open_store, without_password
+from data_prep.manifest import read_parquet
 from data_prep.shards import Dataset, ShardError
 from pipeline.checkpoints import CheckpointStore
 from pipeline.checkpoints.manifest import CheckpointManifest
@@ -90,7 +88,7 @@ def _dataset(checkpoints: CheckpointStore, manifest: CheckpointManifest) -> Iter
         yield replace(images, fault="manifest.parquet has another sha256")
         yield detector
         return
-    table = pq.read_table(io.BytesIO(data), columns=["detector", "detector_weights_sha256"])
+    table = read_parquet(data, ["detector", "detector_weights_sha256"])
     yield replace(images, found=f"manifest.parquet has this sha256, and {table.num_rows:,} images")
     pairs = sorted(
         {(row["detector"], row["detector_weights_sha256"]) for row in table.to_pylist()}

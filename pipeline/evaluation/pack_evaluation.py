@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from cluster.git import git_commit
 from cluster.session import job_metadata
 from cluster.storage import MissingKeyError, Store, join
 from data_prep.images import Pixels, encode_png
+from data_prep.manifest import read_parquet
 from pipeline import networks
 from pipeline import ranks as distributed
 from pipeline.device import device_for_filling
@@ -353,9 +353,7 @@ def _short(value: Any) -> str:
 
 
 def _other_values(store: Store, folder: str, rows: Sequence[PackRow]) -> list[str]:
-    from pyarrow import parquet
-
-    table = parquet.read_table(BytesIO(store.get(f"{folder}/rows.parquet"))).to_pydict()
+    table = read_parquet(store.get(f"{folder}/rows.parquet")).to_pydict()
     stored = {key: index for index, key in enumerate(table["key"])}
     lines = []
     if set(stored) != {row.item.key for row in rows}:

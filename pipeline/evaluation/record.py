@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cluster.storage import MissingKeyError, Store, join
+from data_prep.manifest import read_parquet
 from pipeline.evaluation.metrics import METRICS
 
 log = logging.getLogger(__name__)
@@ -133,10 +134,10 @@ def _table(
     store: Store, folder: str, keys: Sequence[str]
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """The images' keys, and every other column: numbers as float64, words as objects."""
-    from pyarrow import csv, parquet, string, types
+    from pyarrow import csv, string, types
 
     if f"{folder}/rows.parquet" in keys:
-        table = parquet.read_table(BytesIO(store.get(f"{folder}/rows.parquet")))
+        table = read_parquet(store.get(f"{folder}/rows.parquet"))
     else:
         words = {_KEY: string(), _FAMILY: string()}
         table = csv.read_csv(
