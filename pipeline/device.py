@@ -81,7 +81,7 @@ def memory_explained(settings: TrainSettings) -> Iterator[None]:
         if settings.precision != "bf16":
             cures.append("train.precision=bf16")
         raise TrainingError(
-            f"the memory of the GPU is full: set {', or '.join(cures)}; torch says: "
+            f"the GPU has no memory left: set {', or '.join(cures)}; torch says: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

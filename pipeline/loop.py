@@ -28,7 +28,7 @@ from pipeline.config import Config
 from pipeline.data.batch import DeviceBatch
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
-from pipeline.device import memory_explained, refuse_precision, set_backends
+from pipeline.device import refuse_precision, set_backends
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
 from pipeline.goodput import HOURS, WallTime
@@ -96,7 +96,7 @@ def train_on_rank(
     if not state:
         _load_initial_weights(cfg, generator=generator, discriminator=discriminator)
     pair = build_pair(cfg.model, cfg.train, generator, discriminator, ranks, state)
-    with memory_explained(cfg.train), ExitStack() as stack:
+    with ExitStack() as stack:
         loader = train_loader(cfg, dataset, ranks)
         stack.callback(loader.close)
         tracker = stack.enter_context(

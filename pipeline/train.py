@@ -22,6 +22,7 @@ from pipeline import ranks as distributed
 from pipeline.checkpoints import CheckpointError, CheckpointStore, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.sample_order import dataset_misfits
+from pipeline.device import memory_explained
 from pipeline.errors import TrainingError
 from pipeline.evaluation.metrics import METRICS
 from pipeline.lease import HeldLease, RunTakenError, held
@@ -153,7 +154,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
             showing as show,
         ):
             # By its own count: rank 0 may still be writing the last checkpoint.
-            with full_memory_as_error():
+            with memory_explained(cfg.train):
                 end = train_on_rank(cfg, storage, dataset, ranks, stop, lease, show)
             return end.step >= cfg.train.steps
     finally:
@@ -166,19 +167,6 @@ def _showing_steps(cfg: Config) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, beside the lines of the loop; call it with each step that is done."""
     with progress("train", "steps", lines=False) as advance:
         yield lambda step: advance(step, cfg.train.steps)
-
-
-@contextlib.contextmanager
-def full_memory_as_error() -> Iterator[None]:
-    """Raise TrainingError, which names settings, where a GPU has no memory left."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "the GPU has no memory left: set a smaller train.global_batch or train.size_px, "
-            "train.activation_checkpointing=true, or use more GPUs "
-            f"({str(error).partition('. ')[0]})"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -316,7 +304,7 @@ def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
         lambda step: mailbox.put("safe step", str(step)),
         lambda step: mailbox.put("step", str(step)),
     )
-    with contextlib.closing(stop), full_memory_as_error():
+    with contextlib.closing(stop), memory_explained(cfg.train):
         lease = loop_config["lease"] if ranks.first else None
         dataset = storage.open_dataset()
         train_on_rank(cfg, storage, dataset, ranks, stop, lease, stop.note_step)
