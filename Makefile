@@ -3,6 +3,7 @@
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu      the small build of torch
 PYTHON ?= python3
 TORCH_INDEX ?=
+JOBS ?= 2
 BIN := .venv/bin
 PIP := pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -16,8 +17,8 @@ help: ## list these targets
 demo: .venv/installed ## run the whole job small: Ray, S3, MLflow, real photographs
 	$(BIN)/python -m pipeline demo
 
-test: .venv/installed ## run every test that needs no GPU
-	$(BIN)/python -m pytest
+test: .venv/installed ## run every test that needs no GPU, in JOBS processes (2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 unit: .venv/installed ## run the tests that start no service and no process, in under a minute
 	$(BIN)/python -m pytest -q -m "not (ray or s3 or mlflow or distributed or process or slow or gpu)"

@@ -153,7 +153,9 @@ def interrupts_answered() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        # After a Ctrl-C the interpreter may still wait for threads: the second one ends that too.
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, before)
 
 
 class PolledStop:

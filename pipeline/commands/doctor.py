@@ -1,8 +1,9 @@
 """``python -m pipeline doctor``: what is wrong, why, and what to do."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,6 @@ def diagnose(target: str | None, overrides: Sequence[str], *, as_json: bool) -> 
 
     Raises ConfigError for a recipe with mistakes.
     """
-    logging.getLogger().setLevel(logging.CRITICAL)  # findings say what there is to say
     cfg, url = None, None
     if target is not None and Path(target).suffix in RECIPES:
         cfg = config.load(Path(target), overrides)
@@ -36,10 +36,11 @@ def diagnose(target: str | None, overrides: Sequence[str], *, as_json: bool) -> 
         url = target
     examination = Examination(all_probes(cfg, url))
     findings = []
-    for finding in examination.findings():
-        findings.append(finding)
-        if not as_json:
-            _print(finding)
+    with _silent_logs():
+        for finding in examination.findings():
+            findings.append(finding)
+            if not as_json:
+                _print(finding)
     problems = [finding for finding in findings if finding.verdict == "problem"]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -47,6 +48,18 @@ def diagnose(target: str | None, overrides: Sequence[str], *, as_json: bool) -> 
         warnings = sum(finding.verdict == "warning" for finding in findings)
         print(f"{len(problems)} problem(s), {warnings} warning(s)")
     return not problems
+
+
+@contextlib.contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Findings say what there is to say."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _print(finding: Diagnosis) -> None:

@@ -67,10 +67,10 @@ import argparse, sys, threading, time
 from pipeline import cli
 
 def command(arguments):
-    print("begun", flush=True)
     waiting = threading.Thread(target=time.sleep, args=(60,))
     waiting.start()
     try:
+        print("begun", flush=True)
         time.sleep(60)
     finally:
         waiting.join()
