@@ -36,16 +36,15 @@ def test_every_layer_is_that_of_the_releases_table() -> None:
 
 
 def test_a_score_sees_253_pixels_a_side() -> None:
-    """docs/model.md, section 3; with positive weights every pixel that it sees has a gradient."""
+    """docs/model.md, section 3; with weights of one sign no gradient cancels."""
     discriminator = Discriminator(discriminator_head="linear").eval()
     for parameter in discriminator.parameters():
         parameter.data.abs_()
-    torch.set_flush_denormal(False)  # the gradients are small, and training flushes them
     image = torch.ones(1, 3, 512, 512, requires_grad=True)
     scores = discriminator(image, torch.zeros(1, 1, 512, 512)).unflatten(1, (8, 8, 256))
     scores[0, 4, 4, 0].backward()
     assert image.grad is not None
-    seen = image.grad[0, 0] > 0
+    seen = image.grad[0, 0] != 0  # the sign is that of the norms of random weights
     assert [int(seen.any(axis).sum()) for axis in (0, 1)] == [253, 253]
 
 
