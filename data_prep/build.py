@@ -175,7 +175,7 @@ def build_dataset(
     )
     dataset = Dataset.open(url)
     peak = max(record.peak_bytes for record in ordered)
-    samples = {split: sum(shard.samples for shard in dataset.shards(split)) for split in SPLITS}
+    samples = {split: dataset.samples(split) for split in SPLITS}
     log.info(
         "dataset finished train=%d val=%d url=%s digest=%s peak_worker_mib=%d",
         *(samples["train"], samples["val"], url, dataset.digest, peak / MIB),

@@ -277,6 +277,10 @@ class Dataset:
         except (ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{type(error).__name__}: {error}") from error
 
+    def samples(self, split: Split) -> int:
+        """How many samples ``split`` has."""
+        return sum(shard.samples for shard in self.shards(split))
+
     def shards(self, split: Split) -> list[Shard]:
         return [shard for shard in self.index if shard.split == split]
 

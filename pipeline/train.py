@@ -21,7 +21,7 @@ from data_prep.shards import Dataset
 from pipeline import ranks as distributed
 from pipeline.checkpoints import CheckpointError, CheckpointStore, refuse_other_model
 from pipeline.config import Config
-from pipeline.data.sample_order import dataset_misfits
+from pipeline.data.loaders import recipe_misfits
 from pipeline.device import memory_explained
 from pipeline.errors import TrainingError
 from pipeline.evaluation.metrics import METRICS
@@ -84,18 +84,7 @@ def with_its_masks(cfg: Config, checkpoints: CheckpointStore) -> Config:
 
 def _refuse_early(cfg: Config, dataset: Dataset, checkpoints: CheckpointStore) -> None:
     """Raise here, before any machine starts, what would stop every rank."""
-    samples = {
-        split: sum(shard.samples for shard in dataset.shards(split)) for split in ("train", "val")
-    }
-    faults = dataset_misfits(
-        train_samples=samples["train"],
-        val_samples=samples["val"],
-        stored_px=dataset.settings["shaping"]["stored_px"],
-        size_px=cfg.train.size_px,
-        streams=cfg.train.streams,
-        global_batch=cfg.train.global_batch,
-    )
-    if faults:
+    if faults := recipe_misfits(cfg, dataset):
         raise ValueError(f"{dataset.url} does not fit the recipe: {'; '.join(faults)}")
     refuse_early(cfg)
     metric = cfg.train.keep_best_by.partition(":")[0].removeprefix("val/")

@@ -22,7 +22,6 @@ FLAGS = (
     "--disable-component-update",
     "--disable-background-networking",
     "--no-first-run",
-    "--remote-debugging-pipe",
 )
 TO_BROWSER, FROM_BROWSER = 3, 4  # the numbers that Chromium expects
 SHORTCUT = {"Control": 2, "Shift": 8}
@@ -186,7 +185,13 @@ def headless_browser(profile: Path) -> Iterator[Browser]:
         os.dup2(100 + FROM_BROWSER, FROM_BROWSER)
 
     process = subprocess.Popen(
-        [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        [
+            str(CHROMIUM),
+            *FLAGS,
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         pass_fds=[TO_BROWSER, FROM_BROWSER],

@@ -68,6 +68,10 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=local_path, metavar="RECIPE", help="a YAML file of settings")
+
+
 def add_recipe_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",

@@ -14,6 +14,7 @@ from pipeline.arguments.common import (
     Commands,
     add_command,
     add_overrides,
+    add_recipe,
     add_recipe_option,
     load_recipe,
     local_path,
@@ -69,9 +70,7 @@ def add_stages(commands: Commands) -> None:
         ),
     ):
         sub = add_command(commands, name, text, example)
-        sub.add_argument(
-            "recipe", type=local_path, metavar="RECIPE", help="a YAML file of settings"
-        )
+        add_recipe(sub)
         add_overrides(sub)
         sub.set_defaults(command=command)
         if name == "prepare":
@@ -103,7 +102,7 @@ def add_parity(commands: Commands) -> None:
         "train ten steps with every engine on two ranks, and compare with one plain process",
         f"parity {DEMO} train.global_batch=4 train.streams=4",
     )
-    sub.add_argument("recipe", type=local_path, metavar="RECIPE", help="a YAML file of settings")
+    add_recipe(sub)
     add_overrides(sub)
     sub.set_defaults(command=_parity)
 
@@ -115,7 +114,7 @@ def add_sweep(commands: Commands) -> None:
         "run every combination of settings under one parent, then compare all",
         "sweep pipeline/recipes/convolutions.yaml model.convolution=gated,partial,vanilla",
     )
-    sub.add_argument("recipe", type=local_path, metavar="RECIPE", help="a YAML file of settings")
+    add_recipe(sub)
     sub.add_argument(
         "overrides",
         nargs="+",

@@ -12,6 +12,7 @@ from data_prep.shards import Dataset
 from pipeline import config
 from pipeline.data.batch import Batch
 from pipeline.data.batches import TrainLoader, val_batches
+from pipeline.data.sample_order import dataset_misfits
 from pipeline.ranks import Ranks
 
 VALIDATION_MASKS = MaskSettings(mixture={"corrected": 1.0, "box": 1.0})
@@ -47,6 +48,18 @@ def _decoding_threads(cfg: config.Config, ranks: Ranks) -> int:
         return FEWEST_THREADS  # the networks need the cores
     share = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
     return min(max(share, FEWEST_THREADS), MOST_THREADS)
+
+
+def recipe_misfits(cfg: config.Config, dataset: Dataset) -> list[str]:
+    """Why ``dataset`` cannot serve the recipe, one line for each fault; empty if it can."""
+    return dataset_misfits(
+        train_samples=dataset.samples("train"),
+        val_samples=dataset.samples("val"),
+        stored_px=dataset.settings["shaping"]["stored_px"],
+        size_px=cfg.train.size_px,
+        streams=cfg.train.streams,
+        global_batch=cfg.train.global_batch,
+    )
 
 
 def validation_batches(

@@ -7,7 +7,7 @@ from cluster.nodes import NodeAnswer
 from cluster.storage import StorageError
 from data_prep.shards import Dataset, ShardError
 from pipeline.config import Config
-from pipeline.data.sample_order import dataset_misfits
+from pipeline.data.loaders import recipe_misfits
 from pipeline.doctor.findings import Diagnosis, ok, problem, warning
 from pipeline.doctor.storage import GIGABYTE, cause_and_cure
 from pipeline.run_storage import RunStorage
@@ -133,19 +133,10 @@ def _dataset_findings(cfg: Config) -> Iterator[Diagnosis]:
 
 
 def _misfits(cfg: Config, dataset: Dataset) -> Iterator[Diagnosis]:
-    samples = {
-        split: sum(shard.samples for shard in dataset.shards(split)) for split in ("train", "val")
-    }
-    faults = dataset_misfits(
-        train_samples=samples["train"],
-        val_samples=samples["val"],
-        stored_px=dataset.settings["shaping"]["stored_px"],
-        size_px=cfg.train.size_px,
-        streams=cfg.train.streams,
-        global_batch=cfg.train.global_batch,
-    )
+    faults = recipe_misfits(cfg, dataset)
     for fault in faults:
         cause, _, cure = fault.partition(": ")
         yield problem(SUBJECT, f"{dataset.url}: {cause}", cure)
     if not faults:
-        yield ok(SUBJECT, f"dataset with {samples['train']} train and {samples['val']} val images")
+        counts = " and ".join(f"{dataset.samples(split)} {split}" for split in ("train", "val"))
+        yield ok(SUBJECT, f"dataset with {counts} images")

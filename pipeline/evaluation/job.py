@@ -125,7 +125,7 @@ def _measure_share(
     weights = CheckpointStore(checkpoints).read(step, networks.EMA)
     generator = networks.read_generator(weights, f"{networks.EMA} of step {step}").to(device)
     limit = None if cfg.evaluate.samples == "all" else cfg.evaluate.samples
-    images = sum(shard.samples for shard in dataset.shards("val"))
+    images = dataset.samples("val")
     mine = Ranks(share, world_size=shares)
     batches = validation_batches(cfg, dataset, mine, limit)
     advancing = _advancing(batches, -(-min(images, limit or images) // shares))

@@ -4,7 +4,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 from pipeline.evaluation.comparison import Comparison, compare
 from pipeline.evaluation.report import html_report, thinned
 from pipeline.evaluation.run_record import find_runs, read_runs
+from tests.browser import CHROMIUM, FLAGS
 from tests.pipeline.evaluation.runs import (
     config,
     image_table,
@@ -24,17 +24,6 @@ from tests.pipeline.evaluation.runs import (
     write_run,
 )
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-sync",
-    "--disable-component-update",
-    "--disable-background-networking",
-    "--no-first-run",
-)
 TABLE = image_table(60)
 EVALUATION = "evaluation/step-00000020"
 
