@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_url(s3_server: S3Server) -> str:
     """An empty prefix in the bucket of the tests."""
+    # MLflow keeps a client for five minutes, with the credentials of the test that made it.
+    if mlflow_s3 := sys.modules.get("mlflow.store.artifact.s3_artifact_repo"):
+        mlflow_s3._cached_get_s3_client.cache_clear()
     return f"s3://tests/{uuid.uuid4().hex[:12]}"
 
 

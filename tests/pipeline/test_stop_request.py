@@ -96,7 +96,7 @@ def test_the_first_ctrl_c_answers_at_once_and_the_second_waits_for_nothing():
 
 def test_hours_that_are_over_are_a_request():
     assert not SignalStop(max_hours=1).requested
-    assert SignalStop(max_hours=1e-9).requested
+    assert SignalStop(max_hours=0).requested
 
 
 def test_a_poll_of_the_driver_reaches_a_worker_and_safe_steps_reach_the_driver():
