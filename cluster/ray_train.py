@@ -84,19 +84,14 @@ def find_room(
     """
     started, reported = time.monotonic(), False
     while True:
-        exists, free = ray.cluster_resources(), ray.available_resources()
-        kind: Resource = resource or ("GPU" if exists.get("GPU") else "CPU")
-        there, unused = int(exists.get(kind, 0)), int(free.get(kind, 0))
-        if isinstance(wanted, tuple):
-            count, hoped = wanted
-        else:
-            count = hoped = max(min(there, most), 1) if wanted == "auto" else wanted
+        kind, there = _existing(resource)
+        unused = int(ray.available_resources().get(kind, 0))
+        count, hoped = _asked_for(wanted, there, most)
         if count <= unused:
             if not isinstance(wanted, tuple):
                 return Workers(count, kind)
             return Workers(min(unused, hoped), kind, between=wanted)
-        have = f"the cluster has {there}" + (f", {unused} of them free" if there else "")
-        asked = f"{count} rank{'s' * (count > 1)} need one {kind} each, and {have}"
+        asked = _shortage(count, kind, there) + (f", {unused} of them free" if there else "")
         patience_s = max(wait_s, BUSY_S) if count <= there else wait_s
         if time.monotonic() - started >= patience_s:
             raise RoomError(asked)
@@ -107,6 +102,37 @@ def find_room(
             reported = True
             autoscaler.request_resources(bundles=[{kind: 1}] * hoped)
         time.sleep(0.5)
+
+
+def refuse_more_than_exist(
+    wanted: int | tuple[int, int] | Literal["auto"], resource: Resource | None, *, most: int
+) -> None:
+    """Raise RoomError where the connected cluster, as it is, could never hold ``wanted`` ranks."""
+    kind, there = _existing(resource)
+    count, _ = _asked_for(wanted, there, most)
+    if count > there:
+        raise RoomError(_shortage(count, kind, there))
+
+
+def _existing(resource: Resource | None) -> tuple[Resource, int]:
+    """What each rank takes one of, and how many of it the connected cluster has."""
+    exists = ray.cluster_resources()
+    kind: Resource = resource or ("GPU" if exists.get("GPU") else "CPU")
+    return kind, int(exists.get(kind, 0))
+
+
+def _asked_for(
+    wanted: int | tuple[int, int] | Literal["auto"], there: int, most: int
+) -> tuple[int, int]:
+    """The fewest ranks that will do, and how many are hoped for."""
+    if isinstance(wanted, tuple):
+        return wanted
+    count = max(min(there, most), 1) if wanted == "auto" else wanted
+    return count, count
+
+
+def _shortage(count: int, kind: Resource, there: int) -> str:
+    return f"{count} rank{'s' * (count > 1)} need one {kind} each, and the cluster has {there}"
 
 
 def run_workers(

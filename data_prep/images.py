@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 
 from data_prep.color import ColorHandling, cmyk_to_srgb, to_srgb
 
@@ -551,7 +551,10 @@ def _band_to_rgb(image: Image.Image, background: str, white: int) -> Pixels:
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64)
         gray = ((deep * 255 + white // 2) // white).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
+        colors = np.repeat(gray[:, :, None], 3, axis=2)
+        if (transparent := image.info.get("transparency")) is not None:
+            colors[deep == transparent] = ImageColor.getrgb(background)[:3]
+        return colors
     if image.has_transparency_data:
         below = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(below, image.convert("RGBA"))

@@ -65,8 +65,9 @@ def refuse_missing_root(data: DataSettings) -> None:
         return
     path = open_store(data.root).local_path()
     if path is not None and not path.exists():
+        place = "" if Path(data.root).is_absolute() else f" in {Path.cwd()}"
         raise ValueError(
-            f"data.root={data.root} was not found: give a folder, a tar, or an s3:// prefix"
+            f"data.root={data.root} was not found{place}: give a folder, a tar, or an s3:// prefix"
         )
 
 

@@ -11,7 +11,7 @@ from pipeline.evaluation.job import evaluate_run
 from pipeline.progress import progress
 from pipeline.run_storage import RunStorage
 from pipeline.stop_request import sigterm_interrupts
-from pipeline.train import train
+from pipeline.train import refuse_missing_room, train
 
 
 def run(cfg: Config, storage: RunStorage, *, replace: bool = False) -> bool:
@@ -21,6 +21,7 @@ def run(cfg: Config, storage: RunStorage, *, replace: bool = False) -> bool:
     """
     refuse_missing_images(cfg, storage)
     with connect():
+        refuse_missing_room(cfg, storage)
         prepare(cfg, storage, replace=replace)
         if not train(cfg, storage):
             return False

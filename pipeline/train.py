@@ -205,6 +205,22 @@ def _lease(storage: RunStorage) -> contextlib.AbstractContextManager[HeldLease]:
     return held(storage.run, job=job, job_has_ended=job_has_ended)
 
 
+def refuse_missing_room(cfg: Config, storage: RunStorage) -> None:
+    """Raise TrainingError where a run still to train has too few places, and none may come."""
+    if distributed.launched_by_torchrun() or cfg.train.launcher == "local" or cfg.cluster.wait_s:
+        return
+    if (CheckpointStore(storage.checkpoints).newest() or 0) >= cfg.train.steps:
+        return
+    from cluster import ray_train
+
+    try:
+        ray_train.refuse_more_than_exist(
+            cfg.train.workers, RESOURCE[cfg.train.device], most=cfg.train.streams
+        )
+    except ray_train.RoomError as error:
+        raise TrainingError(f"{error}: {NO_ROOM}") from error
+
+
 def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
     """Under Ray Train, which replaces lost workers; they resume from the newest checkpoint."""
     with connect():

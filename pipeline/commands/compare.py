@@ -42,8 +42,8 @@ def compare_runs(
 
     The first run, with the others of its recipe, is the baseline of the rest. ``promote``: a
     registered model, whose champion is the baseline instead, and is replaced where the verdict says
-    that one run is better. Raises ValueError where a word names no run, or fewer than two runs are
-    named, and RegistryError.
+    that one run is better. Raises ValueError where a word names no run, fewer than two runs are
+    named, or, at the end, none of them could be compared; and RegistryError.
     """
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder: give the name of a file, as {out}/report.html")
@@ -66,6 +66,8 @@ def compare_runs(
         with replacing(out) as file:
             file.write(html_report(comparison).encode())
         yield Text(f"report: {out}")
+    if not comparison.verdicts:
+        raise ValueError("nothing could be compared: see what is set apart")
 
 
 def _promote(registry: Registry, champion: ModelVersion | None, comparison: Comparison) -> str:
@@ -103,8 +105,6 @@ def _summary(comparison: Comparison) -> Iterator[RenderableType]:
         yield Text(verdict.text, style=f"bold {STYLES[verdict.outcome]}".strip())
         if verdict.scope:
             yield Text(f"  {verdict.scope}", style="dim")
-    if not comparison.verdicts:
-        yield Text("Nothing can be compared: see what is set apart.", style="bold yellow")
     for apart in comparison.apart:
         yield Text(f"set apart: {apart.label}: {apart.reason}", style="yellow")
     yield ""

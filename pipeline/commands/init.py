@@ -111,7 +111,8 @@ def recipe(report: FolderReport, name: str) -> str:
             f"{SIZES_PX[0]} or more are needed"
         )
     # Room for crops to move in, where the images have it.
-    stored_px = min(enough, size_px * 9 // 8)
+    smallest = report.short_px[0]
+    stored_px = min(smallest if smallest >= size_px else enough, size_px * 9 // 8)
     batch = next(batch for batch in (16, 8, 4, 2, 1) if report.train >= 4 * batch)
     steps = min(300_000, max(1000, EPOCHS * report.train // batch // 100 * 100))
     unusable = ", ".join(f"{count} {reason}" for reason, count in report.unusable.items())

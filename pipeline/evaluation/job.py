@@ -57,7 +57,7 @@ def _evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
     if run.exists(f"{folder}/metrics.json"):
         known = json.loads(run.get(f"{folder}/metrics.json"))
         if known["settings"] == settings and known["metrics"].keys() == METRICS.keys():
-            log.info("evaluated already step=%d %s", step, _fields(known["metrics"]))
+            log.info("evaluated already best step=%d %s", step, _fields(known["metrics"]))
             register_generator(cfg, storage, checkpoints, step, known["metrics"])
             return dict(known["metrics"])
 
@@ -78,7 +78,7 @@ def _evaluate_run(cfg: Config, storage: RunStorage) -> dict[str, float]:
         tracker.log_metrics(step, {f"evaluation/{name}": value for name, value in metrics.items()})
         tracker.log_image("evaluation", step, sheet)
         tracker.finish("FINISHED" if newest >= cfg.train.steps else "KILLED")
-    log.info("evaluated step=%d images=%d %s", step, len(evaluation.rows), _fields(metrics))
+    log.info("evaluated best step=%d images=%d %s", step, len(evaluation.rows), _fields(metrics))
     register_generator(cfg, storage, checkpoints, step, metrics)
     return metrics
 

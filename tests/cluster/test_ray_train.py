@@ -16,6 +16,7 @@ from cluster.ray_train import (
     WorkersError,
     find_room,
     is_leaving,
+    refuse_more_than_exist,
     run_workers,
 )
 
@@ -62,6 +63,13 @@ def test_more_ranks_than_gpus_are_refused_at_once_with_both_numbers():
     with pytest.raises(RoomError, match="3 ranks need one GPU each, and the cluster has 2"):
         room(3)
     assert time.monotonic() - started < 2
+
+
+def test_ranks_that_no_wait_would_place_are_refused_before_anything_runs():
+    with pytest.raises(RoomError, match=r"^3 ranks need one GPU each, and the cluster has 2$"):
+        refuse_more_than_exist(3, None, most=16)
+    for wanted in ("auto", 2, (1, 9)):
+        refuse_more_than_exist(wanted, None, most=16)
 
 
 def test_a_cluster_that_may_grow_is_waited_for_and_a_stop_ends_the_wait():

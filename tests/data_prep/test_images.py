@@ -7,7 +7,7 @@ import contextlib
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -100,6 +100,19 @@ def test_16_bit_colors_keep_their_brightness(photo: np.ndarray) -> None:
     ok, encoded = cv2.imencode(".png", photo[:64, :64, ::-1].astype(np.uint16) * 257)
     assert ok
     assert np.array_equal(decode(encoded.tobytes()).pixels, photo[:64, :64])
+
+
+@pytest.mark.parametrize(("background", "shown"), [("white", 255), ("black", 0)])
+def test_the_transparent_value_of_16_bits_of_gray_shows_the_background(
+    background: Literal["white", "black"], shown: int
+) -> None:
+    deep = np.full((8, 8), 40000, np.uint16)
+    deep[:4] = 1234
+    file = io.BytesIO()
+    Image.fromarray(deep).save(file, "PNG", transparency=1234)
+    pixels = decode(file.getvalue(), background=background).pixels
+    assert (pixels[:4] == shown).all()
+    assert (pixels[4:] == round(40000 / 257)).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])

@@ -150,6 +150,9 @@ def test_a_missing_folder_of_images_is_reported_before_ray_starts(
     settings = ["data.source=folder", f"data.root={tmp_path}/nowhere", f"storage={tmp_path}/st"]
     assert cli.main([command, str(DEMO), *settings]) == MISTAKE
     assert f"data.root={tmp_path}/nowhere was not found: give a folder" in capsys.readouterr().err
+    assert cli.main([command, str(DEMO), *settings, "data.root=nowhere"]) == MISTAKE
+    place = f"data.root=nowhere was not found in {Path.cwd()}: give a folder"
+    assert place in capsys.readouterr().err
 
 
 URL_COMMANDS = [

@@ -54,9 +54,9 @@ def test_runs_without_an_evaluation_are_shown_without_a_verdict(
     for name in ("a", "b"):
         write_run(str(tmp_path), name)
     page = tmp_path / "report.html"
-    code, out, _ = run("a", "b", "--storage", str(tmp_path), "--out", str(page), capsys=capsys)
-    assert code == DONE
-    assert out.startswith("Nothing can be compared")
+    code, out, error = run("a", "b", "--storage", str(tmp_path), "--out", str(page), capsys=capsys)
+    assert code == MISTAKE
+    assert error == "ValueError: nothing could be compared: see what is set apart\n"
     assert out.count("no evaluation") == 2
     assert "loss/l1_refined" in page.read_text()  # the curves are there
 

@@ -56,6 +56,12 @@ def test_the_recipe_of_a_folder_fits_its_images(tmp_path, count, size, size_px, 
     assert "python -m pipeline run" in out
 
 
+def test_no_image_is_skipped_for_room_around_its_crops(tmp_path):
+    images(tmp_path / "photos", 20, (400, 300))
+    images(tmp_path / "photos" / "smaller", 1, (270, 260))
+    assert write(tmp_path / "photos", tmp_path / "recipe.yaml").data.stored_px == 260
+
+
 def test_a_folder_whose_name_looks_like_a_comment_is_kept(tmp_path):
     images(tmp_path / "a # b", 5, (80, 70))
     assert write(tmp_path / "a # b", tmp_path / "recipe.yaml").data.root == str(tmp_path / "a # b")
