@@ -30,8 +30,8 @@ from typing import Any
 from benchmarks.timing import needs, skip, write_result
 
 CHECKPOINTS = 1000
-CHUNKS_MIB, CONCURRENCY = (8, 16, 64), (4, 10)
-TUNING_BYTES = 128 * 10**6
+CHUNKS_MIB, CONCURRENCY = (8, 16, 64), (2, 4, 10)
+TUNING_BYTES = 512 * 10**6  # parts enough to keep ten requests of 64 MiB busy
 MIB = 2**20
 ROOT = "s3://bench"
 

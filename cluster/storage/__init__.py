@@ -2,6 +2,7 @@
 
 from cluster.storage.base import (
     MIB,
+    REQUESTS,
     CorruptedTransferError,
     MissingKeyError,
     StorageError,
@@ -22,6 +23,7 @@ from cluster.storage.schemes import SCHEMES, has_store, open_store, open_version
 
 __all__ = [
     "MIB",
+    "REQUESTS",
     "SCHEMES",
     "CorruptedTransferError",
     "MissingKeyError",

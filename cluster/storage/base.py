@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 MIB = 2**20
+REQUESTS = min(max(len(os.sched_getaffinity(0)), 3), 8)
+"""Parts of one file that are on their way at once, up or down.
+
+Each of them hashes and copies: more than there are cores wait for each other, and take the cores of
+a server on the same machine. Fewer than three leave a distant server idle.
+"""
 SECRETS = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN"),

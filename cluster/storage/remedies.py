@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from email.utils import parsedate_to_datetime
 
 from botocore import exceptions as boto
 
@@ -55,6 +57,8 @@ REMEDIES = {
     ("InvalidDigest",): CHECKSUMS,
 }
 """Error codes of S3 servers, and the message for each group of them."""
+REFUSED_SKEW_S = 15 * 60.0
+"""How far a clock may be off before S3 refuses what it signs."""
 REFUSALS = frozenset(
     {
         *("NoSuchBucket", "SignatureDoesNotMatch", "InvalidAccessKeyId"),
@@ -83,12 +87,23 @@ def answer_to_error(url: str, error: boto.ClientError, endpoint: str | None) -> 
         return CorruptedTransferError(f"{url}: {CORRUPTED.format(way='to', server=server)}")
     if "checksum" in text.lower() or "aws-chunked" in text.lower():
         return StorageError(f"{url}: {CHECKSUMS.format(server=server)}")
+    if code in ("400", "403") and _skew_s(error) > REFUSED_SKEW_S:
+        code = "RequestTimeTooSkewed"
     for codes, remedy in REMEDIES.items():
         if code in codes:
             kind = StorageRefusedError if code in REFUSALS else StorageError
             return kind(f"{url}: {remedy.format(server=server)}")
     operation = error.operation_name
     return StorageError(without_secrets(f"{url}: {operation} failed at {server}: {code} {text}"))
+
+
+def _skew_s(error: boto.ClientError) -> float:
+    """Seconds between the clock of this machine and that of the server that answered."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        return abs(parsedate_to_datetime(headers.get("date", "")).timestamp() - time.time())
+    except ValueError:  # it answered without a date
+        return 0.0
 
 
 def failure_to_error(url: str, error: Exception, endpoint: str | None) -> StorageError:

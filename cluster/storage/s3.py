@@ -24,6 +24,7 @@ from s3transfer.exceptions import RetriesExceededError as TransferRetriesError
 from cluster.storage.base import (
     ABANDONED_S,
     MIB,
+    REQUESTS,
     CorruptedTransferError,
     MissingKeyError,
     StorageError,
@@ -43,9 +44,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Parts of 16 MiB keep 8 requests busy on a checkpoint of 100 MB; S3 itself asks for at least 5 MiB.
+PART = 16 * MIB
 TRANSFER = TransferConfig(
-    multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
+    multipart_threshold=2 * PART, multipart_chunksize=PART, max_concurrency=REQUESTS
 )
+PIECE = 8 * MIB  # what is read at once, and again where the connection breaks
 READ_ATTEMPTS = 6
 UPLOAD_ATTEMPTS = 3  # where the server reports bytes that changed on their way
 READ_TIMEOUT_S = 60
@@ -278,9 +281,21 @@ class _S3Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._size - self._position, MIB)
+        data = self._read(min(len(buffer), self._size - self._position, MIB))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        pieces = []
+        while rest := self._size - self._position:
+            pieces.append(self._read(min(rest, PIECE)))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)  # one is not copied
+
+    def _read(self, wanted: int) -> bytes:
+        """At least one byte, and at most ``wanted``; none where none are wanted."""
         if wanted == 0:
-            return 0
+            return b""
+        reason = ""
         with storage_errors(self._url):
             for _ in range(READ_ATTEMPTS):
                 try:
@@ -290,9 +305,8 @@ class _S3Reader(io.RawIOBase):
                 else:
                     reason = ""
                 if data:
-                    buffer[: len(data)] = data
                     self._position += len(data)
-                    return len(data)
+                    return data
                 log.info("reading resumes url=%s position=%d%s", self._url, self._position, reason)
                 try:
                     self._reopen()
@@ -307,13 +321,6 @@ class _S3Reader(io.RawIOBase):
             f"{self._url}: the connection broke {READ_ATTEMPTS} times "
             f"at byte {self._position} of {self._size}{reason}"
         )
-
-    def readall(self) -> bytes:
-        whole = bytearray(self._size - self._position)
-        rest = memoryview(whole)
-        while rest:
-            rest = rest[self.readinto(rest) :]
-        return bytes(whole)
 
     def close(self) -> None:
         if not self.closed:

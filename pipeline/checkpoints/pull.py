@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster.storage import (
     MIB,
+    REQUESTS,
     CorruptedTransferError,
     MissingKeyError,
     StorageError,
@@ -31,8 +32,9 @@ from pipeline.checkpoints.manifest import (
 from pipeline.checkpoints.store import CheckpointStore
 
 WEIGHTS = "ema.safetensors"
-PART = 16 * MIB
-READERS = 8
+PART = 8 * MIB
+READERS = REQUESTS
+AHEAD = 4  # parts beyond those on their way, held until those before them are hashed
 PullProgress = Callable[[int, int], None]
 
 
@@ -200,7 +202,7 @@ class _Fetch:
         sha256 = hashlib.sha256()
         parts = [(start, min(PART, size - start)) for start in range(0, size, PART)]
 
-        def fetch(number: int) -> None:
+        def fetch(number: int) -> bytes:
             start, length = parts[number]
             data = store.read_range(self._key, start, length)
             if len(data) != length:
@@ -208,21 +210,23 @@ class _Fetch:
             os.pwrite(target, data, start)
             with self._noting, self._noted.open("a") as file:
                 file.write(f"{number}\n")
+            return data
 
         try:
             os.ftruncate(target, size)
             self._noted.touch()
             with ThreadPoolExecutor(READERS) as pool:
-                futures: dict[int, Future[None]] = {}
+                futures: dict[int, Future[bytes]] = {}
                 try:
                     for number, (start, length) in enumerate(parts):
-                        for ahead in range(number, min(number + 2 * READERS, len(parts))):
+                        for ahead in range(number, min(number + READERS + AHEAD, len(parts))):
                             if ahead not in done and ahead not in futures:
                                 futures[ahead] = pool.submit(fetch, ahead)
                         if number in futures:
-                            futures.pop(number).result()
+                            sha256.update(futures.pop(number).result())
                             done.add(number)
-                        sha256.update(os.pread(target, length, start))
+                        else:
+                            sha256.update(os.pread(target, length, start))
                         self._advance(self._there + start + length, self._total)
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -22,7 +23,7 @@ from cluster.storage import (
     Store,
     join,
 )
-from cluster.storage.records import NewerReleaseError, RecordError, read_insisting
+from cluster.storage.records import NewerReleaseError, RecordError, read_insisting, read_many
 from models.options import ModelOptions
 from pipeline.checkpoints.background_saves import BackgroundSaves
 from pipeline.checkpoints.manifest import (
@@ -178,8 +179,19 @@ class CheckpointStore:
     def manifests(self) -> dict[int, CheckpointManifest]:
         """The manifest of every finished checkpoint, oldest first; damaged ones give a warning."""
         steps = self.steps()
-        found = zip(steps, _at_once(self._manifest_or_none, steps, MANIFESTS), strict=True)
+        ready = read_many(self._store, [self.key(step, MANIFEST) for step in steps])
+
+        def read(step: int) -> CheckpointManifest | None:
+            with contextlib.suppress(KeyError, RecordError):
+                return _manifest_of(step, ready[self.key(step, MANIFEST)])
+            return self._manifest_or_none(step)
+
+        found = zip(steps, _at_once(read, steps, MANIFESTS), strict=True)
         return {step: manifest for step, manifest in found if manifest is not None}
+
+    def holds_any(self) -> bool:
+        """Whether there is a checkpoint, finished or not."""
+        return bool(self._folders())
 
     def load(self, step: int) -> dict[str, bytes]:
         """Every file of ``step``. Raises CheckpointError unless it is healthy, byte for byte."""

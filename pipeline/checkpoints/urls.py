@@ -45,11 +45,12 @@ def is_mlflow_url(url: str) -> bool:
     return re.match(r"(runs|models):/", url) is not None
 
 
-def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
+def find_checkpoints(url: str, *, unfinished: bool = False) -> tuple[CheckpointStore, int | None]:
     """The checkpoints at ``url``: a run's folder, its ``checkpoints`` folder, one step's, or what
     ``pull`` left.
 
-    The step is None unless ``url`` names one. Raises CheckpointError where there are none, and
+    The step is None unless ``url`` names one. ``unfinished``: what was never finished counts too.
+    Raises CheckpointError where there are none, and
     StorageError for a URL with credentials in it.
     """
     parent, _, name = url.rstrip("/").rpartition("/")
@@ -68,7 +69,7 @@ def find_checkpoints(url: str) -> tuple[CheckpointStore, int | None]:
         return CheckpointStore(store, only=step), step
     for place in (url, join(url, "checkpoints")):
         checkpoints = CheckpointStore(open_store(place))
-        if checkpoints.steps():
+        if checkpoints.steps() or (unfinished and checkpoints.holds_any()):
             return checkpoints, None
     raise CheckpointError(
         f"{url} has no finished checkpoint: give the folder of a run, as in STORAGE/runs/NAME"

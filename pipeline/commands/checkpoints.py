@@ -161,7 +161,7 @@ def _verify(arguments: argparse.Namespace) -> bool:
 
 
 def _prune(arguments: argparse.Namespace) -> bool:
-    found, only = find_checkpoints(arguments.url)
+    found, only = find_checkpoints(arguments.url, unfinished=True)
     if only is not None:
         raise CheckpointError(f"{arguments.url} is a single checkpoint: prune a run's folder")
     best = BEST if arguments.best is None else parse_best(arguments.best)

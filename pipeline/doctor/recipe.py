@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.data.loaders import recipe_misfits
 from pipeline.doctor.findings import Diagnosis, ok, problem, warning
 from pipeline.doctor.storage import GIGABYTE, cause_and_cure
+from pipeline.doctor.tracking import sharing_findings
 from pipeline.run_storage import RunStorage
 
 SUBJECT = "recipe"
@@ -26,6 +27,7 @@ def recipe_findings(cfg: Config, nodes: Sequence[NodeAnswer]) -> Iterator[Diagno
     yield from _rank_findings(cfg, nodes)
     yield from _preparing_findings(cfg, nodes)
     yield from _dataset_findings(cfg)
+    yield from sharing_findings(cfg.tracking, 1 if cfg.train.launcher == "local" else len(nodes))
 
 
 def ranks(cfg: Config, nodes: Sequence[NodeAnswer]) -> tuple[int, int, str]:

@@ -18,7 +18,7 @@ from pipeline.doctor.findings import Diagnosis, Probe, ok, problem, warning
 from pipeline.tracking.artifacts import ArtifactFolder
 
 PATIENCE_S = 60.0  # on a slow line the transfers take most of it
-SKEW_S, REFUSED_SKEW_S = 60.0, 15 * 60.0  # S3 refuses requests that are a quarter of an hour off
+SKEW_S = 60.0
 SLOW_MB_PER_S = 5.0
 GIGABYTE = 10**9
 RACERS = 8
@@ -300,6 +300,8 @@ def _failed(operation: str, error: OSError) -> tuple[str, str]:
 def _clock(subject: str, ahead_s: float | None) -> Iterator[Diagnosis]:
     if ahead_s is None:
         return
+    from cluster.storage.remedies import REFUSED_SKEW_S
+
     message = f"the clock of this machine is {ahead_s:+.0f} s off the server's"
     if abs(ahead_s) > REFUSED_SKEW_S:
         yield problem(subject, message, "set the clock right: S3 refuses requests 15 minutes off")

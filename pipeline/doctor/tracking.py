@@ -1,6 +1,7 @@
 """Probes of the tracker: server or database, its experiment, where it keeps artifacts."""
 
 import base64
+import contextlib
 import os
 import secrets
 import urllib.error
@@ -26,15 +27,15 @@ CHECK_CREDENTIALS = (
 )
 
 
-def tracking_probes(settings: TrackingSettings, *, nodes: int = 1) -> list[Probe]:
-    """``nodes``: how many machines train, and have to reach the tracker."""
+def tracking_probes(settings: TrackingSettings) -> list[Probe]:
+    """Whether this machine can write to the tracker."""
     if settings.backend != "mlflow":
         message = f"tracking.backend is {settings.backend}: MLflow is not used"
         return [Probe(SUBJECT, lambda: [ok(SUBJECT, message)])]
-    return [Probe(SUBJECT, lambda: _findings(settings, nodes), patience_s=40)]
+    return [Probe(SUBJECT, lambda: _findings(settings), patience_s=40)]
 
 
-def _findings(settings: TrackingSettings, nodes: int) -> Iterator[Diagnosis]:
+def _findings(settings: TrackingSettings) -> Iterator[Diagnosis]:
     try:
         uri = resolve_uri(settings.uri)
     except ValueError as error:
@@ -47,7 +48,7 @@ def _findings(settings: TrackingSettings, nodes: int) -> Iterator[Diagnosis]:
         if any(finding.verdict == "problem" for finding in server):
             return
     elif (path := database_path(uri)) is not None:
-        database = list(_database_findings(subject, path, nodes))
+        database = list(_database_findings(subject, path))
         yield from database
         if not path.exists():
             return
@@ -122,13 +123,18 @@ def _fetched(url: str) -> str:
         return str(answer.read(10_000).decode(errors="replace").strip())
 
 
-def _database_findings(subject: str, path: Path, nodes: int) -> Iterator[Diagnosis]:
-    if nodes > 1:
-        yield problem(
-            subject,
-            f"a file of this machine, and {nodes} nodes train",
-            "start an MLflow server, and set MLFLOW_TRACKING_URI on every node",
-        )
+def sharing_findings(settings: TrackingSettings, nodes: int) -> Iterator[Diagnosis]:
+    """Whether all ``nodes`` reach the tracker: the rank that tracks may run on any of them."""
+    with contextlib.suppress(ValueError):  # of a URI that the probes of tracking report
+        if settings.backend == "mlflow" and nodes > 1 and database_path(resolve_uri(settings.uri)):
+            yield warning(
+                SUBJECT,
+                f"its database is a file of this machine, and any of {nodes} nodes may write to it",
+                "start an MLflow server, and set MLFLOW_TRACKING_URI on every node",
+            )
+
+
+def _database_findings(subject: str, path: Path) -> Iterator[Diagnosis]:
     folder = path.absolute().parent
     there = next(above for above in (folder, *folder.parents) if above.exists())
     target = path if path.exists() else there

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save as save_tensors
 
 from cluster.storage import StorageRefusedError, Store, join, open_store, records
+from cluster.storage.s3 import S3Store
 from pipeline.checkpoints import (
     CheckpointChoice,
     CheckpointError,
@@ -24,6 +25,7 @@ from pipeline.checkpoints import (
     background_saves,
 )
 from pipeline.checkpoints import pull as pulling
+from pipeline.checkpoints.manifest import MANIFEST
 from pipeline.checkpoints.pull import pull
 from pipeline.checkpoints.urls import choose_checkpoint, find_checkpoints, list_checkpoints
 
@@ -419,6 +421,32 @@ def test_a_place_without_checkpoints_is_an_error_that_says_what_to_give(store: S
         CheckpointError, match="has no finished checkpoint: give the folder of a run"
     ):
         list_checkpoints(store.url)
+
+
+def test_many_manifests_are_read_together_and_what_fails_one_by_one(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = CheckpointStore(open_store(s3_url), keep=10)
+    for step in range(1, 6):
+        save(checkpoints, step)
+    checkpoints.close()
+    monkeypatch.setattr(records, "MANY", 4)
+    one_by_one: list[str] = []
+    real = S3Store.get
+
+    def get(store: S3Store, key: str) -> bytes:
+        one_by_one.append(key)
+        return real(store, key)
+
+    monkeypatch.setattr(S3Store, "get", get)
+    assert list(checkpoints.manifests()) == [1, 2, 3, 4, 5]
+    assert one_by_one == []
+    checkpoints.store.put(checkpoints.key(2, MANIFEST), b"{}")
+    assert list(checkpoints.manifests()) == [1, 3, 4, 5]
+    assert set(one_by_one) == {checkpoints.key(2, MANIFEST)}
+    assert "checkpoint skipped step=2" in caplog.text
+    monkeypatch.setattr(checkpoints, "steps", lambda: [1, 3, 4, 5, 9])
+    assert list(checkpoints.manifests()) == [1, 3, 4, 5]
 
 
 def test_a_pull_cut_short_resumes_in_the_middle_of_a_file(

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def test_errors_that_may_heal_differ_from_those_that_cannot(
         raise ClientError(answer, "PutObject")
     assert type(caught.value) is kind
     assert "when_required" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("minutes", "cause"), [(20, "the clock"), (1, "denied access")])
+def test_a_bare_refusal_names_the_clock_where_the_server_shows_another_time(
+    minutes: int, cause: str
+) -> None:
+    date = formatdate(time.time() - 60 * minutes, usegmt=True)
+    answer: Any = {"Error": {"Code": "403"}, "ResponseMetadata": {"HTTPHeaders": {"date": date}}}
+    with pytest.raises(StorageError, match=cause), storage_errors("s3://bucket/key"):
+        raise ClientError(answer, "HeadObject")
 
 
 def test_reading_resumes_where_the_connection_broke(

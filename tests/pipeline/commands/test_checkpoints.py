@@ -204,6 +204,19 @@ def test_prune_keeps_the_best_by_any_metric(tmp_path, capsys):
     assert "keep_best=0 should be at least 1" in capsys.readouterr().err
 
 
+def test_prune_takes_away_the_only_save_of_a_run_that_crashed_in_it(tmp_path, capsys):
+    orphan = tmp_path / "checkpoints/step-00000040/weights.bin"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"cut short")
+    with lease.held(open_store(str(tmp_path)), job="", job_has_ended=lambda job: False):
+        pass
+    assert cli.main(["checkpoints", "prune", str(tmp_path), "--keep", "3", "--yes"]) == DONE
+    assert not orphan.exists()
+    assert capsys.readouterr().out.endswith("deleted checkpoints=0 MB=0.0 orphans=1\n")
+    assert cli.main(["checkpoints", "prune", str(tmp_path), "--keep", "3", "--yes"]) == MISTAKE
+    assert "has no finished checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("released", "stays"), [(True, False), (False, True), (None, True)])
 def test_prune_takes_a_crashed_save_away_once_nobody_trains(run, capsys, released, stays):
     """``released`` of the run's lease; None: it has none."""

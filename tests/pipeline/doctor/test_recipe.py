@@ -97,3 +97,21 @@ def test_a_damaged_dataset_is_a_problem(tmp_path: Path) -> None:
     (line,) = lines(f"storage={tmp_path}", nodes=[ONE_BOX])
     assert line.startswith("problem recipe: ")
     assert "dataset.json" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "warnings"),
+    [
+        (["tracking.uri=sqlite:///x.db"], [ONE_BOX, EIGHT], 1),
+        (["tracking.uri=sqlite:///x.db"], [EIGHT], 0),
+        (["tracking.uri=http://tracker:5000"], [ONE_BOX, EIGHT], 0),
+        (["tracking.uri=sqlite:///x.db", "train.launcher=local"], [ONE_BOX, EIGHT], 0),
+    ],
+)
+def test_a_database_that_several_nodes_may_not_share_is_named(
+    overrides: list[str], nodes: list[NodeAnswer], warnings: int
+) -> None:
+    found = [line for line in lines(*overrides, nodes=nodes) if "MLflow" in line]
+    assert len(found) == warnings
+    assert all("a file of this machine, and any of 2 nodes may write to it" in x for x in found)
+    assert all("start an MLflow server" in line for line in found)

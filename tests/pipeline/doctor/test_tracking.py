@@ -26,8 +26,8 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
 
 
-def look(uri: str, *, nodes: int = 1) -> list[str]:
-    (probe,) = tracking_probes(TrackingSettings(uri=uri), nodes=nodes)
+def look(uri: str) -> list[str]:
+    (probe,) = tracking_probes(TrackingSettings(uri=uri))
     return wrong(probe.look())
 
 
@@ -107,12 +107,6 @@ def test_a_server_in_order_is_asked_with_the_credentials_and_shows_none() -> Non
 def test_a_folder_as_address_is_a_problem() -> None:
     (line,) = look("file:///runs/mlruns")
     assert "is a folder, which MLflow no longer records in" in line
-
-
-def test_a_database_that_several_nodes_cannot_share_is_a_problem(tmp_path: Path) -> None:
-    (line,) = look(f"sqlite:///{tmp_path}/mlflow.db", nodes=4)
-    assert "a file of this machine, and 4 nodes train" in line
-    assert "start an MLflow server" in line
 
 
 def test_a_database_that_is_not_there_yet_is_not_made(tmp_path: Path) -> None:
