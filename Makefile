@@ -40,7 +40,7 @@ docs: .venv/installed ## write docs/commands.md, from --help and the settings
 bench: .venv/installed ## measure what suits this machine, and bring benchmarks/README.md up to date
 	$(BIN)/python -m benchmarks
 
-chaos: .venv/installed ## run every seeded failure of storage and training; results in tests/chaos/results
+chaos: .venv/installed ## run every seeded failure of storage, training and machines; results in tests/chaos/results
 	$(BIN)/python -m tests.chaos
 
 # The CUDA packages stay out: only one of the two builds of torch has them, and torch names them exactly.

@@ -1,6 +1,6 @@
 """Run seeded scenarios in which machines, storage and processes fail.
 
-    python -m tests.chaos [storage|training] [--seeds N] [--first-seed S] [--out FILE]
+    python -m tests.chaos [storage|training|machines] [--seeds N] [--first-seed S] [--out FILE]
 
 Each program leaves ``results/<name>.json``, with the versions and every scenario. The exit code is
 1 where one of them broke a promise; its seed alone repeats it.
@@ -22,9 +22,10 @@ from benchmarks.timing import cpu_name
 from tests.chaos.outcome import CONTINUED, Outcome
 
 RESULTS = Path(__file__).parent / "results"
-PROGRAMS = ("storage", "training")
+PROGRAMS = ("storage", "training", "machines")
 """Modules of this package. Each has ``SEEDS``, how many seeds its long form has; ``PACKAGES``,
-whose versions matter; and ``outcomes(seeds)``, which runs a scenario for each seed."""
+whose versions matter; and ``outcomes(seeds)``, which runs a scenario for each seed. It may have
+``why_not()``: what keeps this computer from running it, or None."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -49,6 +50,9 @@ def main(words: Sequence[str] | None = None) -> int:
 def run(name: str, first_seed: int, count: int | None, out: Path) -> bool:
     """Run one program and write its result to ``out``; whether every promise was held."""
     program = importlib.import_module(f"tests.chaos.{name}")
+    if hasattr(program, "why_not") and (reason := program.why_not()) is not None:
+        print(f"{name}: skipped, {reason}")
+        return True
     seeds = range(first_seed, first_seed + (program.SEEDS if count is None else count))
     started, cpu_before = time.perf_counter(), _cpu_s()
     outcomes: list[Outcome] = []

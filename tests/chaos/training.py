@@ -48,10 +48,15 @@ HANG_S = 15
 PRELOADED = ("pipeline.train", "pipeline.evaluation.job", "torch._dynamo")
 
 
-def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
+def preload() -> None:
+    """Import once what every forked process needs."""
     torch.set_num_threads(1)
-    for module in PRELOADED:  # once, and not in every process that is forked
+    for module in PRELOADED:
         importlib.import_module(module)
+
+
+def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
+    preload()
     with tempfile.TemporaryDirectory() as folder:
         alone = LeftAlone(Path(folder))
         for seed in seeds:
