@@ -55,7 +55,7 @@ def read_insisting(store: Store, read: Callable[[Store], T], *, key: str) -> T:
 def read_many(store: Store, keys: Sequence[str]) -> dict[str, bytes]:
     """The values at many keys of distant storage, as far as they were read without an error.
 
-    By pyarrow, which takes a third of boto3's processor time for a small object. Whoever calls this
+    By pyarrow, which takes a third of boto3's CPU time for a small object. Whoever calls this
     reads the others one by one, and learns then what is wrong with them.
     """
     if len(keys) < MANY or store.local_path() is not None:
