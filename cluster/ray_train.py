@@ -146,8 +146,11 @@ def run_workers(
     wait_s: float,
     timeout_s: float,
     mistakes: tuple[type[BaseException], ...],
+    check: Callable[[], None],
 ) -> None:
     """Run ``function(config)`` on every rank of a process group, until all ranks have returned.
+
+    Before they form the group, each of them calls ``check``, which may raise one of ``mistakes``.
 
     Ranks that are lost start again together; so does whatever fails with an exception that is none
     of ``mistakes``. That happens ``max_failures`` times without a new safe step in ``mailbox``.
@@ -164,6 +167,8 @@ def run_workers(
     def run() -> None:
         function(config)
 
+    torch_config = _Torch(backend="nccl" if on_gpus else "gloo", timeout_s=int(timeout_s))
+    torch_config.check = check
     trainer = _Trainer(
         run,  # a train_loop_config would be shown by Ray's dashboard, passwords in it included
         scaling_config=ScalingConfig(
@@ -171,7 +176,7 @@ def run_workers(
             use_gpu=on_gpus,
             elastic_resize_monitor_interval_s=RESIZE_S,
         ),
-        torch_config=_Torch(backend="nccl" if on_gpus else "gloo", timeout_s=int(timeout_s)),
+        torch_config=torch_config,
         run_config=RunConfig(
             # A new name each time: the state is in our checkpoints, so Ray resumes nothing.
             name=time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
@@ -242,6 +247,8 @@ def _listen() -> None:
 
 
 class _Torch(TorchConfig):  # type: ignore[misc]
+    check: Callable[[], None]
+
     @property
     def backend_cls(self) -> type:
         return _Backend
@@ -250,6 +257,7 @@ class _Torch(TorchConfig):  # type: ignore[misc]
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_listen)
+        worker_group.execute(backend_config.check)
         super().on_start(worker_group, backend_config)
 
 

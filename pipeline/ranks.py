@@ -1,6 +1,7 @@
 """Which rank this process is, and the few things that ranks do together."""
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,8 +41,8 @@ class Ranks:
             return torch.device("cpu")
         if not torch.cuda.is_available():
             raise TrainingError(
-                "train.device=cuda and torch finds no GPU: install its CUDA build and a driver, or "
-                "set train.device=cpu"
+                f"torch finds no GPU on {socket.gethostname()}: install its CUDA build and a "
+                "driver, or set train.device=cpu"
             )
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 

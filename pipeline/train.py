@@ -247,7 +247,11 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                 return
             log.info("training on %d rank(s), one %s each", workers.count, workers.resource)
             mailbox.clear()
+            device: Device = "cuda" if workers.resource == "GPU" else "cpu"
             failure: list[BaseException] = []
+
+            def find_device() -> None:
+                _ = Ranks(kind=device).device  # raises where a node lacks it, before NCCL fails
 
             def fit() -> None:
                 try:
@@ -255,7 +259,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                         _train_in_ray_worker,
                         {
                             "config": cfg.model_dump(mode="json"),
-                            "device": "cuda" if workers.resource == "GPU" else "cpu",
+                            "device": device,
                             "lease": lease,
                         },
                         workers,
@@ -265,6 +269,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                         wait_s=cfg.cluster.wait_s,
                         timeout_s=2 * cfg.train.hang_timeout_s,
                         mistakes=MISTAKES,
+                        check=find_device,
                     )
                 except BaseException as error:
                     failure.append(error)

@@ -5,7 +5,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import ray
 
 from pipeline import config
 from pipeline.checkpoints import CheckpointStore
@@ -41,17 +40,9 @@ def recipe(storage: Path, *overrides: str) -> tuple[Config, RunStorage]:
     return cfg, RunStorage.open(cfg)
 
 
-@pytest.fixture(scope="module")
-def two_pretended_gpus():
-    """A local Ray that schedules on GPUs which do not exist."""
-    ray.init(num_cpus=2, num_gpus=2, include_dashboard=True, _node_ip_address="127.0.0.1")
-    yield
-    ray.shutdown()
-
-
 def test_a_rank_without_a_gpu_that_must_have_one_says_so():
     assert Ranks(kind="cpu").device.type == "cpu"
-    with pytest.raises(TrainingError, match=r"train\.device=cuda and torch finds no GPU"):
+    with pytest.raises(TrainingError, match="torch finds no GPU on"):
         _ = Ranks(kind="cuda").device
 
 
@@ -92,15 +83,3 @@ def test_a_rank_whose_node_goes_saves_once_and_trains_on(storage):
     assert checkpoints.manifest(1).metrics == {}
     assert stop.safe[-1] == 6
     assert set(threading.enumerate()) <= threads  # none is at work when the interpreter ends
-
-
-def test_on_gpus_that_are_pretended_the_processor_can_train(storage, two_pretended_gpus):
-    more = ("train.launcher=ray", "name=pretended", "tracking.backend=none")
-    cfg, stored = recipe(storage, *more, "train.device=cpu", "train.workers=auto")
-    assert train(cfg, stored)
-    cfg, stored = recipe(
-        *(storage, *more, "name=many", "train.workers=3"),
-        *("train.streams=4", "train.global_batch=4"),
-    )
-    with pytest.raises(TrainingError, match=r"3 ranks need one GPU each, and the cluster has 2"):
-        train(cfg, stored)
