@@ -34,6 +34,7 @@ ON_CPU = (
     "hed_bsds",
     "landmarks",
     "scaling",
+    "recovery",
 )
 ON_GPU = {"attention": [], "inference": [], "step": ["--batch", "32"], "health": [], "hed": []}
 

@@ -37,7 +37,9 @@ from ray.train.v2._internal.execution.worker_group import (
     WorkerGroupState,
 )
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
+from cluster.standby import Standby
 from cluster.storage import join, pyarrow_filesystem
 
 Resource = Literal["GPU", "CPU"]
@@ -47,6 +49,8 @@ CONTROLLER_FAILURES = 3  # Ray Train's default is to try without end
 RESIZE_S = 30.0  # between two looks whether more ranks would fit
 PLACE_S = 20.0  # in which Ray finds a place where it has one; it notices a lost node after 15 s
 REPLACEMENT_S = 60.0  # a node that is lost may have a successor
+REST_S = 60.0  # after a restart, before processes stand by for the next one
+POLL_S = 0.5  # between two looks at the ranks; Ray Train's default is 2
 
 _leaving = threading.Event()
 
@@ -156,8 +160,8 @@ def run_workers(
     of ``mistakes``. That happens ``max_failures`` times without a new safe step in ``mailbox``.
     One of ``mistakes`` ends all ranks at once. Where the number of ranks may change, they are asked
     to save before a change, see ``is_leaving``, and wait ``wait_s`` for nodes where too few are
-    left. Raises WorkersError with the line of the first rank that failed, or RoomError where the
-    ranks have no place.
+    left. While ranks train on CPUs, as many processes stand by for lost ones. Raises WorkersError
+    with the line of the first rank that failed, or RoomError where the ranks have no place.
     """
     # Paths in recipes are relative to this folder: workers have to stay in it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -268,7 +272,10 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         """As Ray does, with our controller and our policies."""
-        variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+        variables = {
+            "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+        }
         failures = self.run_config.failure_config
         kwargs["failure_policy"] = _RetryMachines(failures, self.mistakes, self.mailbox)
         if self.scaling_config.elasticity_enabled:
@@ -278,13 +285,57 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         variables |= get_env_vars_to_propagate()
         actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
-        controller = actor(_Controller).remote(**kwargs)
+        controller = actor(_Controller).remote(mailbox=self.mailbox, **kwargs)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
 
 
 class _RankGroup(WorkerGroup):  # type: ignore[misc]
-    """Ray's own, except that a rank lost while all start counts as any other lost rank."""
+    """Ray's own, except that a rank lost while all start counts as any other lost rank.
+
+    Where ranks have failed, the others end without leaving their process group: it is broken, and
+    they may wait in it.
+    """
+
+    standby = Standby()  # of the controller, which has one group after the other
+
+    def _create_workers(
+        self,
+        num_workers: int,
+        placement_group: PlacementGroup,
+        resources_per_worker: dict[str, float],
+        **of_replicas: Any,
+    ) -> list[Worker]:
+        """Ray's own, except that processes that stand by take the places they can."""
+        nodes = placement_group_table(placement_group)["bundles_to_node_id"]
+        taken = self.standby.take({index: nodes[index] for index in range(num_workers)})
+        self.standby.end()
+        workers = [
+            Worker(*ready, resources_per_worker, placement_group_bundle_index=index)
+            for index, ready in taken.items()
+        ]
+        if left := [index for index in range(num_workers) if index not in taken]:
+            try:
+                workers += super()._create_workers(
+                    len(left),
+                    placement_group,
+                    resources_per_worker,
+                    placement_group_bundle_indices=left,
+                    **of_replicas,
+                )
+            except Exception:
+                for worker in workers:
+                    ray.kill(worker.actor)
+                raise
+        ranks: list[Worker] = WorkerGroup._assign_worker_ranks(workers)
+        return ranks
+
+    def shutdown(self) -> None:
+        status = self.get_latest_poll_status()
+        if status is not None and status.errors:
+            self.abort()
+        else:
+            super().shutdown()
 
     def _start(self) -> None:
         try:
@@ -311,7 +362,37 @@ def _is_of(error: Exception, worker: Worker) -> bool:
 
 
 class _Controller(TrainController):  # type: ignore[misc]
+    """Ray's own, with processes that stand by for lost ranks once all ranks train."""
+
     worker_group_cls = _RankGroup
+
+    def __init__(self, *, mailbox: Mailbox, **kwargs: Any) -> None:
+        self._mailbox = mailbox
+        self._step_before: str | None = None
+        self._prepared, self._groups = False, 0
+        super().__init__(**kwargs)
+
+    def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
+        self._step_before = self._mailbox.get("step")
+        self._prepared = "GPU" in resources_per_worker
+        self._groups, self._since = self._groups + 1, time.monotonic()
+        super()._start_worker_group(num_workers, resources_per_worker)
+
+    async def _poll_workers(self) -> WorkerGroupPollStatus:
+        status = await super()._poll_workers()
+        # After the first step: imports beside it would slow the ranks' own start. After a restart
+        # lost steps come first.
+        busy = self._groups > 1 and time.monotonic() - self._since < REST_S
+        if not self._prepared and not busy and self._mailbox.get("step") != self._step_before:
+            self._prepared = True
+            group = self.get_worker_group()
+            environment = group._get_worker_runtime_env(self._run_config.worker_runtime_env)
+            group.standby.prepare(group.get_workers(), environment)
+        return status
+
+    async def _shutdown(self) -> Any:
+        self.worker_group_cls.standby.end()
+        return await super()._shutdown()
 
 
 class _RetryMachines(DefaultFailurePolicy):  # type: ignore[misc]

@@ -1,11 +1,15 @@
 """Room for ranks on a cluster with pretended GPUs; what Ray Train repeats and what it does not."""
 
+import contextlib
+import importlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
 
@@ -128,6 +132,33 @@ def started(config: dict[str, Any]) -> None:
     Path(config["tries"]).write_text("started")
 
 
+def killed_when_another_stands_by(config: dict[str, Any]) -> None:
+    """The first try imports ``wave``, and ends once a process that stands by has settled."""
+    tries = Path(config["tries"])
+    with tries.open("a") as file:
+        file.write(f"{'wave' in sys.modules}\n")
+    if len(tries.read_text().splitlines()) > 1:
+        return
+    importlib.import_module("wave")
+    Mailbox(str(tries.parent)).put("step", "1")
+    deadline, before = time.monotonic() + 60, -1.0
+    while (now := cpu_seconds_of_another("ray::RayTrainWorker")) is None or now - before > 0.1:
+        assert time.monotonic() < deadline
+        before = before if now is None else now
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cpu_seconds_of_another(title: str) -> float | None:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.ppid() == os.getppid() and process.pid != os.getpid()
+            if ours and " ".join(process.cmdline()).startswith(title):
+                times = process.cpu_times()
+                return float(times.user + times.system)
+    return None
+
+
 def asked_to_leave(config: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 30
@@ -169,6 +200,10 @@ def test_a_lost_worker_is_started_again(tmp_path):
 
 def test_so_is_one_that_is_lost_before_it_has_started(tmp_path):
     assert run(started, tmp_path, killer=KillsItsFirstReader(tmp_path / "tries")) == "started"
+
+
+def test_a_rank_that_replaces_a_lost_one_has_its_imports_behind_it(tmp_path):
+    assert run(killed_when_another_stands_by, tmp_path) == "False\nTrue\n"
 
 
 def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):

@@ -1,21 +1,28 @@
 """Every number of ranks from one to the number of streams trains on the same global batches."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import Discriminator, Generator
 from pipeline import ranks as distributed
-from pipeline.data.batch import Batch
+from pipeline.data.batch import DeviceBatch
 from pipeline.engine import Adam, build_engine
 from pipeline.ranks import Ranks
 from pipeline.step import train_step
 from tests.distributed import on_ranks
 
 STREAMS = 4
-STEPS = 2
+STEPS = 50
 SIDE = 32
+RATE = 1e-4  # the paper's; at four times that a last bit grows to percents, see docs/decisions
+COMPARED = ("loss/l1_coarse", "loss/l1_refined", "loss/discriminator")
+
+Kind: TypeAlias = tuple[Literal["ddp", "deepspeed"], Literal[0, 1, 2]]
+ZERO: tuple[Kind, ...] = (("deepspeed", 1), ("deepspeed", 2))
+Losses: TypeAlias = list[dict[str, float]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 16])
@@ -29,7 +36,12 @@ def test_the_shares_of_ranks_cover_the_streams_in_order(world_size):
         assert {rank.weight(16) for rank in ranks} == {1.0}  # bit-equal: nothing is multiplied
 
 
-def losses(kind: Literal["ddp", "deepspeed"]) -> list[dict[str, float]]:
+def losses(*kinds: Kind) -> list[Losses]:
+    """Of every step under each engine and ZeRO stage, one after the other."""
+    return [losses_under(*kind) for kind in kinds]
+
+
+def losses_under(kind: Literal["ddp", "deepspeed"], zero_stage: Literal[0, 1, 2]) -> Losses:
     torch.set_num_threads(1)
     torch.manual_seed(3)
     device = torch.device("cpu")
@@ -37,36 +49,40 @@ def losses(kind: Literal["ddp", "deepspeed"]) -> list[dict[str, float]]:
     mine, weight = ranks.share(STREAMS), ranks.weight(STREAMS)
     networks = (Generator(guided=False, width=8), Discriminator(guided=False, width=8))
     engines = [
-        build_engine(kind, network, adam=Adam(1e-3), ranks=ranks, weight=weight)
+        build_engine(
+            kind, network, adam=Adam(RATE), ranks=ranks, weight=weight, zero_stage=zero_stage
+        )
         for network in networks
     ]
     found = []
     for step in range(STEPS):
         rng = torch.Generator().manual_seed(step)
-        image = torch.randint(256, (STREAMS, SIDE, SIDE, 3), generator=rng, dtype=torch.uint8)
-        mask = torch.zeros(STREAMS, SIDE, SIDE, dtype=torch.uint8)
+        coarse = torch.rand(STREAMS, 3, 8, 8, generator=rng, dtype=torch.float64) * 2 - 1
+        image = F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear").float()
+        mask = torch.zeros(STREAMS, 1, SIDE, SIDE)
         for sample in range(STREAMS):
-            mask[sample, 2 * sample : 10 + 4 * sample, 4:20] = 1
+            mask[sample, :, 2 * sample : 10 + 4 * sample, 4:20] = 1
         part = slice(mine.start, mine.stop)
-        batch = Batch(image[part], mask[part], torch.zeros_like(mask[part]), tuple("abcd"[part]))
-        values = train_step(batch.to(device), *engines)
-        found.append(distributed.mean(values.losses, device, weight=weight))
+        batch = DeviceBatch(
+            image[part], mask[part], torch.zeros_like(mask[part]), tuple("abcd"[part])
+        )
+        values = train_step(batch, *engines).losses
+        means = distributed.mean({name: values[name] for name in COMPARED}, device, weight=weight)
+        found.append(means)
     return found
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[dict[str, float]]:
-    return losses("ddp")
+def alone() -> Losses:
+    return losses_under("ddp", 1)
 
 
-@pytest.mark.parametrize("world_size", [3, 4])  # test_engine.py has two
-def test_any_number_of_ranks_loses_alike_under_ddp(alone, world_size):
-    for found in on_ranks(world_size, losses, "ddp"):
-        for here, there in zip(found, alone, strict=True):
-            assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
-
-
-def test_three_ranks_lose_alike_under_deepspeed(alone):
-    for found in on_ranks(3, losses, "deepspeed"):
-        for here, there in zip(found, alone, strict=True):
-            assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_ranks_loses_alike_for_fifty_steps(alone: Losses, world_size: int) -> None:
+    # Three ranks serve unequal shares; DeepSpeed's sums are those of two and four as well.
+    more = ZERO if world_size == 3 else ()
+    for rank in on_ranks(world_size, losses, ("ddp", 1), *more):
+        for found in rank:
+            for here, there in zip(found, alone, strict=True):
+                assert here == pytest.approx(there, rel=1e-4)
