@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def no_report(shard: str, done: int, failed: int) -> None: ...
 class EdgeFinder:
     """HED on one GPU, or on one thread of a CPU.
 
-    Limits torch to one thread in the whole process. If the weights cannot be loaded, ``strokes``
+    Limits torch to one thread in the whole process. Without the GPU or the weights, ``strokes``
     raises the reason: an error of the constructor would end a Ray actor, and Ray prints that in
     hundreds of lines.
     """
@@ -89,6 +90,11 @@ class EdgeFinder:
         from data_prep.hed import EdgeDetector, load_network, read_weights
 
         assert settings.hed_device  # set where there are scenes
+        if settings.hed_device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"torch finds no GPU on {socket.gethostname()}: install its CUDA build and a "
+                "driver, or set sketch.hed_device=cpu"
+            )
         weights = read_weights(settings.sketch.hed_weights)
         if (found := hashlib.sha256(weights).hexdigest()) != settings.hed_sha256:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A process that has lost its GPU ends, so that Ray starts another."""
+"""A process that has lost its GPU ends, so that Ray starts another; one without says so."""
 
 import os
 from typing import Any
@@ -47,3 +47,10 @@ def test_a_lost_gpu_ends_the_process(monkeypatch, capsys):
 def test_what_passes_is_an_error_of_this_call_alone(monkeypatch, passing):
     with pytest.raises(type(passing)):
         actor_that_fails_with(passing, monkeypatch).strokes(IMAGES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_ray_counts_and_torch_does_not_find_is_one_line():
+    actor = ray_build.EdgeActor(Mock(hed_device="cuda"))
+    with pytest.raises(ValueError, match=r"^torch finds no GPU on .+ set sketch\.hed_device=cpu$"):
+        actor.strokes(IMAGES)
