@@ -56,6 +56,13 @@ def test_auto_takes_the_smaller_of_gpus_and_streams_else_cpus():
     assert room("auto", "CPU") == Workers(3, "CPU")
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_auto_follows_the_gpus_up_to_the_streams_of_the_demo(gpus, monkeypatch):
+    for name in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(ray, name, lambda: {"CPU": 2.0, "GPU": float(gpus)})
+    assert room("auto", most=2) == Workers(min(gpus, 2), "GPU")
+
+
 def test_of_a_pair_as_many_ranks_start_as_fit_now():
     assert room((1, 4)) == Workers(2, "GPU", between=(1, 4))
     with pytest.raises(RoomError, match="3 ranks need one GPU each, and the cluster has 2"):
