@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from cluster.session import RayHead, local_ray
 from pipeline import config
@@ -37,10 +38,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
 
 
 @pytest.fixture
-def joined(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+def joined(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What starts here joins that cluster."""
+    token = AuthenticationTokenLoader.instance()  # keeps the first token that this process used
     for name, value in {**head.environment, "RAY_ADDRESS": head.address}.items():
         monkeypatch.setenv(name, value)
+    token.reset_cache()
+    yield
+    token.reset_cache()
 
 
 @pytest.fixture(scope="module")
