@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Parts of 16 MiB keep 8 requests busy on a checkpoint of 100 MB; S3 itself asks for at least 5 MiB.
+# Parts of 16 MiB keep all requests busy on a checkpoint of 136 MB; S3 asks for at least 5 MiB.
 PART = 16 * MIB
 TRANSFER = TransferConfig(
     multipart_threshold=2 * PART, multipart_chunksize=PART, max_concurrency=REQUESTS
