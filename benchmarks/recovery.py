@@ -230,30 +230,20 @@ def _agent_knew(log: str, near: float) -> float:
 
 def _prepared(folder: Path) -> list[str]:
     """The words of the command, for a dataset that is built here."""
-    from benchmarks.saving import write_images
-    from data_prep.build import SerialScheduler, build_dataset
-    from pipeline import config
+    from benchmarks.saving import prepared, write_images
 
     write_images(folder / "images")
-    settings = {
-        "storage": str(folder / "storage"),
+    changes = {
         "data.name": "smooth",
-        "data.source": "folder",
-        "data.root": str(folder / "images"),
-        "data.subject": "face",  # none is found, which is quick
-        "data.val_fraction": 0.25,
         "evaluate.samples_while_training": 4,
-        "train.device": "cpu",
         **SMALL,
+        "train.launcher": "ray",
         "train.steps": STEPS,
         "train.save_every_steps": EVERY,
         "tracking.backend": "jsonl",
     }
-    words = [f"{name}={value}" for name, value in settings.items()]
-    cfg = config.load(Path(RECIPE), words)
-    url = f"{folder}/storage/datasets/{cfg.data.name}"
-    build_dataset(url, cfg.data, cfg.sketch, seed=cfg.seed, scheduler=SerialScheduler())
-    return ["train", RECIPE, *words]
+    _, overrides = prepared(folder, changes)
+    return ["train", RECIPE, *overrides]
 
 
 def drive(way: str) -> None:

@@ -16,6 +16,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def saves(
     from pipeline.run_storage import RunStorage
     from pipeline.train import train
 
-    cfg = prepared(folder, {**changes, "train.steps": steps, "train.save_every_steps": every})
+    cfg, _ = prepared(folder, {**changes, "train.steps": steps, "train.save_every_steps": every})
     seen = _Checkpoints()
     logger = logging.getLogger("pipeline.loop")
     logger.addHandler(seen)
@@ -91,7 +92,7 @@ def demo_step_s(folder: Path) -> float:
     from pipeline.pair import build_pair, fresh_networks
     from pipeline.run_storage import RunStorage
 
-    cfg = prepared(folder, {})
+    cfg, _ = prepared(folder, {})
     generator, discriminator = fresh_networks(cfg.model, cfg.train, ranks.Ranks(kind="cpu").device)
     here = ranks.Ranks(kind="cpu")
     pair = build_pair(cfg.model, cfg.train, generator, discriminator, here, None)
@@ -105,8 +106,8 @@ def demo_step_s(folder: Path) -> float:
     return statistics.median(seconds[2:])
 
 
-def prepared(folder: Path, changes: dict[str, Any]) -> Any:
-    """The demo recipe on the images, whose dataset is built once."""
+def prepared(folder: Path, changes: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The demo recipe on the images, whose dataset is built once, and the overrides it has."""
     from data_prep.build import SerialScheduler, build_dataset
     from pipeline import config
 
@@ -123,10 +124,11 @@ def prepared(folder: Path, changes: dict[str, Any]) -> Any:
         "tracking.backend": "none",
         **changes,
     }
-    cfg = config.load(DEMO, [f"{name}={value}" for name, value in settings.items()])
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    cfg = config.load(DEMO, overrides)
     url = f"{folder}/storage/datasets/{cfg.data.name}"
     build_dataset(url, cfg.data, cfg.sketch, seed=cfg.seed, scheduler=SerialScheduler())
-    return cfg
+    return cfg, overrides
 
 
 class _Checkpoints(logging.Handler):

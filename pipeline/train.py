@@ -63,10 +63,15 @@ def train(cfg: Config, storage: RunStorage) -> bool:
     dataset = storage.open_dataset()
     cfg = with_its_masks(cfg, checkpoints)
     _refuse_early(cfg, dataset, checkpoints)
-    if distributed.launched_by_torchrun() or cfg.train.launcher == "local":
+    if _trains_here(cfg):
         return _train_here(cfg, storage, dataset)
     _train_on_ray(cfg, storage)
     return _finished(cfg, checkpoints)
+
+
+def _trains_here(cfg: Config) -> bool:
+    """Whether this process is a rank itself, with no Ray Train above it."""
+    return distributed.launched_by_torchrun() or cfg.train.launcher == "local"
 
 
 def with_its_masks(cfg: Config, checkpoints: CheckpointStore) -> Config:
@@ -207,17 +212,26 @@ def _lease(storage: RunStorage) -> contextlib.AbstractContextManager[HeldLease]:
 
 def refuse_missing_room(cfg: Config, storage: RunStorage) -> None:
     """Raise TrainingError where a run still to train has too few places, and none may come."""
-    if distributed.launched_by_torchrun() or cfg.train.launcher == "local" or cfg.cluster.wait_s:
+    if _trains_here(cfg) or cfg.cluster.wait_s:
         return
     if (CheckpointStore(storage.checkpoints).newest() or 0) >= cfg.train.steps:
         return
     from cluster import ray_train
 
-    try:
+    with _shortage_as_error():
         ray_train.refuse_more_than_exist(
             cfg.train.workers, RESOURCE[cfg.train.device], most=cfg.train.streams
         )
-    except ray_train.RoomError as error:
+
+
+@contextlib.contextmanager
+def _shortage_as_error() -> Iterator[None]:
+    """Raise TrainingError, which says what to set, where the ranks have no room."""
+    from cluster.ray_train import RoomError
+
+    try:
+        yield
+    except RoomError as error:
         raise TrainingError(f"{error}: {NO_ROOM}") from error
 
 
@@ -232,7 +246,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
             _lease(storage) as lease,
             _showing_steps(cfg) as show,
         ):
-            try:
+            with _shortage_as_error():
                 workers = ray_train.find_room(
                     cfg.train.workers,
                     RESOURCE[cfg.train.device],
@@ -241,8 +255,6 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                     waiting=log.info,
                     interrupted=lambda: stop.requested,
                 )
-            except ray_train.RoomError as error:
-                raise TrainingError(f"{error}: {NO_ROOM}") from error
             if workers is None:
                 return
             log.info("training on %d rank(s), one %s each", workers.count, workers.resource)
@@ -294,10 +306,9 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                 raise TrainingError(not_saved(int(safe) if safe else None)) from None
         if failure and isinstance(failure[0], ray_train.WorkersError):
             raise TrainingError(str(failure[0])) from failure[0]
-        if failure and isinstance(failure[0], ray_train.RoomError):
-            raise TrainingError(f"{failure[0]}: {NO_ROOM}") from failure[0]
         if failure:
-            raise failure[0]
+            with _shortage_as_error():
+                raise failure[0]
 
 
 def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from cluster.session import RayHead, local_ray
 from pipeline import config
@@ -44,6 +45,7 @@ def joined(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {**head.environment, "RAY_ADDRESS": head.address}.items():
         monkeypatch.setenv(name, value)
     token.reset_cache()
+    RayConfig.initialize('{"AUTH_MODE": "token"}')  # read from the environment at the first import
     yield
     token.reset_cache()
 
