@@ -42,11 +42,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
 def joined(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What starts here joins that cluster."""
     token = AuthenticationTokenLoader.instance()  # keeps the first token that this process used
+    before = os.environ.get("RAY_AUTH_MODE", "disabled")
     for name, value in {**head.environment, "RAY_ADDRESS": head.address}.items():
         monkeypatch.setenv(name, value)
     token.reset_cache()
     RayConfig.initialize('{"AUTH_MODE": "token"}')  # read from the environment at the first import
     yield
+    RayConfig.initialize(f'{{"AUTH_MODE": "{before}"}}')
     token.reset_cache()
 
 
