@@ -51,9 +51,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_url(s3_server: S3Server) -> str:
     """An empty prefix in the bucket of the tests."""
-    # MLflow keeps a client for five minutes, with the credentials of the test that made it.
+    # MLflow keeps a client for five minutes, and boto3 a session for good, which MLflow uses: both
+    # have the credentials of the test that made them.
     if mlflow_s3 := sys.modules.get("mlflow.store.artifact.s3_artifact_repo"):
         mlflow_s3._cached_get_s3_client.cache_clear()
+    if boto3 := sys.modules.get("boto3"):
+        boto3.DEFAULT_SESSION = None  # type: ignore[attr-defined]
     return f"s3://tests/{uuid.uuid4().hex[:12]}"
 
 
