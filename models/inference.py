@@ -12,7 +12,7 @@ from models.gated_conv import NewFeatures
 from models.generator import Generator
 from models.masking import erase, paste
 from models.options import STRIDE, ModelOptions
-from models.regions import Report, hole_regions
+from models.regions import Report, hole_regions, whole
 from models.types import Features, Image, Mask, Sketch
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -22,6 +22,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 # takes 700 in float32 and the greediest of the options 870, beside the attention's matrices 140.
 LAYER_BYTES, LAYER_BYTES_PER_FEATURE = 132, 32
 KEPT_BYTES, KEPT_BYTES_PER_FEATURE = 80, 16
+
+# Up to so many pixels a GPU computes a whole pass while its host starts the kernels, of which
+# regions have more: 256² took 5.6 ms whole and 8.6 in regions, 512² 12.5 and 10.2 (docs/gpu.md).
+HOST_BOUND_PIXELS = 384 * 384
 
 
 @torch.no_grad()
@@ -38,7 +42,8 @@ def fill(
     """``image`` with its hole filled; known pixels keep their values, bit for bit.
 
     Any size from one pixel on: sides are mirrored up to a multiple of 8 and cut off afterwards.
-    What cannot reach a pixel of the hole is not computed; holes far apart are filled one by one.
+    What cannot reach a pixel of the hole is not computed, but for small images on a GPU, which wait
+    for the host alone; holes far apart are filled one by one.
     ``wanted`` is 1 in the hole and where known pixels are to be what the network makes of them.
     ``progress`` receives the multiplications done and all; what it raises stops the work.
     With ``max_memory_bytes`` attention works in bands, so that activations stay below it;
@@ -64,17 +69,29 @@ def fill(
 
     padded = pad(mask)
     wanted = mask if wanted is None else wanted
-    # With the mirrored pixels of the hole: stage two sees them too, filled by stage one.
-    regions = hole_regions(pad(wanted), generator.products)
+    regions, report = None, None
+    if not _waits_for_its_host(padded):
+        # With the mirrored pixels of the hole: stage two sees them too, filled by stage one.
+        regions = hole_regions(pad(wanted), generator.products)
+        if progress is not None:
+            report = _counting(progress, generator.products_in(regions))
     _, refined = generator(
         erase(pad(image), padded),
         padded,
         None if sketch is None else pad(sketch),
         max_attention_bytes=max_attention_bytes,
         regions=regions,
-        report=None if progress is None else _counting(progress, generator.products_in(regions)),
+        report=report,
     )
+    if regions is None and progress is not None:
+        all_of_it = generator.products_in([whole(len(rows), len(columns))])
+        progress(all_of_it, all_of_it)
     return paste(refined[..., :height, :width], into=image, mask=wanted)
+
+
+def _waits_for_its_host(mask: Mask) -> bool:
+    """Whether the device is done with the whole images before the host has started all of it."""
+    return mask.is_cuda and mask.numel() <= HOST_BOUND_PIXELS
 
 
 def _counting(progress: Progress, products: int) -> Report:

@@ -1,6 +1,7 @@
 """Both networks as a recipe trains them: built, compiled, wrapped in engines, updated."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,6 +109,8 @@ def _compile(generator: Generator, discriminator: Discriminator) -> None:
     if missing := missing_for_compilation(device):
         log.warning("not compiled, which is slower: %s was not found: install it", missing)
     elif device.type == "cuda":
+        # Inductor advises TF32 where a recipe says fp32.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         # The discriminator sees 2N images, then N: with dynamic shapes its kernels are slower.
         generator.compile(dynamic=False)
         discriminator.compile(dynamic=False)

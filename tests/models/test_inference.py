@@ -47,6 +47,24 @@ def test_sides_that_are_multiples_of_8_are_given_to_the_network_as_they_are() ->
     torch.testing.assert_close(completed, expected, atol=1e-10, rtol=0)
 
 
+def test_an_image_that_waits_for_its_host_is_computed_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = Generator(width=4)
+    fill_generator(generator)
+    generator.double()
+    image, mask = torch.rand(1, 3, 61, 70).double() * 2 - 1, torch.zeros(1, 1, 61, 70).double()
+    mask[:, :, 5:20, 7:30] = 1
+    expected = fill(generator, image, mask)
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr("models.inference._waits_for_its_host", lambda mask: True)
+    filled = fill(generator, image, mask, progress=lambda *step: steps.append(step))
+    torch.testing.assert_close(filled, expected, atol=1e-10, rtol=0)
+    assert torch.equal(filled.where(mask == 0, 0), image.where(mask == 0, 0))
+    ((done, products),) = steps
+    assert done == products > 0
+
+
 def test_what_is_added_at_the_border_mirrors_the_image(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
