@@ -123,6 +123,12 @@ GOALS = (
         2.5,
     ),
     Goal(
+        "attention on a GPU, both ways, bf16 against fp32",
+        "attention_cuda/times_faster_at_batch_4/bf16",
+        5.0,
+        None,
+    ),
+    Goal(
         "share of an H100's layer roofline",
         "step_cuda/share_of_layer_roofline",
         0.45,

@@ -56,7 +56,7 @@ def main() -> None:
         "bf16_against_eager_bf16": rates["bf16"] / rates["eager bf16"],
     }
     if options.device == "cuda":
-        result |= {"gpu": torch.cuda.get_device_name()} | on_gpus(rates["bf16"])
+        result |= on_gpus(rates["bf16"])
     else:
         hours = {name: PLACES2 / rate / 3600 for name, rate in rates.items()}
         result["core_hours_for_places2"] = hours

@@ -4,7 +4,8 @@ Both sides do the same mathematics on the same images. The anchor is ``benchmark
 eager, contiguous, one sample at a time in the attention, nothing frozen in the generator's half,
 plain Adam. Ours is what training runs: ``pipeline.step`` with fused Adam, and a moving average on
 top. On a CPU the clock counts the CPU time of one thread; on a GPU it counts wall time with
-the work done, TF32 allowed on both sides, and our networks are compiled.
+the work done, TF32 allowed on both sides, and our networks are compiled. There the same step is
+measured eager as well, with and without ``train.deterministic``.
 
 Run: ``python -m benchmarks.step [--size 256] [--batch 4] [--device cpu|cuda]``. Written to
 ``results/step_<device>.json``. Peak memory is measured in fresh processes.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +34,12 @@ from pipeline.engine import Adam
 from pipeline.ranks import Ranks
 
 VARIANTS = ("reference fp32", "reference bf16", "fp32", "bf16", "bf16 recompute")
+ON_GPU = ("bf16 eager", "bf16 eager deterministic")
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # An H100's bounds, layer by layer: the larger of arithmetic and memory traffic, bf16, gates fused
-# in the forward pass alone.
-ROOFLINE_IMAGES_PER_S = {("NVIDIA H100", 256): 2363}
+# in the forward pass alone. An H200 has faster memory, so its share is at most what this gives.
+ROOFLINE_IMAGES_PER_S = {("NVIDIA H100", 256): 2363, ("NVIDIA H200", 256): 2363}
 
 
 def main() -> None:
@@ -44,7 +47,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-of", choices=VARIANTS, help="print peak bytes, time nothing")
+    parser.add_argument(
+        "--memory-of", choices=VARIANTS + ON_GPU, help="print peak bytes, time nothing"
+    )
     options = parse_on_device(parser)
     from pipeline.device import set_backends
 
@@ -55,19 +60,24 @@ def main() -> None:
         print(peak_bytes(options.memory_of, batch, device))
         return
 
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    names = VARIANTS if device.type == "cpu" else VARIANTS + ON_GPU
     seconds = interleaved(
-        {name: finished(step(name, batch, device), device) for name in VARIANTS},
+        {name: finished(step(name, batch, device), device) for name in names},
         rounds=options.rounds,
-        clock=time.process_time if device.type == "cpu" else time.perf_counter,
+        clock=clock,
     )
     milliseconds = {name: 1000 * s / options.batch for name, s in seconds.items()}
     command = [sys.executable, "-m", "benchmarks.step", "--size", str(options.size)]
     command += ["--batch", str(options.batch), "--device", options.device, "--memory-of"]
-    peaks = {
-        name: int(subprocess.run([*command, name], check=True, capture_output=True).stdout)
-        for name in VARIANTS
-    }
-    updates = interleaved(optimizers(device), rounds=options.rounds)
+
+    def peak(name: str) -> int:
+        return int(subprocess.run([*command, name], check=True, capture_output=True).stdout)
+
+    # On a GPU each process counts its own, so they can compile side by side.
+    with ThreadPoolExecutor(1 if device.type == "cpu" else len(VARIANTS)) as pool:
+        peaks = dict(zip(VARIANTS, pool.map(peak, VARIANTS), strict=True))
+    updates = interleaved(optimizers(device), rounds=options.rounds, clock=clock)
     result = {
         "size_px": options.size,
         "batch": options.batch,
@@ -76,14 +86,19 @@ def main() -> None:
         "bf16_times_faster_than_reference_bf16": milliseconds["reference bf16"]
         / milliseconds["bf16"],
         "recompute_time_ratio": milliseconds["bf16 recompute"] / milliseconds["bf16"],
-        "peak_mebibytes": {name: peak / 2**20 for name, peak in peaks.items()},
+        "peak_mebibytes": {name: size / 2**20 for name, size in peaks.items()},
         "times_less_memory_than_reference_fp32": ratios(peaks, "reference fp32"),
         "optimiser_and_average_times_faster": updates["plain"] / updates["fused"],
     }
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         images_per_s = 1000 / milliseconds["bf16"]
-        result |= {"gpu": name, "images_per_s": images_per_s}
+        deterministic = milliseconds["bf16 eager deterministic"] / milliseconds["bf16 eager"]
+        result |= {
+            "images_per_s": images_per_s,
+            "compiled_times_faster": milliseconds["bf16 eager"] / milliseconds["bf16"],
+            "deterministic_time_ratio": deterministic,
+        }
         for (model, size), bound in ROOFLINE_IMAGES_PER_S.items():
             if model in name and size == options.size:
                 result["share_of_layer_roofline"] = images_per_s / bound
@@ -113,7 +128,22 @@ def step(variant: str, batch: DeviceBatch, device: torch.device) -> Callable[[],
     precision = PRECISION[variant.split()[-1] if "reference" in variant else variant.split()[0]]
     if "reference" in variant:
         return _reference(batch, device, precision)
-    return _ours(batch, device, precision, recompute="recompute" in variant)
+    run = _ours(
+        batch, device, precision, recompute="recompute" in variant, compile="eager" not in variant
+    )
+    if "eager" not in variant:
+        return run
+
+    from pipeline.device import set_backends
+
+    def with_its_switches() -> object:
+        set_backends("bf16", deterministic="deterministic" in variant)
+        try:
+            return run()
+        finally:
+            set_backends("bf16", deterministic=False)
+
+    return with_its_switches
 
 
 def _reference(
@@ -135,7 +165,12 @@ def _reference(
 
 
 def _ours(
-    batch: DeviceBatch, device: torch.device, precision: torch.dtype, *, recompute: bool
+    batch: DeviceBatch,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    recompute: bool,
+    compile: bool,
 ) -> Callable[[], object]:
     from models.options import ModelOptions
     from pipeline.config import TrainSettings
@@ -146,7 +181,7 @@ def _ours(
         global_batch=len(batch.image),
         streams=1,
         precision="bf16" if precision == torch.bfloat16 else "tf32",
-        compile=True,
+        compile=compile,
         activation_checkpointing=recompute,
     )
     model = ModelOptions(guided=False)

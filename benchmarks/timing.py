@@ -71,7 +71,10 @@ def interleaved(
 
 
 def write_result(name: str, result: Mapping[str, Any], *, packages: Sequence[str]) -> Path:
-    """Keep ``result`` as ``results/<name>.json`` with the machine and the versions; print it."""
+    """Keep ``result`` as ``results/<name>.json`` with the machine and the versions; print it.
+
+    A name that ends with ``_cuda`` has the GPU's beside the CPU's.
+    """
     record = {
         "benchmark": name,
         "device": cpu_name(),
@@ -80,6 +83,10 @@ def write_result(name: str, result: Mapping[str, Any], *, packages: Sequence[str
         "versions": {package: _version(package) for package in packages},
         **result,
     }
+    if name.endswith("_cuda"):
+        import torch
+
+        record["gpu"] = torch.cuda.get_device_name()
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
