@@ -229,7 +229,7 @@ def _rank(rank: int, meeting: str, function: Callable[[], Any]) -> Any:
 
 def _reading() -> dict[str, Any]:
     """Shards that the nodes fetch in each epoch, and the requests for them."""
-    from cluster.storage.s3 import TRANSFER
+    from cluster.storage.s3 import DOWNLOAD
     from pipeline.data.sample_order import SampleOrder
     from pipeline.data.shard_cache import CACHE_BYTES
 
@@ -237,7 +237,7 @@ def _reading() -> dict[str, Any]:
     counts = [SHARD_SAMPLES] * (IMAGES // SHARD_SAMPLES) + [IMAGES % SHARD_SAMPLES]
     order = SampleOrder(counts, streams=STREAMS, global_batch=64, shuffle_block=2000, seed=0)
     shard_bytes = SHARD_SAMPLES * sample_bytes
-    parts = math.ceil(shard_bytes / TRANSFER.multipart_chunksize)
+    parts = math.ceil(shard_bytes / DOWNLOAD.multipart_chunksize)
     fetched = {
         name: _shards_fetched(order, room)
         for name, room in (

@@ -43,10 +43,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Parts of 16 MiB keep all requests busy on a checkpoint of 136 MB; S3 asks for at least 5 MiB.
-PART = 16 * MIB
-TRANSFER = TransferConfig(
-    multipart_threshold=2 * PART, multipart_chunksize=PART, max_concurrency=REQUESTS
+# S3 asks for parts of at least 5 MiB. Those of an upload are hashed before they are sent, so small
+# ones keep the line busy; each part of a download is one more request.
+UPLOAD = TransferConfig(
+    multipart_threshold=32 * MIB, multipart_chunksize=8 * MIB, max_concurrency=REQUESTS
+)
+DOWNLOAD = TransferConfig(
+    multipart_threshold=32 * MIB, multipart_chunksize=16 * MIB, max_concurrency=REQUESTS
 )
 PIECE = 8 * MIB  # what is read at once, and again where the connection breaks
 READ_ATTEMPTS = 6
@@ -144,7 +147,7 @@ class S3Store:
     def download(self, key: str, path: Path) -> None:
         expected = self.size(key)
         with self._storage_errors(key), replacing(path) as file:
-            self._client.download_fileobj(self._bucket, self._full(key), file, Config=TRANSFER)
+            self._client.download_fileobj(self._bucket, self._full(key), file, Config=DOWNLOAD)
             if (found := file.seek(0, os.SEEK_END)) != expected:
                 raise CorruptedTransferError(
                     f"{join(self.url, key)} ended after {found} of {expected} bytes"
@@ -245,7 +248,7 @@ class S3Store:
             try:
                 with self._storage_errors(key), opened() as source:
                     store._client.upload_fileobj(
-                        source, self._bucket, self._full(key), Config=TRANSFER
+                        source, self._bucket, self._full(key), Config=UPLOAD
                     )
                 return
             except CorruptedTransferError as error:

@@ -19,7 +19,7 @@ import boto3
 from botocore import exceptions as boto
 
 from cluster.storage.base import MIB, StorageError, join
-from cluster.storage.s3 import TRANSFER, S3Store, s3_client, storage_errors
+from cluster.storage.s3 import DOWNLOAD, UPLOAD, S3Store, s3_client, storage_errors
 from cluster.storage.s3_settings import S3Settings
 
 if TYPE_CHECKING:
@@ -164,11 +164,11 @@ class Boto3Probe(S3Store):
         with self._storage_errors(key):
             started = time.perf_counter()
             self._client.upload_fileobj(
-                io.BytesIO(data), self._bucket, self._full(key), Config=TRANSFER
+                io.BytesIO(data), self._bucket, self._full(key), Config=UPLOAD
             )
             uploaded = time.perf_counter()
             self._client.download_fileobj(
-                self._bucket, self._full(key), io.BytesIO(), Config=TRANSFER
+                self._bucket, self._full(key), io.BytesIO(), Config=DOWNLOAD
             )
             downloaded = time.perf_counter()
         return size / 1e6 / (uploaded - started), size / 1e6 / (downloaded - uploaded)

@@ -26,6 +26,8 @@ NOT_THE_RESULT = (
     "cluster.",
     "train.launcher",
     "train.workers",
+    "train.device",
+    "train.compile",
     "train.loader_threads",
     "train.keep_",
     "train.cache_gib",
@@ -35,7 +37,7 @@ NOT_THE_RESULT = (
     "train.profile_steps",
     "train.check_replicas_every_steps",
 )
-"""Settings that change no update of the weights, or what begins like them."""
+"""Settings that change no update of the weights but for rounding, or what begins like them."""
 SEEDS = ("train.seed", "seed")
 READERS = 4  # runs that are read at the same time
 _RUN_ID = re.compile(r"[0-9a-f]{32}")

@@ -31,7 +31,8 @@ def quick(environment: Mapping[str, str]) -> Iterator[None]:
         mock.patch.object(lease, "TIME_TO_LIVE_S", 1.0),
         mock.patch.object(lease, "SETTLING_S", 0.01),
         mock.patch.object(pulling, "PART", 2**14),
-        mock.patch.object(s3, "TRANSFER", parts),
+        mock.patch.object(s3, "UPLOAD", parts),
+        mock.patch.object(s3, "DOWNLOAD", parts),
         mock.patch.object(s3, "READ_TIMEOUT_S", 1.0),
         mock.patch.object(ExponentialBackoff, "delay_amount", lambda *a: delay(*a) / 50),
     ):

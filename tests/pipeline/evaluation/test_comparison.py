@@ -279,7 +279,7 @@ def test_runs_of_one_recipe_form_a_group_where_their_seeds_differ() -> None:
     other = run_of("c", values, recipe="x")
     assert grouped(first, second, other) == [["a", "b"], ["c"]]
     assert grouped(first, second, other, separate=True) == [["a"], ["b"], ["c"]]
-    elsewhere = {"train.loader_threads": 9, "tracking.uri": "x", "seed": 2}
+    elsewhere = {"train.loader_threads": 9, "train.device": "cuda", "tracking.uri": "x", "seed": 2}
     moved = replace(first, label="d", config={**first.config, **elsewhere})
     assert grouped(first, second, moved) == [["a", "b", "d"]]
 
