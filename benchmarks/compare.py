@@ -119,7 +119,7 @@ def write_run(storage: str, name: str, number: int, steps: int) -> None:
         rows.writerow([f"image_{index:04d}", hole, family, *values])
     settings = {"step": steps, "dataset_digest": "d" * 64, "seed": 0, "size_px": 256}
     store.put("evaluation/step-00100000/rows.csv", text.getvalue().encode())
-    record = {"settings": settings, "pictures": IMAGES, "metrics": {}}
+    record = {"settings": settings, "images": IMAGES, "metrics": {}}
     store.put("evaluation/step-00100000/metrics.json", json.dumps(record).encode())
 
 

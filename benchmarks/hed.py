@@ -49,7 +49,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "size_px": SIZE,
         "batch": {name: batch for name, (_, batch) in found.items()},
-        "pictures_per_s": rates,
+        "images_per_s": rates,
         "times_faster_than_eager_fp32": {
             name: rate / rates["eager fp32"] for name, rate in rates.items()
         },
@@ -122,7 +122,7 @@ def plain(
 def on_gpus(rate: float) -> dict[str, Any]:
     """Hours for Places2 at ``rate`` images/s a GPU, and the cores that keep the GPUs busy."""
     prep = json.loads((RESULTS / "prep.json").read_text())
-    core_s = prep["us_per_picture"]["ours_with_hashes"] / 1e6
+    core_s = prep["us_per_image"]["ours_with_hashes"] / 1e6
     return {
         "hours_for_places2": {gpus: PLACES2 / rate / gpus / 3600 for gpus in (1, 8)},
         "cores_to_feed": {

@@ -201,7 +201,7 @@ def best_f(counts: Counts) -> dict[str, float]:
         "precision": round(float(precision[best]), 4),
         "recall": round(float(recall[best]), 4),
         "threshold": round(float(THRESHOLDS[best]), 3),
-        "f_with_a_threshold_per_picture": round(float(f_own), 4),
+        "f_with_a_threshold_per_image": round(float(f_own), 4),
     }
 
 
@@ -224,7 +224,7 @@ def main() -> None:
     write_result(
         "hed_bsds",
         {
-            "pictures": len(images),
+            "images": len(images),
             "fused": best_f(np.array(fused)),
             "averaged": best_f(np.array(averaged)),
             "f_of_people": round(float(f_measure(np.sum(people, axis=0))[0]), 4),

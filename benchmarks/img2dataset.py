@@ -74,8 +74,8 @@ def main() -> None:
         "img2dataset",
         {
             "img2dataset": version,
-            "pictures_px": [512, STORED_PX],
-            "us_per_picture": {name: round(s * 1e6) for name, s in seconds.items()},
+            "images_px": [512, STORED_PX],
+            "us_per_image": {name: round(s * 1e6) for name, s in seconds.items()},
             "times_faster": round(seconds["img2dataset"] / seconds["ours"], 2),
         },
         packages=["simplejpeg", "opencv-python-headless", "pyarrow"],

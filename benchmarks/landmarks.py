@@ -109,7 +109,7 @@ def main() -> None:
     write_result(
         "landmarks",
         {
-            "pictures": len(photographs),
+            "images": len(photographs),
             "percent_found": round(100 * (1 - missed.total() / len(photographs)), 1),
             "percent_matched": round(100 * len(of_all) / len(photographs), 1),
             "mismatched": mismatched.total(),
@@ -126,7 +126,7 @@ def main() -> None:
                 for source in sorted(errors)
             },
             "celeba_hq": {
-                "pictures": len(celebrities),
+                "images": len(celebrities),
                 "percent_found": round(100 * with_face / len(celebrities), 1),
             },
         },

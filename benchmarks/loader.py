@@ -70,7 +70,7 @@ def main() -> None:
         "loader",
         {
             "size_px": SIZE,
-            "pictures": dataset,
+            "images": dataset,
             "cpu_microseconds_per_image": {n: s / images * 1e6 for n, s in cpu_s.items()},
             "cores_per_1000_images_per_s": {n: s / images * 1e3 for n, s in cpu_s.items()},
             "workers": WORKERS,

@@ -63,7 +63,7 @@ def main() -> None:
     write_result(
         "plan",
         {
-            "pictures": options.images,
+            "images": options.images,
             "shards": finishing["shards"],
             "seconds": finishing["seconds"],
             "cpu_seconds": finishing["cpu_seconds"],

@@ -84,7 +84,7 @@ def main() -> None:
     write_result(
         f"precision_{options.device}",
         {
-            "pictures": len(photographs),
+            "images": len(photographs),
             "size_px": options.size,
             "batch": options.batch,
             "steps": options.steps,

@@ -80,8 +80,8 @@ def main() -> None:
     write_result(
         "prep",
         {
-            "pictures_px": [SOURCE_PX, STORED_PX],
-            "us_per_picture": {name: round(s / len(files) * 1e6) for name, s in prep.items()},
+            "images_px": [SOURCE_PX, STORED_PX],
+            "us_per_image": {name: round(s / len(files) * 1e6) for name, s in prep.items()},
             "prep_ratio": round(prep["pillow_webdataset"] / prep["ours"], 2),
             "prep_ratio_with_hashes": round(
                 prep["pillow_webdataset"] / prep["ours_with_hashes"], 2
@@ -220,7 +220,7 @@ def _quality(files: Sequence[bytes]) -> dict[str, Any]:
             "stored_after_full_decoding": decode(encode_jpeg(expected, QUALITY)).pixels,
         }.items():
             found[name].append(_psnr_db(pixels, expected))
-    count: dict[str, Any] = {"pictures": len(found["scaled"])}
+    count: dict[str, Any] = {"images": len(found["scaled"])}
     return count | {
         name: {"median": round(float(np.median(of)), 1), "least": round(min(of), 1)}
         for name, of in found.items()

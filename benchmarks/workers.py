@@ -35,7 +35,7 @@ def main() -> None:
     logging.getLogger("data_prep").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="deepfill-workers-") as folder:
         results: dict[str, Any] = {of: _measure(of, Path(folder, of)) for of in FEW}
-    record: dict[str, Any] = {"pictures_px": [SOURCE_PX, STORED_PX], **results}
+    record: dict[str, Any] = {"images_px": [SOURCE_PX, STORED_PX], **results}
     record["times_faster_at_least"] = min(result["times_faster"] for result in results.values())
     write_result("workers", record, packages=["ray", "torch", "simplejpeg", "dlib-bin"])
 
@@ -51,11 +51,11 @@ def _measure(subject: Subject, folder: Path) -> dict[str, Any]:
     _, one_shard = _build(subject, folder, many, 1, shard_samples=many)
     further = {n: (seconds[n, many] - seconds[n, few]) / (many - few) for n in (1, 2)}
     return {
-        "pictures": [few, many],
+        "images": [few, many],
         "seconds": {
             f"{n} workers, {count} pictures": round(s, 1) for (n, count), s in seconds.items()
         },
-        "ms_per_further_picture": {str(n): round(s * 1e3, 1) for n, s in further.items()},
+        "ms_per_further_image": {str(n): round(s * 1e3, 1) for n, s in further.items()},
         "times_faster": round(further[1] / further[2], 2),
         "times_faster_as_a_whole": round(seconds[1, many] / seconds[2, many], 2),
         "peak_mib_per_worker": {
@@ -107,7 +107,7 @@ def _build(
             )
             dataset = build_dataset(url, data, SketchSettings())
             seconds = time.monotonic() - started
-            assert dataset.counts["pictures"]["ok"] == images
+            assert dataset.counts["images"]["ok"] == images
             store = open_store(url)
             records = [read_record(store, shard.name) for shard in dataset.index]
             return seconds, max(record.peak_bytes for record in records)
