@@ -53,15 +53,15 @@ def _measure(subject: Subject, folder: Path) -> dict[str, Any]:
     return {
         "images": [few, many],
         "seconds": {
-            f"{n} workers, {count} pictures": round(s, 1) for (n, count), s in seconds.items()
+            f"{n} workers, {count} images": round(s, 1) for (n, count), s in seconds.items()
         },
         "ms_per_further_image": {str(n): round(s * 1e3, 1) for n, s in further.items()},
         "times_faster": round(further[1] / further[2], 2),
         "times_faster_as_a_whole": round(seconds[1, many] / seconds[2, many], 2),
         "peak_mib_per_worker": {
-            "few pictures": round(peaks[few] / 2**20),
-            "many pictures": round(peaks[many] / 2**20),
-            "many pictures in one shard": round(one_shard / 2**20),
+            "few images": round(peaks[few] / 2**20),
+            "many images": round(peaks[many] / 2**20),
+            "many images in one shard": round(one_shard / 2**20),
         },
     }
 

@@ -1,12 +1,13 @@
 """Nearest-neighbor sampling: on the authors' grid, whose corners are aligned, and without."""
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.types import Features
+
+KEPT = 256  # tables of indices; an image needs four
+_sent: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def nearest_indices(size: int, new_size: int) -> Int[Tensor, " new_size"]:
@@ -38,14 +39,21 @@ def shrink(
 
 
 def _indices(size: int, new_size: int, device: torch.device) -> Int[Tensor, " new_size"]:
-    """``nearest_indices`` on ``device``, computed on the CPU, so that all round alike."""
-    if torch.compiler.is_compiling() or not isinstance(size, int):  # a size of an exported network
-        return nearest_indices(size, new_size).to(device, non_blocking=True)
-    return _kept_indices(size, new_size, device)
+    """``nearest_indices`` on ``device``, computed on the CPU, so that all round alike.
 
-
-@lru_cache(maxsize=256)
-def _kept_indices(size: int, new_size: int, device: torch.device) -> Int[Tensor, " new_size"]:
-    """Sent once: a copy from pageable memory in every pass makes the host wait."""
-    with torch.inference_mode(False):  # training may keep them for its backward pass later
+    Sent once: a copy from pageable memory in every pass makes the host wait. A network that is
+    compiled after a pass at its size has them as constants; another one computes and sends them.
+    """
+    if torch.compiler.is_exporting() or not isinstance(size, int):  # a size of an exported network
         return nearest_indices(size, new_size).to(device)
+    kept = _sent.get((size, new_size, device))
+    if kept is not None:
+        return kept
+    if torch.compiler.is_compiling():
+        return nearest_indices(size, new_size).to(device, non_blocking=True)
+    with torch.inference_mode(False):  # training may keep them for its backward pass later
+        indices = nearest_indices(size, new_size).to(device)
+    if len(_sent) >= KEPT:
+        _sent.clear()
+    _sent[size, new_size, device] = indices
+    return indices

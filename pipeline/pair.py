@@ -83,7 +83,7 @@ def build_pair(
     if state:
         average.module.load_state_dict(state.ema)
     if settings.compile:
-        _compile(generator, discriminator)
+        _compile(generator, discriminator, settings.size_px)
     per_stream = settings.global_batch // settings.streams
     fewest = settings.streams // ranks.world_size * per_stream  # of all ranks' batches
     engine = partial(
@@ -104,15 +104,23 @@ def build_pair(
     return NetworkPair(model, settings, *engines, average, parts)
 
 
-def _compile(generator: Generator, discriminator: Discriminator) -> None:
+def _compile(generator: Generator, discriminator: Discriminator, size_px: int) -> None:
     device = next(generator.parameters()).device
     if missing := missing_for_compilation(device):
         log.warning("not compiled, which is slower: %s was not found: install it", missing)
     elif device.type == "cuda":
         # Inductor advises TF32 where a recipe says fp32.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        _pass_once(generator, size_px)
         # The discriminator sees 2N images, then N: with dynamic shapes its kernels are slower.
         generator.compile(dynamic=False)
         discriminator.compile(dynamic=False)
     else:
         fuse_gates(generator)  # compiling oneDNN's convolutions gains nothing
+
+
+@torch.no_grad()
+def _pass_once(generator: Generator, size_px: int) -> None:
+    """Let the device have the tables that a compiled network otherwise sends in every pass."""
+    mask = torch.ones(1, 1, size_px, size_px, device=next(generator.parameters()).device)
+    generator(torch.zeros_like(mask).expand(1, 3, -1, -1), mask, mask if generator.guided else None)

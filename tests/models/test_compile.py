@@ -34,6 +34,28 @@ for precision, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         assert 0 < plain.norm() and (gradient - plain).norm() <= tolerance * plain.norm()
 """
 
+CONSTANTS = """
+import torch
+from models import Generator
+
+made = []
+kinds = ("arange", "full", "tensor", "linspace")
+
+def look(graph, _):
+    for node in graph.graph.nodes:
+        called = node.op == "call_function" and getattr(node.target, "__name__", "")
+        if called in kinds or any(isinstance(word, torch.device) for word in node.args):
+            made.append(str(node.format_node()))
+    return graph.forward
+
+generator = Generator(width=4)
+inputs = torch.rand(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
+generator(*inputs)  # as training does first
+generator.compile(backend=look, fullgraph=True, dynamic=False)
+generator(*inputs)
+assert not made, made
+"""
+
 GATES = """
 import torch
 from models.gated_conv import GatedConv, fuse_gates
@@ -62,6 +84,10 @@ def run(script: str) -> None:
 
 def test_both_networks_and_their_gradients_are_the_same_compiled_without_a_graph_break() -> None:
     run(WHOLE)
+
+
+def test_a_compiled_network_makes_no_table_and_sends_none_in_a_pass() -> None:
+    run(CONSTANTS)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="fused gates need a C++ compiler")
