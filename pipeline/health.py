@@ -103,6 +103,7 @@ ALARMS = (DEAD, GRAY, GROWING)
 MIN_REPORTS = 3
 DEAD_LOSS, DEAD_MARGIN = 0.005, 0.01  # how near to 1, and to 0
 GRAY_CONTRAST = 0.15  # of the images' own
+NO_GRADIENT = 0.01  # norm of the discriminator's gradient; 0.6 and more where it is outrun
 LARGE_MARGIN, GROWTH = 10.0, 1.5
 
 
@@ -166,10 +167,16 @@ class Alarms:
 
     def _sentence(self, alarm: Alarm, since: int, values: Mapping[str, float]) -> str:
         if alarm is DEAD:
+            stuck = values.get("health/grad_norm_discriminator", 0.0) < NO_GRADIENT
             return (
                 f"the discriminator is dead: since step {since} its loss is 1 and the score margin "
                 "0, so the generator learns nothing from it: fork the run before that step, with a "
-                "lower train.discriminator_learning_rate"
+                + (
+                    "lower train.discriminator_learning_rate, since its gradient is gone too"
+                    if stuck
+                    else "lower train.gan_weight or a higher train.discriminator_learning_rate, "
+                    "since its gradient is not gone, and the generator outran it"
+                )
             )
         if alarm is GRAY:
             return (

@@ -94,6 +94,19 @@ def test_a_dead_discriminator_is_reported_once_and_again_after_it_lived():
     assert raised(alarms, range(7000, 8000, 50), DEAD_VALUES) == [(7200, DEAD.name)]
 
 
+@pytest.mark.parametrize(
+    ("norm", "advice"),
+    [(0.0002, "a lower train.discriminator_learning_rate,"), (0.7, "a lower train.gan_weight or")],
+)
+def test_what_to_do_follows_from_the_discriminators_gradient(norm: float, advice: str) -> None:
+    values = DEAD_VALUES | {"health/grad_norm_discriminator": norm}
+    alarms = Alarms()
+    (sentence,) = [
+        sentence for step in range(50, 500, 50) for sentence in alarms.look(step, values).values()
+    ]
+    assert advice in sentence
+
+
 def test_a_loss_of_one_for_a_moment_raises_nothing():
     alarms = Alarms()
     assert raised(alarms, range(50, 200, 50), DEAD_VALUES) == []
