@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 BEATS_PER_TIMEOUT = 10
 LONGEST_PAUSE_S = 10.0
+STORE_S = 5.0  # within this the ranks' store answers
 STDERR = 2  # also where sys.stderr is replaced
 
 
@@ -54,6 +55,7 @@ class HangWatch:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
+        self._lost = False
         if ranks.world_size > 1:
             # A separate connection: the other threads may be waiting on theirs.
             store: Any = dist.distributed_c10d._get_default_store()
@@ -101,20 +103,42 @@ class HangWatch:
             if idle_s > self._timeout_s and self._all_hang(number):
                 os._exit(1)
 
+    def _asked(self, call: Callable[[], T], otherwise: T) -> T:
+        """What ``call`` of the store returns, or ``otherwise`` where it never does.
+
+        The store's own time-out does not cover every call, and its host may be what hangs.
+        """
+        if self._store is None or self._lost:
+            return otherwise
+        answers: list[T] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(call()), name="hang-watch-store", daemon=True
+        )
+        thread.start()
+        thread.join(max(STORE_S, self._pause_s))
+        if answers:
+            return answers[0]
+        self._lost = True
+        log.warning("hang watch: the ranks' store does not answer")
+        return otherwise
+
     def _tell(self, beat: Beat) -> None:
-        if self._store is not None:
+        def send() -> None:
             try:
                 self._store.set(str(self._ranks.rank), json.dumps(asdict(beat)))
             except RuntimeError as error:
                 log.warning("hang watch: the ranks' store does not answer: %s", error)
 
+        self._asked(send, None)
+
     def _all_hang(self, number: int) -> bool:
         """Look at all ranks; report if none of those that answer makes progress."""
-        before = self._beats()
+        nothing: dict[int, Beat] = {}
+        before = self._asked(self._beats, nothing)
         if self._done.wait(3 * self._pause_s):
             return False
         self._tell(self._beat(number + 1))
-        after = self._beats()
+        after = self._asked(self._beats, nothing)
         me = self._ranks.rank
         answering = {me: self._beat(number)} | {
             rank: beat
@@ -136,7 +160,7 @@ class HangWatch:
     def _beats(self) -> dict[int, Beat]:
         """The last beat of every rank that has sent one."""
         found: dict[int, Beat] = {}
-        for rank in range(self._ranks.world_size if self._store is not None else 0):
+        for rank in range(self._ranks.world_size):
             try:
                 if self._store.check([str(rank)]):
                     found[rank] = Beat(**json.loads(self._store.get(str(rank))))

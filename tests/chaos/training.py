@@ -272,7 +272,7 @@ class Scenario:
         if event == "one stopped":
             named = "no rank has made progress for" in log and "did not answer" in log
             self.promise(named, f"{text}: the rank is not named: {log[-2000:]}")
-        if launch.kind.launcher != "ray":  # whose log has tracebacks of Ray's
+        if launch.kind.launcher == "forked":  # Ray and torchrun add tracebacks of their own
             self.promise("Traceback" not in log, f"{text}: {log[-3000:]}")
         self.promise("waiting up to" not in log, f"{text}: waited for a dead trainer")
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -86,3 +87,14 @@ def _place() -> tuple[int, int, int]:
 @pytest.mark.parametrize("idle_rank", [None, 0])
 def test_a_rank_that_waits_for_another_one_s_work_is_left_alone(idle_rank):
     assert on_ranks(2, watched, idle_rank) == [True, True]
+
+
+def test_a_store_that_never_answers_does_not_hold_the_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.hang_watch.STORE_S", 0.1)
+    watch, blocked = HangWatch(Ranks(), 1.0), threading.Event()
+    watch._store = object()
+    assert watch._asked(lambda: blocked.wait(30), False) is False
+    assert watch._asked(lambda: True, False) is False  # it is not asked again
+    blocked.set()
