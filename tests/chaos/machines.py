@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,12 +34,12 @@ from tests.chaos.namespaces import Machines, two_machines
 from tests.chaos.namespaces import why_not as why_not
 from tests.chaos.outcome import CONTINUED, Outcome
 from tests.chaos.quick import silent
+from tests.small_dataset import FIXTURE, unpack_dataset
 
 PACKAGES = ("torch", "deepspeed", "ray")
 PATIENCE_S = 400.0  # for each thing that is waited for, on a computer that may be busy
 SAVE_EVERY = 5
 COMPARED = 5  # steps after each change of the number of ranks
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 RESIZED_OFTEN = """
 import sys
 from cluster import ray_train
@@ -152,9 +151,7 @@ class Resized(Scenario):
         return f"{self.engine}, one of two machines is cut off"
 
     def prepare(self) -> None:
-        with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-            members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-            archive.extractall(self.folder, members, filter="data")
+        unpack_dataset(self.folder)
 
     def _settings(self, *more: str) -> list[str]:
         common = [f"storage={self.storage}", "model.width=8", "train.size_px=32"]

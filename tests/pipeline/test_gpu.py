@@ -1,6 +1,5 @@
 """What only a GPU can show: the numbers of a CPU, equal bits, a step that waits for nothing."""
 
-import tarfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +8,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,8 +28,8 @@ from pipeline.pair import NetworkPair, build_pair, fresh_networks
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.train import train
+from tests.small_dataset import FIXTURE, unpack_dataset
 
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
@@ -223,11 +221,7 @@ def test_an_image_is_filled_as_on_a_cpu() -> None:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with a small dataset."""
-    folder = tmp_path_factory.mktemp("gpu")
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(folder, members, filter="data")
-    return folder / "storage"
+    return unpack_dataset(tmp_path_factory.mktemp("gpu"))
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(storage: Path) -> None:
@@ -260,10 +254,3 @@ def test_full_memory_is_one_line() -> None:
     message = r"the GPU has no memory left: set a smaller train\."
     with pytest.raises(TrainingError, match=message), memory_explained(settings):
         torch.empty(2**46, dtype=torch.uint8, device=CUDA)
-
-
-def test_a_batch_on_a_gpu_has_the_values_of_the_host() -> None:
-    batch = host_batch()
-    host, device = batch.to(CPU), batch.pinned().to(CUDA)
-    torch.testing.assert_close(device.image.cpu(), host.image)
-    assert np.array_equal(device.sketch.cpu().numpy(), host.sketch.numpy())

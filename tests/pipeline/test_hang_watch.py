@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -15,14 +13,11 @@ import pytest
 from pipeline.hang_watch import Beat, HangWatch, diagnosis
 from pipeline.ranks import Ranks
 from tests.distributed import on_ranks
-
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
+from tests.small_dataset import FIXTURE, unpack_dataset
 
 
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(tmp_path, members, filter="data")
+    unpack_dataset(tmp_path)
     lines = []
     with subprocess.Popen(
         [

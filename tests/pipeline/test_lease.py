@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from dataclasses import asdict, replace
@@ -17,10 +16,10 @@ from pipeline import lease as leases
 from pipeline.arguments.common import MISTAKE
 from pipeline.checkpoints import CheckpointStore
 from pipeline.lease import LEASE, HeldLease, Lease, LeaseLostError, RunTakenError, held
+from tests.small_dataset import FIXTURE, unpack_dataset
 
 pytestmark = pytest.mark.slow  # half a second and more each
 
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 STRANGER = Lease(
     token=7, id="stranger", host="far", pid=1, process="boot/pid 1", job="", since="yesterday"
 )
@@ -172,9 +171,7 @@ def train(storage: Path) -> "subprocess.Popen[str]":
 
 
 def test_a_second_training_is_refused_and_one_after_a_kill_starts_at_once(tmp_path):
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(tmp_path, members, filter="data")
+    unpack_dataset(tmp_path)
     with train(tmp_path / "storage") as first:
         wait_for_line(first, "starting run=run")
         with train(tmp_path / "storage") as second:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,15 @@ from pipeline.arguments.common import DONE, MISTAKE
 from pipeline.checkpoints import CheckpointStore
 from pipeline.goodput import HOURS, PHASES
 from pipeline.tracking.history import read_history
+from tests.small_dataset import FIXTURE, unpack_dataset
 
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 DIVERGING = ("train.learning_rate=1e10", "train.steps=20")
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with a small dataset."""
-    folder = tmp_path_factory.mktemp("diverging")
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(folder, members, filter="data")
-    return folder / "storage"
+    return unpack_dataset(tmp_path_factory.mktemp("diverging"))
 
 
 def trained(storage: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

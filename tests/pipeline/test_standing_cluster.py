@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,8 @@ from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.run_storage import RunStorage
 from pipeline.train import train
+from tests.small_dataset import FIXTURE, unpack_dataset
 
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 STEPS = 40
 pytestmark = [
     pytest.mark.slow,
@@ -55,11 +54,7 @@ def joined(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with a small dataset."""
-    folder = tmp_path_factory.mktemp("storage")
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(folder, members, filter="data")
-    return folder / "storage"
+    return unpack_dataset(tmp_path_factory.mktemp("storage"))
 
 
 def overrides(storage: Path, *more: str) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from datetime import timedelta
@@ -18,8 +17,8 @@ from pipeline.arguments.common import MISTAKE, STOPPED
 from pipeline.ranks import Vote
 from pipeline.stop_request import PolledStop, SignalStop, time_to_save_s
 from tests.distributed import on_ranks
+from tests.small_dataset import FIXTURE, unpack_dataset
 
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 RARE = ("train.log_every_steps=5000", "train.save_every_steps=5000", "train.steps=5000")
 
 
@@ -141,10 +140,7 @@ def test_a_rank_alone_hears_itself_at_once():
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
     """A storage with a small dataset."""
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(tmp_path, members, filter="data")
-    return tmp_path / "storage"
+    return unpack_dataset(tmp_path)
 
 
 def stopped(

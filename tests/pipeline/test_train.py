@@ -1,6 +1,5 @@
 """Where training runs, what is refused before it starts, and what counts as finished."""
 
-import tarfile
 import threading
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from pipeline.loop import train_on_rank
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
 from pipeline.train import train
+from tests.small_dataset import FIXTURE, unpack_dataset
 
-FIXTURE = Path("tests/fixtures/before_1.0").absolute()
 pytestmark = [
     pytest.mark.slow,  # half a second and more each
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray, about itself
@@ -25,11 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with a small dataset."""
-    folder = tmp_path_factory.mktemp("train")
-    with tarfile.open(FIXTURE / "storage.tar.xz") as archive:
-        members = [m for m in archive.getmembers() if m.name.startswith("storage/datasets")]
-        archive.extractall(folder, members, filter="data")
-    return folder / "storage"
+    return unpack_dataset(tmp_path_factory.mktemp("train"))
 
 
 def recipe(storage: Path, *overrides: str) -> tuple[Config, RunStorage]:
