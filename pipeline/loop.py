@@ -388,9 +388,20 @@ class TrainingLoop:
         if self.ranks.first:
             job = job_metadata()
             header = networks.weights_header(self.cfg.model)
+            files = partial(state.copied().files, header, metrics=metrics)
+
+            def contents() -> Mapping[str, bytes]:
+                self.tracker.flush()  # whatever resumes here has the metrics of all steps before
+                return files()
+
+            if evaluation is not None:
+                folder = self.checkpoints.folder(position.step)
+                self.tracker.log_checkpoint(
+                    position.step, join(self.checkpoints.url, folder), metrics
+                )
             self.checkpoints.save(
                 position.step,
-                partial(state.copied().files, header, metrics=metrics),
+                contents,
                 manifest={
                     "metrics": metrics,
                     "validation": validation_definition(self.cfg)
@@ -406,10 +417,6 @@ class TrainingLoop:
             )
             stall_s = time.perf_counter() - started
             if evaluation is not None:
-                folder = self.checkpoints.folder(position.step)
-                self.tracker.log_checkpoint(
-                    position.step, join(self.checkpoints.url, folder), metrics
-                )
                 self.tracker.log_image("samples", position.step, evaluation.sheet())
             measured = "".join(
                 f" val_{name}={metrics[f'val/{name}']:.2f}"

@@ -163,6 +163,8 @@ def test_a_run_whose_processes_were_all_killed_ends_there_too(left_alone, settin
     )
     assert again.returncode == DONE, again.stderr[-4000:]
     assert weights(cfg) == weights(left_alone)
+    curve = read_history(RunStorage.open(cfg).run).curves["loss/l1_refined"]
+    assert curve.steps.tolist() == list(range(1, STEPS + 1))  # also those before the kill
 
 
 def test_the_job_runs_on_a_folder_of_faces(photographs, settings):

@@ -31,6 +31,7 @@ FORMAT = 1
 WRITE_EVERY_S = 10.0
 PIECE_BYTES = 2**20
 """A piece of at least this size is finished; smaller ones are written again as they grow."""
+FLUSH_S = 5.0  # a checkpoint waits this long for its metrics
 CLOSE_S = 20.0  # the end of a run waits this long for storage that does not answer
 MS_PER_HOUR = 3.6e6
 READERS = 8  # pieces on their way at the same time
@@ -66,8 +67,8 @@ class HistoryWriter:
     """Writes ``metrics/`` of one attempt from its own thread.
 
     Storage that fails, or hangs, never stops training: values stay in memory and are written with
-    the next piece. A kill loses what came after the last write, some ten seconds. ``add`` may be
-    called from any thread.
+    the next piece. A kill loses what came after the last write, some ten seconds. ``add`` and
+    ``flush`` may be called from any thread.
     """
 
     def __init__(self, store: Store, info: AttemptInfo) -> None:
@@ -79,7 +80,9 @@ class HistoryWriter:
         self._columns: list[str] = []
         self._unwritten: dict[int, bytearray] = {}
         self._new: list[tuple[int, int, dict[str, float]]] = []
+        self._flushed: list[threading.Event] = []
         self._changed = threading.Lock()
+        self._wanted = threading.Event()
         self._closed = threading.Event()
         self._failing = False
         self._status: Status | None = None
@@ -93,6 +96,14 @@ class HistoryWriter:
             with self._changed:
                 self._new.append((step, _now_ms(), kept))
 
+    def flush(self) -> None:
+        """Write what was added so far; a storage that does not answer gets ``FLUSH_S`` seconds."""
+        flushed = threading.Event()
+        with self._changed:
+            self._flushed.append(flushed)
+        self._wanted.set()
+        flushed.wait(FLUSH_S)
+
     def finish(self, status: Status) -> None:
         """Note that the attempt ends as it should, with ``status``."""
         self._status = status
@@ -100,6 +111,7 @@ class HistoryWriter:
     def close(self) -> None:
         """Write what is left; a storage that does not answer gets ``CLOSE_S`` seconds."""
         self._closed.set()
+        self._wanted.set()
         self._thread.join(CLOSE_S)
         if self._thread.is_alive() or self._failing:
             log.warning(
@@ -108,11 +120,15 @@ class HistoryWriter:
 
     def _work(self) -> None:
         self._write()  # at once, so that the run has its configuration on storage
-        while not self._closed.wait(WRITE_EVERY_S):
+        while not self._closed.is_set():
+            self._wanted.wait(WRITE_EVERY_S)
+            self._wanted.clear()
             self._write()
         self._write()
 
     def _write(self) -> None:
+        with self._changed:
+            flushed, self._flushed = self._flushed, []
         try:
             if self._attempt is None:
                 self._begin()
@@ -124,6 +140,8 @@ class HistoryWriter:
             if not self._failing:
                 log.warning("metrics are kept in memory until storage is back: %s", error)
             self._failing = True
+        for event in flushed:
+            event.set()
 
     def _begin(self) -> None:
         found = (
@@ -188,6 +206,10 @@ class HistoryTracker:
 
     def log_tag(self, name: str, text: str) -> None:
         self._tracker.log_tag(name, text)
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._tracker.flush()
 
     def finish(self, status: Status) -> None:
         self._writer.finish(status)

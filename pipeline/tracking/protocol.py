@@ -68,6 +68,9 @@ class Tracker(Protocol):
     def log_tag(self, name: str, text: str) -> None:
         """Record what people should read on the page of the run."""
 
+    def flush(self) -> None:
+        """Write the metrics so far to the run's folder; waits some seconds at most."""
+
     def finish(self, status: Status) -> None:
         """Set the status with which the run finishes at the end of the block."""
 
@@ -82,9 +85,11 @@ class Tracker(Protocol):
 
 
 class FinishOnExit:
-    """The context manager that all trackers share."""
+    """The context manager that all trackers share; with nothing to write in the run's folder."""
 
     _status: Status = "FINISHED"
+
+    def flush(self) -> None: ...
 
     def finish(self, status: Status) -> None:
         self._status = status

@@ -32,7 +32,7 @@ from pipeline.train import train
 from tests.chaos import training
 from tests.chaos.namespaces import Machines, two_machines
 from tests.chaos.namespaces import why_not as why_not
-from tests.chaos.outcome import CONTINUED, Outcome
+from tests.chaos.outcome import CONTINUED, Outcome, crash_as_broken
 from tests.chaos.quick import silent
 from tests.small_dataset import FIXTURE, unpack_dataset
 
@@ -203,6 +203,8 @@ class Resized(Scenario):
         if begun != sorted(begun) or 0 in begun[1:]:
             self.broken.append(f"attempts resumed from steps {begun}")
         found = losses_of(storage)
+        if [*found] != [*range(1, len(found) + 1)]:
+            self.broken.append(f"metrics of steps {[*found]} are kept, from {begun}")
         for step in begun:
             others = self._plain(storage, step)
             for number in range(step + 1, step + COMPARED + 1):
@@ -261,7 +263,7 @@ class WholeJob(Scenario):
             self.broken.append("the dataset has another digest")
         found = losses_of(storage)
         if found.keys() != job.losses.keys():
-            self.broken.append(f"steps {sorted(found)} were logged")
+            self.broken.append(f"steps {[*found]} were logged")
         for step, losses in found.items():
             self.near(losses, job.losses[step], step)
         if self.engine == "ddp" and training.weights(self.storage) != job.weights:
@@ -310,7 +312,7 @@ def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
             started = time.perf_counter()
             kind, engine = SCENARIOS[seed % len(SCENARIOS)]
             scenario = kind(engine, seed, folder / f"seed-{seed}", alone)
-            with silent("pipeline"):
+            with silent("pipeline"), crash_as_broken(scenario.broken):
                 scenario.run()
             seconds = time.perf_counter() - started
             yield Outcome(seed, scenario.name, CONTINUED, tuple(scenario.broken), seconds)
@@ -324,4 +326,4 @@ def losses_of(storage: RunStorage) -> dict[int, dict[str, float]]:
         if name.startswith("loss/l1") or name == "loss/discriminator":
             for step, value in zip(curve.steps, curve.values, strict=True):
                 found.setdefault(int(step), {})[name] = float(value)
-    return found
+    return dict(sorted(found.items()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 CONTINUED = "continued"
@@ -19,3 +22,12 @@ class Outcome:
     broken: tuple[str, ...] = ()
     """What the product promises and did not hold; empty where all is well."""
     seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def crash_as_broken(broken: list[str]) -> Iterator[None]:
+    """A look at what a scenario left may itself fail: a promise broken, and the next one runs."""
+    try:
+        yield
+    except Exception:
+        broken.append(traceback.format_exc())

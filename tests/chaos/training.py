@@ -32,8 +32,9 @@ from cluster.storage import open_store
 from pipeline.arguments.common import DONE, STOPPED
 from pipeline.checkpoints import CheckpointStore
 from pipeline.ranks import Ranks
+from pipeline.tracking.history import read_history
 from tests.chaos.launches import Kind, Launch, launched
-from tests.chaos.outcome import CONTINUED, Outcome
+from tests.chaos.outcome import CONTINUED, Outcome, crash_as_broken
 from tests.chaos.recorded import Step, read
 
 SEEDS = 20
@@ -62,7 +63,8 @@ def outcomes(seeds: Iterable[int]) -> Iterator[Outcome]:
         for seed in seeds:
             started = time.perf_counter()
             scenario = Scenario(seed, alone)
-            scenario.run()
+            with crash_as_broken(scenario.broken):
+                scenario.run()
             seconds = time.perf_counter() - started
             yield Outcome(
                 seed,
@@ -293,9 +295,12 @@ class Scenario:
         return False
 
     def _compare(self) -> None:
-        """With the undisturbed run: weights, samples and losses."""
+        """With the undisturbed run: weights, samples, losses and the steps with metrics."""
         if self.same:
             self.promise(weights(self.storage) == self.alone.weights, "the weights differ")
+        curves = read_history(open_store(str(self.storage / "runs/chaos"))).curves
+        logged = curves["loss/l1_refined"].steps.tolist()
+        self.promise(logged == [*range(1, STEPS + 1)], f"metrics of steps {logged} are kept")
         for number in range(1, self._launches + 1):
             found = read(self.folder / f"launch-{number}/steps")
             for step in found:

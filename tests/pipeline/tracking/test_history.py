@@ -63,6 +63,33 @@ def test_a_running_attempt_can_be_read(run: Store, monkeypatch: pytest.MonkeyPat
         writer.close()
 
 
+def test_a_flush_writes_what_was_added_before(run: Store) -> None:
+    writer = HistoryWriter(run, AttemptInfo())
+    try:
+        for step in (1, 2):
+            writer.add(step, {"loss/l1": 0.1 * step})
+            writer.flush()
+            assert last_step(run) == step
+    finally:
+        writer.close()
+
+
+def test_a_flush_gives_up_on_storage_that_does_not_answer(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "FLUSH_S", 0.05)
+    answers = threading.Event()
+    put = run.put
+    monkeypatch.setattr(run, "put", lambda key, data: answers.wait(20) and put(key, data))
+    writer = HistoryWriter(run, AttemptInfo())
+    writer.add(1, {"loss/l1": 0.1})
+    writer.flush()
+    assert last_step(run) is None
+    answers.set()
+    writer.close()
+    assert last_step(run) == 1
+
+
 def last_step(run: Store) -> int | None:
     curve = read_history(run).curves.get("loss/l1")
     return int(curve.steps[-1]) if curve else None
