@@ -138,8 +138,6 @@ def _run(way: str, words: Sequence[str], folder: Path) -> Run:
     variables = {STAMPS: str(stamps), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     # By default they give way to everything else on the machine, unlike those of torchrun.
     variables |= {"RAY_worker_niceness": "0"}
-    # Else the ranks that torchrun starts again hang (github.com/pytorch/pytorch/issues/135712).
-    variables |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import TrainingError
 
@@ -63,6 +65,19 @@ def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def join_torchrun(backend: str, timeout: timedelta = default_pg_timeout) -> None:
+    """Form the process group of torchrun's ranks, in every attempt of ``--max-restarts``.
+
+    Torch 2.13 keeps one store for all attempts, in which ranks would read what those before them
+    wrote (pytorch#135712). So each attempt has keys of its own.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    attempt = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(
+        backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
 def current(
     local_rank: int | None = None, machine: int | None = None, device: Device = "auto"
 ) -> Ranks:
@@ -85,7 +100,7 @@ def sharing_work() -> Iterator[Ranks]:
     if not launched_by_torchrun() or dist.is_initialized():
         yield current()
         return
-    dist.init_process_group("gloo")
+    join_torchrun("gloo")
     try:
         yield current()
     finally:

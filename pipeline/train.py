@@ -120,9 +120,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
     if distributed.launched_by_torchrun():
         stop_with_launcher()  # ranks that outlive it would keep the run from who starts it again
         with lost_rank_as_error():
-            dist.init_process_group(
-                backend, timeout=timedelta(seconds=2 * cfg.train.hang_timeout_s)
-            )
+            distributed.join_torchrun(backend, timedelta(seconds=2 * cfg.train.hang_timeout_s))
     elif cfg.train.engine == "deepspeed":  # needs a process group, even of one rank
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
