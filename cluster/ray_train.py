@@ -51,6 +51,7 @@ PLACE_S = 20.0  # in which Ray finds a place where it has one; it notices a lost
 REPLACEMENT_S = 60.0  # a node that is lost may have a successor
 REST_S = 60.0  # after a restart, before processes stand by for the next one
 POLL_S = 0.5  # between two looks at the ranks; Ray Train's default is 2
+FINISH_S = 20.0  # that the first rank has for a save under way, where others are lost
 
 _leaving = threading.Event()
 
@@ -151,10 +152,12 @@ def run_workers(
     timeout_s: float,
     mistakes: tuple[type[BaseException], ...],
     check: Callable[[], None],
+    finish: Callable[[], None],
 ) -> None:
     """Run ``function(config)`` on every rank of a process group, until all ranks have returned.
 
     Before they form the group, each of them calls ``check``, which may raise one of ``mistakes``.
+    Where other ranks were lost, the first one calls ``finish`` before it is ended.
 
     Ranks that are lost start again together; so does whatever fails with an exception that is none
     of ``mistakes``. That happens ``max_failures`` times without a new safe step in ``mailbox``.
@@ -192,6 +195,7 @@ def run_workers(
         ),
     )
     trainer.mistakes, trainer.mailbox, trainer.wait_s = mistakes, mailbox, wait_s
+    trainer.finish = finish
     try:
         trainer.fit()
     except TrainingFailedError as error:
@@ -269,6 +273,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     mistakes: tuple[type[BaseException], ...]
     mailbox: Mailbox
     wait_s: float
+    finish: Callable[[], None]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         """As Ray does, with our controller and our policies."""
@@ -285,7 +290,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         variables |= get_env_vars_to_propagate()
         actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
-        controller = actor(_Controller).remote(mailbox=self.mailbox, **kwargs)
+        controller = actor(_Controller).remote(self.mailbox, self.finish, **kwargs)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
 
@@ -294,10 +299,11 @@ class _RankGroup(WorkerGroup):  # type: ignore[misc]
     """Ray's own, except that a rank lost while all start counts as any other lost rank.
 
     Where ranks have failed, the others end without leaving their process group: it is broken, and
-    they may wait in it.
+    they may wait in it. Before, the first rank may finish what it saves.
     """
 
     standby = Standby()  # of the controller, which has one group after the other
+    finish: Callable[[], None]
 
     def _create_workers(
         self,
@@ -333,6 +339,9 @@ class _RankGroup(WorkerGroup):  # type: ignore[misc]
     def shutdown(self) -> None:
         status = self.get_latest_poll_status()
         if status is not None and status.errors:
+            if 0 not in status.errors:
+                saved = self.get_workers()[0].execute_async(_call, type(self).finish)
+                ray.wait([saved], timeout=FINISH_S)
             self.abort()
         else:
             super().shutdown()
@@ -366,8 +375,9 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     worker_group_cls = _RankGroup
 
-    def __init__(self, *, mailbox: Mailbox, **kwargs: Any) -> None:
+    def __init__(self, mailbox: Mailbox, finish: Callable[[], None], **kwargs: Any) -> None:
         self._mailbox = mailbox
+        self.worker_group_cls.finish = staticmethod(finish)
         self._step_before: str | None = None
         self._prepared, self._groups = False, 0
         super().__init__(**kwargs)
@@ -466,6 +476,10 @@ class _Resizing(ElasticScalingPolicy):  # type: ignore[misc]
 
 def _leave() -> None:
     _leaving.set()
+
+
+def _call(function: Callable[[], None]) -> None:  # Ray takes only what has a name
+    function()
 
 
 def _failures(error: TrainingFailedError) -> Mapping[int, BaseException]:

@@ -72,7 +72,9 @@ def join_torchrun(backend: str, timeout: timedelta = default_pg_timeout) -> None
     wrote (pytorch#135712). So each attempt has keys of its own.
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    attempt = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    attempt = dist.PrefixStore(  # type: ignore[attr-defined]
+        os.environ["TORCHELASTIC_RESTART_COUNT"], store
+    )
     dist.init_process_group(
         backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout
     )

@@ -19,7 +19,12 @@ from cluster.storage import StorageRefusedError, join
 from data_prep.masks import MaskSampler
 from data_prep.shards import Dataset
 from pipeline import ranks as distributed
-from pipeline.checkpoints import CheckpointError, CheckpointStore, refuse_other_model
+from pipeline.checkpoints import (
+    CheckpointError,
+    CheckpointStore,
+    finish_saves,
+    refuse_other_model,
+)
 from pipeline.config import Config
 from pipeline.data.loaders import recipe_misfits
 from pipeline.device import memory_explained
@@ -280,6 +285,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                         timeout_s=2 * cfg.train.hang_timeout_s,
                         mistakes=MISTAKES,
                         check=find_device,
+                        finish=finish_saves,
                     )
                 except BaseException as error:
                     failure.append(error)

@@ -1,5 +1,6 @@
 """Checkpoints on storage: committed by their manifest, found by URL, fetched and verified."""
 
+from pipeline.checkpoints.background_saves import finish_saves
 from pipeline.checkpoints.manifest import CheckpointError, CheckpointManifest
 from pipeline.checkpoints.store import (
     BEST,
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointManifest",
     "CheckpointStore",
     "MetricMode",
+    "finish_saves",
     "parse_best",
     "refuse_other_model",
 ]

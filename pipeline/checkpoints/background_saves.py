@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,15 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 LONGEST_WAIT_S = 30.0  # that training waits for the save before
+
+
+_all: weakref.WeakSet[BackgroundSaves] = weakref.WeakSet()
+
+
+def finish_saves() -> None:
+    """Wait until no save of this process is at its first attempt: storage answers, or is away."""
+    for saves in list(_all):
+        saves.settle()
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class BackgroundSaves:
         """The newest step that is known to be whole on storage."""
         self._failure: BaseException | None = None
         self._closed = False
+        _all.add(self)
 
     def submit(self, step: int, attempt: Callable[[], None]) -> None:
         """Run ``attempt`` in the background. Raises the failure of an earlier save.
@@ -49,11 +60,8 @@ class BackgroundSaves:
         Waits for the save before, unless that is being repeated or takes ``LONGEST_WAIT_S``: at
         most two saves are in memory.
         """
+        self.settle()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._idle or self._failing_since is not None or self._failure is not None,
-                LONGEST_WAIT_S,
-            )
             self.raise_failure()
             if self._next is not None:
                 log.warning("checkpoint superseded step=%d by=%d", self._next.step, step)
@@ -62,6 +70,14 @@ class BackgroundSaves:
                 self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until no save is at its first attempt, for at most ``LONGEST_WAIT_S``."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._idle or self._failing_since is not None or self._failure is not None,
+                LONGEST_WAIT_S,
+            )
 
     def raise_failure(self) -> None:
         """Raise the failure of a save, once; returns at once otherwise."""

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +176,30 @@ def asked_to_leave(config: dict[str, Any]) -> None:
     Path(config["tries"]).write_text("left")
 
 
-def run(function: Any, tmp_path: Path, **config: Any) -> str:
+def lost_beside_a_save(config: dict[str, Any]) -> None:
+    """In the first try the second rank is lost; the first one then has something to save."""
+    tries = Path(config["tries"])
+    saved = tries.with_name("saved").exists()
+    first = ray.train.get_context().get_world_rank() == 0
+    if first:
+        tries.write_text(f"saved: {saved}")
+    if not saved:
+        time.sleep(60 if first else 5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_slowly(folder: Path) -> None:
+    time.sleep(2)
+    (folder / "saved").touch()
+
+
+def run(function: Any, tmp_path: Path, *, ranks: int = 1, **config: Any) -> str:
     tries = tmp_path / "tries"
     try:
         run_workers(
             function,
             {"tries": str(tries)} | config,
-            Workers(1, "CPU"),
+            Workers(ranks, "CPU"),
             mailbox=Mailbox(str(tmp_path)),
             wait_s=0,
             storage_url=str(tmp_path / "ray"),
@@ -189,6 +207,7 @@ def run(function: Any, tmp_path: Path, **config: Any) -> str:
             timeout_s=60,
             mistakes=(ValueError,),
             check=lambda: None,
+            finish=partial(save_slowly, tmp_path),
         )
     finally:
         tried = tries.read_text()
@@ -203,6 +222,10 @@ def test_a_mistake_is_tried_once_and_reported_in_the_worker_s_words(tmp_path):
 
 def test_a_lost_worker_is_started_again(tmp_path):
     assert run(killed_once, tmp_path) == "xx"
+
+
+def test_the_first_rank_finishes_its_save_where_others_are_lost(tmp_path):
+    assert run(lost_beside_a_save, tmp_path, ranks=2) == "saved: True"
 
 
 def test_so_is_one_that_is_lost_before_it_has_started(tmp_path):
