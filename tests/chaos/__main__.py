@@ -86,8 +86,9 @@ def run(name: str, first_seed: int, count: int | None, out: Path) -> bool:
                 for outcome in outcomes
             ],
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        if outcomes:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n")
     broken = [outcome.seed for outcome in outcomes if outcome.broken]
     print(
         f"{name}: {len(outcomes)} scenarios in {seconds:.0f} s, {len(broken)} broke a promise"

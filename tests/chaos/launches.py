@@ -185,6 +185,7 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "chaos",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),
         "GLOO_SOCKET_IFNAME": "lo",
     }

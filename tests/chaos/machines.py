@@ -63,7 +63,7 @@ class LeftAlone:
     @functools.cached_property
     def job(self) -> training.LeftAlone:
         training.preload()
-        self._folder.mkdir()
+        self._folder.mkdir(exist_ok=True)
         return training.LeftAlone(self._folder)
 
 
