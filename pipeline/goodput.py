@@ -16,9 +16,10 @@ PHASES: tuple[Phase, ...] = (
     "restart",
     "compilation",
 )
-"""``data``: waiting for it. ``restart``: everything before the first step of an attempt, with what
-has passed since the last progress of an attempt that was lost. ``compilation``: the first step of
-an attempt, where it compiles. What the device still does when a phase ends counts to the next."""
+"""``data``: waiting for it. ``restart``: everything before the first step of an attempt, since the
+stage was launched, or since the last progress of an attempt that was lost. ``compilation``: the
+first step of an attempt, where it compiles. What the device still does when a phase ends counts to
+the next."""
 HOURS = "speed/hours_"
 
 
@@ -26,17 +27,18 @@ class WallTime:
     """Seconds in each phase over all attempts of a run, as one rank sees them.
 
     Every second belongs to one phase, so the phases add up to the whole. ``hours`` are those of
-    earlier attempts, ``lost_s`` what has passed since the last of them was lost.
+    earlier attempts, ``before_s`` what has passed since the last of them was lost, or since the
+    launch.
     """
 
     def __init__(
         self,
         hours: Mapping[str, float] | None = None,
-        lost_s: float = 0.0,
+        before_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._seconds = {phase: 3600 * (hours or {}).get(phase, 0.0) for phase in PHASES}
-        self._seconds["restart"] += lost_s
+        self._seconds["restart"] += before_s
         self._clock, self._since = clock, clock()
         self._phase: Phase = "restart"
         self._last = dict(self._seconds)

@@ -61,12 +61,14 @@ def train_on_rank(
     stop: StopRequest,
     lease: HeldLease | None,
     on_step: Callable[[int], None] = lambda step: None,
+    launched: float | None = None,
 ) -> Position:
     """What every rank runs, whoever launched it; collective from the first line to the last.
 
     Resumes from the newest checkpoint and ends at ``cfg.train.steps``, or two steps after ``stop``
     was requested on any rank. Everything is saved in both cases. Returns the last position.
-    Rank 0, which saves, has the run's ``lease`` and calls ``on_step`` after each step.
+    Rank 0, which saves, has the run's ``lease`` and calls ``on_step`` after each step. The wall
+    time of the run counts from ``launched`` (seconds since 1970), by default from now.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -75,7 +77,7 @@ def train_on_rank(
     set_backends(cfg.train.precision, deterministic=cfg.train.deterministic)
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
-    wall = _wall_time(storage) if ranks.first else WallTime()
+    wall = _wall_time(storage, launched) if ranks.first else WallTime()
     torch.manual_seed(cfg.train_seed)  # equal initial weights on all ranks
 
     checkpoints = CheckpointStore(
@@ -113,17 +115,18 @@ def train_on_rank(
         return loop.run(loader, position, stop)
 
 
-def _wall_time(storage: RunStorage) -> WallTime:
+def _wall_time(storage: RunStorage, launched: float | None) -> WallTime:
     """The wall time of the run so far, from what its earlier attempts recorded."""
+    start_s = 0.0 if launched is None else max(time.time() - launched, 0.0)
     try:
         before = last_logged(storage.run, HOURS)
     except OSError as error:
         log.warning(
             "hours of earlier attempts are not counted, their record was not read: %s", error
         )
-        return WallTime()
+        return WallTime(before_s=start_s)
     hours = {name.removeprefix(HOURS): value for name, value in before.values.items()}
-    return WallTime(hours, before.lost_s)
+    return WallTime(hours, before.lost_s or start_s)
 
 
 def _load_initial_weights(cfg: Config, **modules: nn.Module) -> None:
@@ -194,7 +197,7 @@ class TrainingLoop:
                 self._check_replicas(position.step)
             if last or position.step % cfg.save_every_steps == 0:
                 with self.wall.within("saving"), self.watch.during("the save"):
-                    self._save(position, stop, validate=last or not stopping)
+                    self._save(position, stop, validate=last or not (stopping or leaving))
             elif stopping or (leaving and not left):
                 # The launcher kills this process after some seconds.
                 log.warning("saving step=%d: %s", position.step, "stop" if stopping else "leave")
@@ -366,7 +369,7 @@ class TrainingLoop:
         return " or ".join(settings)
 
     def _save(self, position: Position, stop: StopRequest, *, validate: bool) -> None:
-        """Write a checkpoint; ``validate`` the averaged generator first, unless a stop comes."""
+        """Write a checkpoint; ``validate`` the averaged generator first, if there is time."""
         with self.wall.within("validation"):
             evaluation = self._validate(stop) if validate else None
         metrics = {}
@@ -426,17 +429,21 @@ class TrainingLoop:
             log.info("checkpoint step=%d%s stall_s=%.3f", position.step, measured, stall_s)
 
     def _validate(self, stop: StopRequest) -> Evaluation | None:
-        """None where a stop was requested meanwhile, on any rank."""
+        """None where a stop was requested meanwhile, or a node is about to go, on any rank."""
+
+        def hurry() -> bool:
+            return stop.requested or stop.leaving
+
         batches = validation_batches(
             self.cfg, self.dataset, self.ranks, self.cfg.evaluate.samples_while_training
         )
         evaluation = evaluate(
             self.pair.average.module,
-            itertools.takewhile(lambda _: not stop.requested, self.watch.each(batches)),
+            itertools.takewhile(lambda _: not hurry(), self.watch.each(batches)),
             device=self.ranks.device,
             keep=self.cfg.evaluate.sheet if self.ranks.first else 0,
         )
-        if any(distributed.gathered(stop.requested)):
+        if any(distributed.gathered(hurry())):
             return None
         return evaluation
 

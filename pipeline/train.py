@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -61,6 +62,7 @@ def train(cfg: Config, storage: RunStorage) -> bool:
 
     Returns whether that step was reached; False means stopped on request, with everything saved.
     """
+    launched = time.time()
     checkpoints = CheckpointStore(storage.checkpoints)
     if _finished(cfg, checkpoints):
         log.info("training already finished run=%s step=%d", cfg.name, cfg.train.steps)
@@ -69,8 +71,8 @@ def train(cfg: Config, storage: RunStorage) -> bool:
     cfg = with_its_masks(cfg, checkpoints)
     _refuse_early(cfg, dataset, checkpoints)
     if _trains_here(cfg):
-        return _train_here(cfg, storage, dataset)
-    _train_on_ray(cfg, storage)
+        return _train_here(cfg, storage, dataset, launched)
+    _train_on_ray(cfg, storage, launched)
     return _finished(cfg, checkpoints)
 
 
@@ -119,7 +121,7 @@ def _finished(cfg: Config, checkpoints: CheckpointStore) -> bool:
     return fault is None
 
 
-def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
+def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset, launched: float) -> bool:
     """In this process: one rank of torchrun's, or the only one."""
     backend = "gloo" if _device_here(cfg).type == "cpu" else "nccl"
     if distributed.launched_by_torchrun():
@@ -152,7 +154,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset) -> bool:
         ):
             # By its own count: rank 0 may still be writing the last checkpoint.
             with memory_explained(cfg.train):
-                end = train_on_rank(cfg, storage, dataset, ranks, stop, lease, show)
+                end = train_on_rank(cfg, storage, dataset, ranks, stop, lease, show, launched)
             return end.step >= cfg.train.steps
     finally:
         if dist.is_initialized():
@@ -238,7 +240,7 @@ def _shortage_as_error() -> Iterator[None]:
         raise TrainingError(f"{error}: {NO_ROOM}") from error
 
 
-def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
+def _train_on_ray(cfg: Config, storage: RunStorage, launched: float) -> None:
     """Under Ray Train, which replaces lost workers; they resume from the newest checkpoint."""
     with connect():
         from cluster import ray_train
@@ -276,6 +278,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage) -> None:
                             "config": cfg.model_dump(mode="json"),
                             "device": device,
                             "lease": lease,
+                            "launched": launched,
                         },
                         workers,
                         mailbox=mailbox,
@@ -332,4 +335,5 @@ def _train_in_ray_worker(loop_config: dict[str, Any]) -> None:
     with contextlib.closing(stop), memory_explained(cfg.train):
         lease = loop_config["lease"] if ranks.first else None
         dataset = storage.open_dataset()
-        train_on_rank(cfg, storage, dataset, ranks, stop, lease, stop.note_step)
+        launched = loop_config["launched"]
+        train_on_rank(cfg, storage, dataset, ranks, stop, lease, stop.note_step, launched)

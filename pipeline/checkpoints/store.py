@@ -64,8 +64,8 @@ class CheckpointStore:
     finite tensors and metrics. One process may save, any number may read. What does not have its
     digest is read again over new connections before it counts as damaged.
 
-    ``before_commit`` runs before a save removes what is left of an earlier one, and before each
-    manifest is written; where it raises, neither happens.
+    ``before_commit`` runs before a save removes what is left of an earlier one, before each
+    manifest is written, and before retention; where it raises, what it precedes does not happen.
 
     ``only``: the store itself is this one checkpoint, as ``pull`` leaves it, and is not written.
     """
@@ -490,6 +490,7 @@ class _Writing:
             sum(map(len, self._files.values())) / 1e6,
             join(checkpoints.url, checkpoints.folder(step)),
         )
+        checkpoints.before_commit()  # the put may have taken longer than the lease lives
         checkpoints._clean_up(step)
 
     def _put(self, name: str) -> None:

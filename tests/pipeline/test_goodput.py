@@ -20,7 +20,7 @@ class Clock:
 
 def test_phases_add_up_to_the_whole_over_attempts():
     clock = Clock()
-    wall = WallTime({"training": 1.0, "saving": 0.5}, lost_s=360.0, clock=clock)
+    wall = WallTime({"training": 1.0, "saving": 0.5}, before_s=360.0, clock=clock)
 
     def batches():
         while True:

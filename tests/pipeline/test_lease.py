@@ -149,6 +149,30 @@ def test_who_was_taken_over_notices_and_commits_nothing(store):
     assert json.loads(store.get(LEASE))["id"] == "stranger"  # not released by the loser
 
 
+def test_a_commit_that_lands_after_a_takeover_retires_nothing_of_the_new_trainer(
+    store, monkeypatch
+):
+    """Its put may hang for longer than the lease lives."""
+    theirs = CheckpointStore(store)
+    for step in (1, 3):
+        theirs.save(step, {"a.json": b"{}"}, manifest={"metrics": {}})
+    theirs.close()
+    put = store.put
+    with hold(store) as mine:
+
+        def slow_put(key: str, data: bytes) -> None:
+            if key == "step-00000002/manifest.json":
+                write(store, STRANGER)
+            put(key, data)
+
+        monkeypatch.setattr(store, "put", slow_put)
+        checkpoints = CheckpointStore(store, keep=1, before_commit=mine.check)
+        checkpoints.save(2, {"a.json": b"{}"}, manifest={"metrics": {}})
+        with pytest.raises(LeaseLostError, match="taken over by process 1 on far"):
+            checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3]
+
+
 def test_a_copy_of_the_lease_in_a_worker_checks_as_well(store):
     with hold(store) as mine:
         HeldLease(store, mine.lease).check()
