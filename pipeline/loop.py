@@ -350,12 +350,19 @@ class TrainingLoop:
             )
 
     def _healthy(self) -> str:
-        """Which checkpoint a run that ends now leaves."""
-        self.checkpoints.wait()
-        newest = self.checkpoints.newest()
-        if newest is None:
+        """Which checkpoint a run that ends now leaves. Collective: all ranks end, and say so.
+
+        By what rank 0 has loaded and saved: a newer one may lie there, which it passed over.
+        """
+        if self.ranks.first:
+            try:
+                self.checkpoints.wait()
+            except Exception as error:  # the run ends for another reason, and others wait
+                log.warning("the last save failed: %s", error)
+        step = distributed.from_first(self.checkpoints.safe_step)
+        if step is None:
             return "no checkpoint was saved"
-        return f"the newest checkpoint, of step {newest}, is healthy"
+        return f"the newest healthy checkpoint is that of step {step}"
 
     def _advice(self) -> str:
         cfg = self.cfg.train

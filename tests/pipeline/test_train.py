@@ -1,5 +1,8 @@
 """Where training runs, what is refused before it starts, and what counts as finished."""
 
+import gzip
+import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -7,15 +10,23 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
+from pipeline import ranks as distributed
+from pipeline.arguments.common import STOPPED
 from pipeline.checkpoints import CheckpointStore
+from pipeline.cli import main
 from pipeline.config import Config
+from pipeline.data.batch import DeviceBatch
 from pipeline.errors import TrainingError
 from pipeline.goodput import HOURS, PHASES
 from pipeline.loop import train_on_rank
+from pipeline.pair import NetworkPair
 from pipeline.ranks import Ranks
 from pipeline.run_storage import RunStorage
+from pipeline.step import StepResult
+from pipeline.stop_request import SignalStop
 from pipeline.tracking import last_logged
 from pipeline.train import train
+from tests.distributed import on_ranks
 from tests.small_dataset import FIXTURE, unpack_dataset
 
 pytestmark = [
@@ -75,7 +86,10 @@ class NodeIsGoing:
 
 
 def test_a_rank_whose_node_goes_saves_once_and_trains_on(storage):
-    cfg, stored = recipe(storage, "name=going", "train.steps=6", "train.save_every_steps=6")
+    cfg, stored = recipe(
+        *(storage, "name=going", "train.steps=6", "train.save_every_steps=6"),
+        "train.profile_steps=[1,2]",
+    )
     stop, threads = NodeIsGoing(), set(threading.enumerate())
     end = train_on_rank(cfg, stored, stored.open_dataset(), Ranks(), stop, None)
     assert end.step == 6
@@ -84,6 +98,9 @@ def test_a_rank_whose_node_goes_saves_once_and_trains_on(storage):
     assert checkpoints.manifest(1).metrics == {}
     assert stop.safe[-1] == 6
     assert set(threading.enumerate()) <= threads  # none is at work when the interpreter ends
+    (profile,) = stored.run.list_keys("profile/")
+    assert profile == "profile/steps-00000001-00000002.json.gz"
+    assert json.loads(gzip.decompress(stored.run.get(profile)))["traceEvents"]
 
 
 def test_a_rank_whose_node_goes_validates_nothing(storage):
@@ -110,3 +127,45 @@ def test_every_second_since_the_launch_belongs_to_a_phase(storage):
     # Besides the phases: trackers that end, and what comes between both calls here.
     rest_s = whole_s - 3600 * sum(hours.values())
     assert 0 <= rest_s < 0.01 * whole_s + ALLOWANCE_S
+
+
+def test_hours_that_are_over_end_a_run_as_a_stop_does(storage):
+    settings = ["name=hours", "train.steps=9", "model.width=8", "train.max_hours=1e-9"]
+    words = ["train", str(FIXTURE / "recipe.yaml"), f"storage={storage}", *settings]
+    assert main(words) == STOPPED
+    checkpoints = CheckpointStore(recipe(storage, "name=hours")[1].checkpoints)
+    assert checkpoints.steps() == [1]
+    assert checkpoints.manifest(1).metrics == {}  # no time for a validation
+
+
+def drifting(storage: Path) -> str:
+    """How a run of these ranks ends of which the second changes one weight after step 3."""
+    ranks, real = distributed.current(), NetworkPair.step
+
+    def step(pair: NetworkPair, batch: DeviceBatch, done: int) -> StepResult:
+        result = real(pair, batch, done)
+        if ranks.rank == 1 and done == 2:
+            next(iter(pair.discriminator.module.parameters())).data.view(-1)[0] += 1e-6
+        return result
+
+    cfg, stored = recipe(
+        *(storage, "name=drifting", "train.steps=9", "train.save_every_steps=2"),
+        "train.check_replicas_every_steps=4",
+    )
+    dataset = stored.open_dataset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NetworkPair, "step", step)
+        try:
+            train_on_rank(cfg, stored, dataset, ranks, SignalStop(), None)
+        except TrainingError as error:
+            return str(error)
+    return "it trained to the end"
+
+
+def test_ranks_that_drift_apart_end_the_run_and_name_themselves_and_the_checkpoint(storage):
+    first, second = on_ranks(2, drifting, storage)
+    assert first == second
+    assert "different weights at step 4: the discriminator of rank 0 (" in first
+    assert re.search(r"\), 1 \(\S+\) differs", first)
+    assert "the newest healthy checkpoint is that of step 2: run the same command" in first
+    assert CheckpointStore(recipe(storage, "name=drifting")[1].checkpoints).steps() == [2]
