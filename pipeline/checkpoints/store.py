@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -554,11 +553,18 @@ def best_of(
 
 
 def ranked(manifests: Mapping[int, CheckpointManifest], metric: str, mode: MetricMode) -> list[int]:
-    """The steps with a finite value of ``metric``, the best first; of equals the later one."""
+    """The steps that have ``metric``, the best first; of equals the later one.
+
+    A step with any metric that is not finite is not healthy, so it is none of them: version 0.1
+    wrote a PSNR of 100 beside an L1 of NaN.
+    """
     sign = 1 if mode == "max" else -1
-    values = {step: sign * m.metrics.get(metric, math.nan) for step, m in manifests.items()}
-    finite = [step for step, value in values.items() if math.isfinite(value)]
-    return sorted(finite, key=lambda step: (values[step], step), reverse=True)
+    values = {
+        step: sign * manifest.metrics[metric]
+        for step, manifest in manifests.items()
+        if metric in manifest.metrics and manifest.metrics_fault is None
+    }
+    return sorted(values, key=lambda step: (values[step], step), reverse=True)
 
 
 def _validated_alike(

@@ -90,13 +90,16 @@ def tensors(value: float) -> bytes:
     return save_tensors(named)
 
 
-def write_as_version_0_1(run: Store, step: int, files: Mapping[str, bytes], l1: float) -> None:
+def write_as_version_0_1(
+    run: Store, step: int, files: Mapping[str, bytes], l1: float, **more: float
+) -> None:
     """A checkpoint as code wrote it that did not look at its values."""
     digests = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in files.items()
     }
-    manifest = {"step": step, "metrics": {"val/l1": l1}, "files": digests}
+    metrics = {"val/l1": l1} | {f"val/{name}": value for name, value in more.items()}
+    manifest = {"step": step, "metrics": metrics, "files": digests}
     for name, data in {**files, "manifest.json": json.dumps(manifest).encode()}.items():
         run.put(f"step-{step:08d}/{name}", data)
 
@@ -131,6 +134,14 @@ def test_a_checkpoint_that_is_not_finite_counts_as_damaged(
     assert [len(checkpoints.verify(step)) for step in (10, 20, 30)] == [0, 1, 1]
     assert checkpoints.fault(10) is None
     assert checkpoints.fault(30) == "its metric val/l1 is nan"
+
+
+def test_a_checkpoint_with_a_metric_that_is_not_finite_is_best_by_no_other(run: Store) -> None:
+    for step, l1, psnr in ((10, 0.5, 20.0), (20, math.nan, 100.0), (30, 0.6, 18.0)):
+        write_as_version_0_1(run, step, {"ema.safetensors": tensors(1.0)}, l1, psnr=psnr)
+    checkpoints = CheckpointStore(run, keep=1, best=("val/psnr", "max"))
+    assert checkpoints.best("val/psnr", "max") == 10
+    assert checkpoints.prune() == [20]
 
 
 def test_pruning_keeps_the_newest_healthy_checkpoint(run: Store) -> None:
