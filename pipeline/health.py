@@ -158,7 +158,8 @@ class Alarms:
         return abs(loss - 1) < DEAD_LOSS and abs(margin) < DEAD_MARGIN
 
     def _margin_grows(self, step: int, values: Mapping[str, float]) -> bool:
-        if (margin := values.get("score/margin")) is None:
+        margin = values.get("score/margin")
+        if margin is None or math.isnan(margin):  # nothing grows in comparison with NaN
             return False
         self._margins.append((step, margin))
         while len(self._margins) > 1 and self._margins[1][0] <= step - GROWING.steps:

@@ -132,6 +132,18 @@ def test_a_margin_that_grows_without_end_is_reported_and_a_large_steady_one_is_n
     assert raised(steady, range(0, 4000, 100), HEALTHY | {"score/margin": 15.0}) == []
 
 
+def test_what_is_not_a_number_raises_nothing_and_hides_no_growth():
+    assert raised(Alarms(), range(0, 4000, 100), dict.fromkeys(HEALTHY, math.nan)) == []
+    found = []
+    for spoiled in (None, 1000):
+        alarms = Alarms()
+        for step in range(0, 4000, 100):
+            margin = math.nan if step == spoiled else 2.0 * 1.15 ** (step / 100)
+            names = alarms.look(step, HEALTHY | {"score/margin": margin})
+            found += [(step, name) for name in names]
+    assert found == [(1700, GROWING.name)] * 2
+
+
 def test_reports_without_a_discriminator_raise_nothing():
     assert raised(Alarms(), range(0, 4000, 100), {"loss/l1_refined": 0.1}) == []
     assert raised(Alarms(), range(0, 4000, 100), {}) == []
