@@ -1,16 +1,21 @@
 """One update of both networks against the plain transcription of the authors'."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks.reference import networks as reference
 from benchmarks.reference.step import train_step as reference_step
 from models import Discriminator, Generator
+from models.options import ModelOptions
+from pipeline import pair as pairs
 from pipeline import ranks as distributed
+from pipeline.config import TrainSettings
 from pipeline.data.batch import Batch, DeviceBatch
 from pipeline.engine import Adam, Gate, TorchEngine
 from pipeline.ranks import Ranks
-from pipeline.step import FAULTS, train_step
+from pipeline.step import FAULTS, StepResult, train_step
 from tests.distributed import on_ranks
 from tests.models.golden import fill_discriminator, fill_generator
 
@@ -172,6 +177,41 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert result.bad == 1
     assert FAULTS[int(result.faults.argmax())] == fault
     assert all(map(torch.equal, everything(generator, discriminator), before))
+
+
+def test_each_network_steps_at_its_own_rate_and_the_adversarial_weight_is_that_of_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[float] = []
+
+    def watched(*args: Any, gan_weight: float, **options: Any) -> StepResult:
+        given.append(gan_weight)
+        return train_step(*args, gan_weight=gan_weight, **options)
+
+    monkeypatch.setattr(pairs, "train_step", watched)
+    settings = TrainSettings(
+        steps=9,
+        generator_learning_rate=1e-3,
+        discriminator_learning_rate=4e-3,
+        warmup_steps=4,
+        gan_weight=0.4,
+        gan_ramp_steps=4,
+    )
+    model = ModelOptions(guided=False, width=4)
+    networks = pairs.fresh_networks(model, settings, torch.device("cpu"))
+    pair = pairs.build_pair(model, settings, *networks, Ranks())
+    before = [[p.detach().clone() for p in network.parameters()] for network in networks]
+    pair.step(batch(0), done=1)
+    assert given == [pytest.approx(0.1)]
+    for engine, network, old, rate in zip(
+        (pair.generator, pair.discriminator), networks, before, (5e-4, 2e-3), strict=True
+    ):
+        assert isinstance(engine, TorchEngine)
+        assert [group["lr"] for group in engine._adam.param_groups] == [rate]
+        # Adam's first update is the rate, wherever a gradient is far above eps.
+        now = [parameter.detach() for parameter in network.parameters()]
+        moved = max(float((p - o).abs().max()) for p, o in zip(now, old, strict=True))
+        assert moved == pytest.approx(rate, rel=1e-3)
 
 
 def test_a_sketch_is_for_guided_networks() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models import Discriminator, Generator
 from pipeline import ranks as distributed
 from pipeline.data.batch import DeviceBatch
-from pipeline.engine import Adam, build_engine
+from pipeline.engine import Adam, _weighted, build_engine
 from pipeline.ranks import Ranks
 from pipeline.step import train_step
 from tests.distributed import on_ranks
@@ -35,7 +35,13 @@ def test_the_shares_of_ranks_cover_the_streams_in_order(world_size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert sum(rank.weight(16) for rank in ranks) == pytest.approx(world_size)
     if 16 % world_size == 0:
-        assert {rank.weight(16) for rank in ranks} == {1.0}  # bit-equal: nothing is multiplied
+        assert {rank.weight(16) for rank in ranks} == {1.0}
+
+
+def test_equal_shares_leave_the_loss_untouched():
+    loss = torch.tensor(0.1)
+    assert _weighted(loss, 1.0) is loss  # so every bit is as without weights
+    assert _weighted(loss, 1.5) == 1.5 * loss
 
 
 def losses(*kinds: Kind) -> list[Losses]:
