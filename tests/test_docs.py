@@ -97,11 +97,17 @@ def written(package: str) -> Iterator[str]:
                 yield re.sub(r"%[-.\d]*[a-z]|\{\w+\}", "…", node.value).replace("%%", "%")
 
 
-def test_messages_in_troubleshooting_are_those_of_the_code():
-    page = Path("docs/troubleshooting.md").read_text()
-    quoted = re.findall(r"^\| `([^`]+)`", page, flags=re.M)
+@pytest.mark.parametrize(
+    ("page", "section", "fewest"),
+    [("troubleshooting.md", None, 40), ("training.md", "Failures", 12)],
+)
+def test_messages_in_the_pages_are_those_of_the_code(page, section, fewest):
+    text = Path("docs", page).read_text()
+    if section is not None:
+        text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]+)`", text, flags=re.M)
     texts = [text for package in PACKAGES for text in written(package)]
     texts += [Path("Makefile").read_text().replace("$(PYTHON)", "…")]
     wanted = [message.removeprefix("…").removesuffix("…") for message in quoted]
-    assert len(wanted) > 40
+    assert len(wanted) > fewest
     assert [message for message in wanted if not any(message in text for text in texts)] == []
