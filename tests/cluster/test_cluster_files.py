@@ -47,6 +47,15 @@ def test_the_image_is_built_from_files_that_exist() -> None:
             assert (ROOT / name).exists(), name
 
 
+def test_the_image_has_the_compiler_that_recipes_for_gpus_need() -> None:
+    for path in sorted((ROOT / "pipeline" / "recipes").glob("*.yaml")):
+        train = yaml.safe_load(path.read_text()).get("train", {})
+        if train.get("device") == "cuda":
+            assert train.get("compile") is True, path.name
+    (packages,) = re.findall(r"apt-get install ([^&]+)", DOCKERFILE)
+    assert {"gcc", "libc6-dev"} <= set(packages.split())
+
+
 def test_credentials_reach_the_pods_from_a_secret_alone() -> None:
     groups = [CLUSTER["spec"]["headGroupSpec"], *CLUSTER["spec"]["workerGroupSpecs"]]
     for group in groups:
