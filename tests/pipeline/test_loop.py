@@ -6,17 +6,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.storage import open_store
 from pipeline.arguments.common import DONE, MISTAKE
-from pipeline.checkpoints import CheckpointStore
+from pipeline.checkpoints import CheckpointError, CheckpointStore
 from pipeline.cli import main
 from pipeline.data.batch import DeviceBatch
 from pipeline.goodput import HOURS, PHASES
+from pipeline.loop import TrainingLoop
 from pipeline.pair import NetworkPair
+from pipeline.ranks import Ranks
 from pipeline.step import StepResult
 from pipeline.tracking.history import read_history
 from tests.small_dataset import FIXTURE, unpack_dataset
@@ -144,3 +148,12 @@ def test_a_run_that_diverges_names_the_checkpoint_that_is_healthy(storage, monke
     assert "steps in a row were not finite (train.max_bad_steps=3)" in message
     assert "the newest healthy checkpoint is that of step 1;" in message
     assert checkpoints.verify(1) == []
+
+
+def test_a_save_that_fails_as_a_run_ends_does_not_hide_why_it_ends(caplog):
+    def wait():
+        raise CheckpointError("step 6 could not be saved")
+
+    loop: Any = SimpleNamespace(ranks=Ranks(), checkpoints=SimpleNamespace(wait=wait, safe_step=4))
+    assert TrainingLoop._healthy(loop) == "the newest healthy checkpoint is that of step 4"
+    assert "the last save failed: step 6 could not be saved" in caplog.text
