@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,7 +18,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.constants import (
+    ENABLE_NCCL_HANG_DETECTOR_ENV_VAR,
+    NCCL_RAS_ACTION_ENV_VAR,
+    NCCL_RAS_ACTION_OBSERVE,
+    NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR,
+    get_env_vars_to_propagate,
+)
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -170,6 +177,8 @@ def run_workers(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     filesystem, path = pyarrow_filesystem(join(storage_url))
     on_gpus = workers.resource == "GPU"
+    if on_gpus:
+        _watch_nccl(timeout_s / 4)
 
     def run() -> None:
         function(config)
@@ -205,6 +214,19 @@ def run_workers(
         if isinstance(cause, RoomError):
             raise cause from error
         raise WorkersError(_reason(error, mistakes)) from error
+
+
+def _watch_nccl(after_s: float) -> None:
+    """Have Ray Train report the collectives in which ranks on GPUs stand for ``after_s``.
+
+    It only logs: the ranks end by their own watch, and Ray Train would leave a group in order that
+    hangs. It asks `ncclras`, which pip's NCCL lacks, and would warn of that in every run.
+    """
+    if shutil.which("ncclras") is None:
+        return
+    os.environ.setdefault(ENABLE_NCCL_HANG_DETECTOR_ENV_VAR, "1")
+    os.environ.setdefault(NCCL_RAS_ACTION_ENV_VAR, NCCL_RAS_ACTION_OBSERVE)
+    os.environ.setdefault(NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR, str(after_s))
 
 
 class Mailbox:

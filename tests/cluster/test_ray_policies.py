@@ -1,10 +1,14 @@
 """What Ray Train's controller decides for us: retries, and another number of ranks."""
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -100,3 +104,38 @@ def test_too_few_nodes_are_waited_for_until_the_end_of_patience_or_a_stop(monkey
     mailbox.letters["stop"] = "1"
     with pytest.raises(RoomError):
         resizing(monkeypatch, NoopDecision(), mailbox).make_decision_for_non_running_worker_group()
+
+
+@pytest.fixture
+def asked() -> Iterator[Callable[[], dict[str, str]]]:
+    """What Ray Train is asked to do about NCCL; nothing at first."""
+    with mock.patch.dict(os.environ):
+
+        def found() -> dict[str, str]:
+            return {name: value for name, value in os.environ.items() if "NCCL" in name}
+
+        for name in found():
+            del os.environ[name]
+        yield found
+
+
+def test_ranks_that_stand_in_nccl_are_reported_before_they_end(asked, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    ray_train._watch_nccl(150)
+    assert asked()["RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR"] == "1"
+    detector = NCCLRASCallback()
+    assert detector._action == "observe"
+    assert detector._confirm_duration_s == 150
+
+
+def test_what_the_user_asks_about_nccl_stays(asked, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("RAY_TRAIN_NCCL_RAS_ACTION", "fail")
+    ray_train._watch_nccl(150)
+    assert asked()["RAY_TRAIN_NCCL_RAS_ACTION"] == "fail"
+
+
+def test_without_ncclras_ray_train_is_not_asked_to_look(asked, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    ray_train._watch_nccl(150)
+    assert asked() == {}
