@@ -2,6 +2,8 @@
 
 import io
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from cluster.storage import StorageError, open_store
 from cluster.storage.files import FileStore
 from pipeline.tracking import RunInfo, open_tracker
+from pipeline.tracking.image_tracker import WAITING
 
 INFO = RunInfo(name="demo", url="s3://bucket/runs/demo")
 
@@ -31,7 +34,19 @@ def test_storage_that_fails_does_not_stop_training(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(FileStore, "put", failing)
     with open_tracker("jsonl", INFO, store=open_store(str(tmp_path)), resume_from_step=0) as run:
         run.log_image("samples", 10, np.zeros((4, 4, 3), np.uint8))
-    assert "the image samples at step 10 was not written: the disk is full" in caplog.text
+    assert "samples-00000010.png was not written: the disk is full" in caplog.text
+
+
+def test_storage_that_hangs_does_not_hold_training(tmp_path, monkeypatch, caplog):
+    answers = threading.Event()
+    monkeypatch.setattr(FileStore, "put", lambda *arguments: answers.wait(30))
+    with open_tracker("jsonl", INFO, store=open_store(str(tmp_path)), resume_from_step=0) as run:
+        started = time.monotonic()
+        for step in range(WAITING + 2):  # one is on its way
+            run.log_image("samples", step, np.zeros((4, 4, 3), np.uint8))
+        assert time.monotonic() - started < 10
+        answers.set()
+    assert "storage does not answer" in caplog.text
 
 
 @pytest.mark.parametrize(("backend", "node"), [("none", 0), ("jsonl", 1)])
