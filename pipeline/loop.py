@@ -23,7 +23,7 @@ from data_prep.shards import Dataset
 from models.masking import erase
 from pipeline import networks
 from pipeline import ranks as distributed
-from pipeline.checkpoints import CheckpointStore, parse_best, refuse_other_model
+from pipeline.checkpoints import LONGEST_WAIT_S, CheckpointStore, parse_best, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batch import DeviceBatch
 from pipeline.data.batches import TrainLoader
@@ -87,6 +87,8 @@ def train_on_rank(
         keep_best=cfg.train.keep_best,
         every=cfg.train.keep_every_steps,
         save_deadline_s=60 * cfg.train.save_deadline_minutes,
+        # Meanwhile the other ranks wait: storage that hangs must not look like a rank that does.
+        longest_wait_s=min(LONGEST_WAIT_S, cfg.train.hang_timeout_s / 2),
         before_commit=(lambda: None) if lease is None else lease.check,
     )
     if ranks.first:

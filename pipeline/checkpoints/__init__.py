@@ -1,6 +1,6 @@
 """Checkpoints on storage: committed by their manifest, found by URL, fetched and verified."""
 
-from pipeline.checkpoints.background_saves import finish_saves
+from pipeline.checkpoints.background_saves import LONGEST_WAIT_S, finish_saves
 from pipeline.checkpoints.manifest import CheckpointError, CheckpointManifest
 from pipeline.checkpoints.store import (
     BEST,
@@ -13,6 +13,7 @@ from pipeline.checkpoints.store import (
 
 __all__ = [
     "BEST",
+    "LONGEST_WAIT_S",
     "CheckpointChoice",
     "CheckpointError",
     "CheckpointManifest",

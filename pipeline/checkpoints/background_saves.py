@@ -15,7 +15,7 @@ from pipeline.checkpoints.manifest import CheckpointError
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-LONGEST_WAIT_S = 30.0  # that training waits for the save before
+LONGEST_WAIT_S = 30.0  # that training waits for the save before, by default
 
 
 _all: weakref.WeakSet[BackgroundSaves] = weakref.WeakSet()
@@ -38,11 +38,12 @@ class BackgroundSaves:
 
     An attempt that ends in StorageError is repeated, after a pause that doubles. The next save
     supersedes one that is being repeated. ``deadline_s`` after the first of such failures without
-    a success between them, and at once where storage refuses, the saves have failed.
+    a success between them, and at once where storage refuses, the saves have failed. Training
+    waits at most ``longest_wait_s`` for a save.
     """
 
-    def __init__(self, url: str, deadline_s: float) -> None:
-        self._url, self._deadline_s = url, deadline_s
+    def __init__(self, url: str, deadline_s: float, longest_wait_s: float = LONGEST_WAIT_S) -> None:
+        self._url, self._deadline_s, self._longest_wait_s = url, deadline_s, longest_wait_s
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._running: _Save | None = None
@@ -57,8 +58,8 @@ class BackgroundSaves:
     def submit(self, step: int, attempt: Callable[[], None]) -> None:
         """Run ``attempt`` in the background. Raises the failure of an earlier save.
 
-        Waits for the save before, unless that is being repeated or takes ``LONGEST_WAIT_S``: at
-        most two saves are in memory.
+        Waits for the save before, unless that is being repeated or takes ``longest_wait_s``:
+        at most two saves are in memory.
         """
         self.settle()
         with self._changed:
@@ -72,11 +73,11 @@ class BackgroundSaves:
             self._changed.notify_all()
 
     def settle(self) -> None:
-        """Wait until no save is at its first attempt, for at most ``LONGEST_WAIT_S``."""
+        """Wait until no save is at its first attempt, for at most ``longest_wait_s``."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._idle or self._failing_since is not None or self._failure is not None,
-                LONGEST_WAIT_S,
+                self._longest_wait_s,
             )
 
     def raise_failure(self) -> None:

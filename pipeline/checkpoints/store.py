@@ -24,7 +24,7 @@ from cluster.storage import (
 )
 from cluster.storage.records import NewerReleaseError, RecordError, read_insisting, read_many
 from models.options import ModelOptions
-from pipeline.checkpoints.background_saves import BackgroundSaves
+from pipeline.checkpoints.background_saves import LONGEST_WAIT_S, BackgroundSaves
 from pipeline.checkpoints.manifest import (
     MANIFEST,
     PULLED,
@@ -78,6 +78,7 @@ class CheckpointStore:
         keep_best: int = 1,
         every: int | None = None,
         save_deadline_s: float = SAVE_DEADLINE_S,
+        longest_wait_s: float = LONGEST_WAIT_S,
         before_commit: Callable[[], None] = lambda: None,
         only: int | None = None,
     ) -> None:
@@ -88,7 +89,7 @@ class CheckpointStore:
                 raise ValueError(f"{name}={value} should be at least 1")
         self._store, self._keep, self._best, self._every = store, keep, best, every
         self._keep_best = keep_best
-        self._saves = BackgroundSaves(store.url, save_deadline_s)
+        self._saves = BackgroundSaves(store.url, save_deadline_s, longest_wait_s)
         self._only = only
         self.before_commit = before_commit
 
@@ -110,11 +111,11 @@ class CheckpointStore:
         """Write in the background; ``manifest`` is added to the names, sizes and digests.
 
         ``files``: names and contents, or what makes them, in the background as well. Returns at
-        once, unless the previous save is still on its first attempt: then it waits for that. While
-        storage is away, attempts are repeated until ``save_deadline_s``, or until the next save
-        supersedes this one. Raises the failure of an earlier save, and CheckpointError where a
-        metric in ``manifest`` is not finite. A tensor that is not finite raises CheckpointError
-        later, as a failure does. None of these leaves a finished checkpoint.
+        once, unless the previous save is still on its first attempt: then it waits for that, for
+        ``longest_wait_s``. While storage is away, attempts are repeated until ``save_deadline_s``,
+        or until the next save supersedes this one. Raises the failure of an earlier save, and
+        CheckpointError where a metric in ``manifest`` is not finite. A tensor that is not finite
+        raises CheckpointError later, as a failure does. None of these leaves a finished checkpoint.
         """
         if fault := metrics_fault(manifest.get("metrics", {})):
             raise CheckpointError(f"step {step} was not saved at {self.url}: {fault}")

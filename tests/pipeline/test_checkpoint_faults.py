@@ -221,7 +221,6 @@ def test_superseding_does_not_put_the_deadline_off(store: Store, fails: Fails) -
 def test_training_does_not_wait_for_a_save_that_hangs(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(background_saves, "LONGEST_WAIT_S", 0.05)
     answers, real = threading.Event(), store.put
 
     def hanging(key: str, data: bytes) -> None:
@@ -229,7 +228,7 @@ def test_training_does_not_wait_for_a_save_that_hangs(
         real(key, data)
 
     monkeypatch.setattr(store, "put", hanging)
-    checkpoints = CheckpointStore(store)
+    checkpoints = CheckpointStore(store, longest_wait_s=0.05)
     for step in (10, 20, 30):
         checkpoints.save(step, FILES, manifest={})
     answers.set()
