@@ -25,7 +25,8 @@ def run(cfg: Config, storage: RunStorage, *, replace: bool = False) -> bool:
         prepare(cfg, storage, replace=replace)
         if not train(cfg, storage):
             return False
-        evaluate_run(cfg, storage)
+        with sigterm_interrupts():
+            evaluate_run(cfg, storage)
     return True
 
 

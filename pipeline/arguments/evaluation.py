@@ -187,6 +187,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _evaluate_held_out(arguments: argparse.Namespace) -> int:
     from pipeline.evaluation.job import evaluate_run
     from pipeline.run_storage import RunStorage
+    from pipeline.stop_request import sigterm_interrupts
 
     needing = ("baseline", "out", "inception", "vgg", "check")
     if given := [name for name in needing if getattr(arguments, name)]:
@@ -194,7 +195,8 @@ def _evaluate_held_out(arguments: argparse.Namespace) -> int:
     if arguments.source is None:
         raise ValueError("give a recipe, or --pack URL with weights or a --baseline")
     cfg = config.load(Path(arguments.source), arguments.overrides)
-    evaluate_run(cfg, RunStorage.open(cfg))
+    with sigterm_interrupts():
+        evaluate_run(cfg, RunStorage.open(cfg))
     return DONE
 
 
