@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 
+from cluster.services import S3Server
+from cluster.storage import join, open_store
 from pipeline.arguments.common import MISTAKE, STOPPED
+from pipeline.checkpoints import CheckpointStore
 from pipeline.ranks import Vote
 from pipeline.stop_request import PolledStop, SignalStop, time_to_save_s
+from tests.cluster.storage.faulty_s3 import faulty_s3
 from tests.distributed import on_ranks
-from tests.small_dataset import FIXTURE, unpack_dataset
+from tests.small_dataset import FIXTURE, unpack_dataset, upload_dataset
 
 RARE = ("train.log_every_steps=5000", "train.save_every_steps=5000", "train.steps=5000")
 
@@ -214,3 +218,43 @@ def test_a_save_that_hangs_or_a_second_signal_ends_with_the_truth(storage, monke
     assert lines[-1] == f"exit code {MISTAKE}"
     assert "stopped before the last steps were saved; no step is safe" in lines[-2]
     assert manifests(storage) == []
+
+
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["SIGTERM", "Ctrl-C twice"]
+)
+def test_a_stop_under_ray_while_storage_is_away_names_the_safe_step(
+    tmp_path: Path, s3_server: S3Server, s3_url: str, signals: list[signal.Signals]
+) -> None:
+    storage = upload_dataset(tmp_path, s3_url)
+    grace_s = "16" if len(signals) == 1 else "120"
+    lines, left = [], list(signals)
+    with faulty_s3(s3_server.url) as proxy:
+        own = {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": grace_s}
+        with subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pipeline", "train", str(FIXTURE / "recipe.yaml")),
+                *(f"storage={storage}", "name=run", *RARE, "train.save_every_steps=4"),
+                *("train.launcher=ray", "train.workers=1", "train.device=cpu"),
+                *("train.size_px=32", "model.width=8", "tracking.backend=none"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | own | {"AWS_ENDPOINT_URL": proxy.url},
+        ) as process:
+            assert process.stderr is not None
+            signaled = 0.0
+            for line in process.stderr:
+                lines.append(line)
+                if left and ("checkpoint saved step=" in line or "stop requested" in line):
+                    proxy.away = True
+                    time.sleep(3)  # the driver asks every second which step is safe
+                    signaled = time.monotonic()
+                    process.send_signal(left.pop(0))
+        seconds = time.monotonic() - signaled
+    log = "".join(lines)
+    assert process.returncode == MISTAKE, log
+    safe = CheckpointStore(open_store(join(storage, "runs/run/checkpoints"))).newest()
+    assert f"stopped before the last steps were saved; step {safe} is safe" in log
+    assert seconds < 90, log  # a save alone would have 8, and 100
