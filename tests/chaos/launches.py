@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.chaos.recorded import record
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 170  # after SIGTERM, on a machine that may be busy
+RAY_RANK = re.compile(r"pid=(\d+)\) world_rank=(\d+)")  # in the log, at every start of ranks
 MARK = "DEEPFILL_CHAOS"
 """A variable of the environment by which the processes of a launch are found."""
 
@@ -108,8 +110,11 @@ class Launch:
         """The living processes of ranks, by an order that stays: pid of each."""
         if self.kind.launcher == "forked":
             return {r: pid for r, pid in enumerate(self._forked) if pid not in self._ended()}
-        found = [p for p in self.processes() if _is_rank(p)]
-        return dict(enumerate(sorted(p.pid for p in found)))
+        found = {p.pid for p in self.processes() if _is_rank(p)}
+        # Ray Train says which of its processes are ranks: others stand by.
+        named = {int(rank): int(pid) for pid, rank in RAY_RANK.findall(self.text())}
+        ranks = {rank: pid for rank, pid in named.items() if pid in found}
+        return ranks or dict(enumerate(sorted(found)))
 
     @property
     def driver(self) -> int | None:

@@ -2,7 +2,7 @@
 
     python -m tests.chaos.recorded FOLDER COMMAND ...
 
-FOLDER takes one file per process.
+FOLDER takes one file per process, and an empty one while that process validates.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pathlib import Path
 
 from pipeline import ranks
 from pipeline.cli import main
+from pipeline.evaluation.evaluator import Evaluation
 from pipeline.interval import Interval
+from pipeline.loop import TrainingLoop
 from pipeline.state import Position
 from pipeline.step import StepResult
+from pipeline.stop_request import StopRequest
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Step:
 def record(folder: Path) -> None:
     """Append a line to a file in ``folder`` for each step of this process from now on."""
     folder.mkdir(parents=True, exist_ok=True)
-    add = Interval.add
+    add, validate = Interval.add, TrainingLoop._validate
+    validating = folder / f"{os.getpid()}.validating"
 
     def recorded(
         interval: Interval, position: Position, keys: tuple[str, ...], result: StepResult
@@ -51,7 +55,15 @@ def record(folder: Path) -> None:
             file.write(json.dumps(line) + "\n")
         add(interval, position, keys, result)
 
+    def noted(loop: TrainingLoop, stop: StopRequest) -> Evaluation | None:
+        validating.touch()
+        try:
+            return validate(loop, stop)
+        finally:
+            validating.unlink()
+
     setattr(Interval, "add", recorded)  # noqa: B010
+    setattr(TrainingLoop, "_validate", noted)  # noqa: B010
 
 
 def read(folder: Path) -> list[Step]:
@@ -62,6 +74,11 @@ def read(folder: Path) -> list[Step]:
         for line in path.read_text().splitlines(keepends=True)
         if line.endswith("\n")
     ]
+
+
+def validates(folder: Path) -> bool:
+    """Whether a rank is at the held-out images before a save, or was killed there."""
+    return any(folder.glob("*.validating"))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pipeline.ranks import Ranks
 from pipeline.tracking.history import read_history
 from tests.chaos.launches import Kind, Launch, launched
 from tests.chaos.outcome import CONTINUED, Outcome, crash_as_broken
-from tests.chaos.recorded import Step, read
+from tests.chaos.recorded import Step, read, validates
 
 SEEDS = 20
 PACKAGES = ("torch", "deepspeed", "ray")
@@ -46,6 +46,10 @@ UNDISTURBED = Kind("forked", 2)
 TOLERANCE = 1e-4  # of l1 and discriminator losses, relative, or absolute below 1
 PATIENCE_S = 180.0  # for what ends by itself, on a machine that may be busy
 HANG_S = 15
+RAY_EVENTS = ("one stopped", "all ranks killed", "head killed", "launcher killed")
+"""What comes first in the seeds of Ray, one after the other."""
+REPAIRED = ("one killed", "one stopped", "all ranks killed")
+"""What Ray Train makes good by itself."""
 PRELOADED = ("pipeline.train", "pipeline.evaluation.job", "torch._dynamo")
 
 
@@ -116,7 +120,7 @@ class Scenario:
         self.broken: list[str] = []
         self.done: list[str] = []
         self.ended = CONTINUED
-        self._launches = 0
+        self._seed, self._launches = seed, 0
 
     def run(self) -> None:
         self.folder.mkdir()
@@ -151,7 +155,7 @@ class Scenario:
     def train(self) -> None:
         newest = 0
         for _ in range(LAUNCHES):
-            kind = self._kind()
+            kind = self._kind(first=self._launches == 0)
             event = self._event(kind)
             hang = [f"train.hang_timeout_s={HANG_S}"] if event == "one stopped" else []
             with self._launch(kind, "train", *hang) as launch:
@@ -171,20 +175,27 @@ class Scenario:
     def evaluate(self) -> None:
         with self._launch(Kind("forked", 1), "evaluate") as launch:
             seconds = self.rng.uniform(0, 1)
-            self.done.append(f"evaluate, killed after {seconds:.1f} s")
+            number = self.rng.choice([signal.SIGKILL, signal.SIGTERM])
+            self.done.append(f"evaluate, {number.name} after {seconds:.1f} s")
             if launch.wait(seconds) is None:
-                launch.end()
+                _signal(launch.ranks.values(), number)
+                codes = launch.wait(PATIENCE_S)
+                allowed = {DONE, STOPPED, -number}  # the last before the command has begun
+                self.promise(set(codes or [-1]) <= allowed, f"evaluate: {number.name}, {codes}")
+                self.promise("Traceback" not in launch.text(), f"evaluate: {launch.text()[-2000:]}")
         with self._launch(Kind("forked", 1), "evaluate") as launch:
             codes = launch.wait(PATIENCE_S)
             self.promise(codes == [DONE], f"evaluate ended with {codes}: {launch.text()[-2000:]}")
         if self.same:
             for step, text in evaluation(self.storage).items():
                 # A checkpoint that was saved on a stop has no validation, and is never the best.
-                equal = self.alone.evaluation.get(step, text if "SIGTERM" in str(self.done) else "")
+                equal = self.alone.evaluation.get(
+                    step, text if "SIGTERM at" in str(self.done) else ""
+                )
                 self.promise(text == equal, f"the evaluation of step {step} differs")
 
-    def _kind(self) -> Kind:
-        launcher = self.launcher if self.rng.random() < 0.7 else "forked"
+    def _kind(self, *, first: bool = False) -> Kind:
+        launcher = self.launcher if first or self.rng.random() < 0.7 else "forked"
         if self.same:
             return Kind(launcher, UNDISTURBED.ranks, UNDISTURBED.engine)  # type: ignore[arg-type]
         most = 2 if launcher == "ray" else 3
@@ -196,7 +207,9 @@ class Scenario:
         if kind.launcher != "forked":
             events += ["launcher killed"]
         if kind.launcher == "ray":
-            events += ["head killed"]
+            events += ["head killed", "all ranks killed"]
+            if self._launches == 0:
+                events = [RAY_EVENTS[self._seed // 5 % len(RAY_EVENTS)]]
         elif kind.ranks > 1 and self.rng.random() < 0.2:
             events = ["one stopped"]  # it hangs
         return self.rng.choice(events)
@@ -209,7 +222,9 @@ class Scenario:
         return launched(kind, words, self.folder / f"launch-{self._launches}")
 
     def _disturb(self, launch: Launch, event: str, newest: int) -> None:
-        moment = self.rng.choice(["start", "step", "step", "save", "save"])
+        moment = self.rng.choice(["start", "step", "step", "save", "save", "validation"])
+        if moment == "validation" and launch.kind.launcher == "ray":
+            moment = "save"  # what its ranks do is not recorded
         if event == "one stopped":
             moment = "step"  # the watch begins with the first one
         self.done.append(f"{launch.kind}, {event} at {moment}")
@@ -226,6 +241,8 @@ class Scenario:
             _signal([launch.head], signal.SIGKILL)
         elif event == "all killed":
             _signal([*victims.values(), launch.driver], signal.SIGKILL)
+        elif event == "all ranks killed":
+            _signal(victims.values(), signal.SIGKILL)
         elif victims:
             victim = self.rng.choice(list(victims.values()))
             _signal([victim], signal.SIGKILL if event == "one killed" else signal.SIGSTOP)
@@ -244,6 +261,8 @@ class Scenario:
                 return True
             if moment == "save" and self._is_saving(launch):
                 time.sleep(jitter)
+                return True
+            if moment == "validation" and validates(launch.steps):
                 return True
             time.sleep(0.005)
         self.promise(launch.codes() is not None, f"{launch.kind} made no progress")
@@ -264,7 +283,10 @@ class Scenario:
         codes = launch.wait(PATIENCE_S)
         left = launch.end()
         self.promise(codes is not None, f"{text}: still ran after {PATIENCE_S:.0f} s")
-        if left and codes is not None and event not in ("all killed", "one stopped"):
+        killed = event == "all killed" or (
+            event == "one stopped" and not self._repaired(launch, event)
+        )
+        if left and codes is not None and not killed:
             self.promise(False, f"{text}: {len(left)} processes outlived their launcher")
         log = launch.text()
         if event == "SIGTERM" and moment != "start" and launch.kind.launcher != "torchrun":
@@ -274,9 +296,14 @@ class Scenario:
         if event == "one stopped":
             named = "no rank has made progress for" in log and "did not answer" in log
             self.promise(named, f"{text}: the rank is not named: {log[-2000:]}")
+        if self._repaired(launch, event):
+            self.promise(codes == [DONE], f"{text}: ended with {codes}: {log[-2000:]}")
         if launch.kind.launcher == "forked":  # Ray and torchrun add tracebacks of their own
             self.promise("Traceback" not in log, f"{text}: {log[-3000:]}")
         self.promise("waiting up to" not in log, f"{text}: waited for a dead trainer")
+
+    def _repaired(self, launch: Launch, event: str) -> bool:
+        return launch.kind.launcher == "ray" and event in REPAIRED
 
     def _newest(self) -> int:
         checkpoints = CheckpointStore(open_store(str(self.storage / "runs/chaos/checkpoints")))
