@@ -23,6 +23,7 @@ LEASE = "lease.json"
 FORMAT_VERSION = 1
 RENEWAL_S = 5.0
 TIME_TO_LIVE_S = 30.0
+RELEASE_S = 5.0  # that the end of a run waits for the release
 SETTLING_S = 0.5  # so that of two who write at once, one reads the other's
 
 
@@ -92,10 +93,12 @@ def held(run: Store, *, job: str, job_has_ended: Callable[[str], bool]) -> Itera
         yield lease
     finally:
         done.set()
-        renewer.join(RENEWAL_S)
-        with contextlib.suppress(OSError, LeaseLostError):  # it runs out by itself
-            lease.check()
-            _write(run, replace(lease.lease, released=True))
+        # Storage that hangs keeps nobody from the end: the lease runs out by itself.
+        releaser = threading.Thread(
+            target=_release, args=(lease, renewer), name="lease-release", daemon=True
+        )
+        releaser.start()
+        releaser.join(RELEASE_S)
 
 
 def may_be_trained(run: Store, *, job_has_ended: Callable[[str], bool]) -> bool:
@@ -178,6 +181,13 @@ def _renew(held: HeldLease, done: threading.Event) -> None:
             return
         except OSError as error:  # the lease may run out; a commit reads it again
             log.warning("lease not renewed: %s", error)
+
+
+def _release(held: HeldLease, renewer: threading.Thread) -> None:
+    renewer.join()  # what it has begun to write would come after
+    with contextlib.suppress(OSError, LeaseLostError):
+        held.check()
+        _write(held.run, replace(held.lease, released=True))
 
 
 def _read(run: Store) -> Lease | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import StorageError, Store, records
+from cluster.storage import StorageError, Store, open_store, records
 from pipeline import lease as leases
 from pipeline.arguments.common import MISTAKE
 from pipeline.checkpoints import CheckpointStore
@@ -221,3 +221,16 @@ def wait_for_line(process: "subprocess.Popen[str]", text: str) -> list[str]:
         if text in line:
             return lines
     raise AssertionError(f"{text} did not come: {lines[-5:]}")
+
+
+def test_storage_that_hangs_does_not_keep_a_run_from_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "RELEASE_S", 0.2)
+    monkeypatch.setattr(leases, "RENEWAL_S", 60)
+    store, answers, written = open_store(str(tmp_path)), threading.Event(), threading.Event()
+    with hold(store):
+        monkeypatch.setattr(leases, "_write", lambda *arguments: written.set())
+        monkeypatch.setattr(HeldLease, "check", lambda held: answers.wait(30))
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 10
+    answers.set()
+    assert written.wait(30)
