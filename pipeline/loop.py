@@ -90,6 +90,7 @@ def train_on_rank(
         # Meanwhile the other ranks wait: storage that hangs must not look like a rank that does.
         longest_wait_s=min(LONGEST_WAIT_S, cfg.train.hang_timeout_s / 2),
         before_commit=(lambda: None) if lease is None else lease.check,
+        after_commit=stop.note_safe,  # at once: this rank may be waiting for the next save
     )
     if ranks.first:
         storage.run.clear_unfinished()

@@ -65,6 +65,7 @@ class CheckpointStore:
 
     ``before_commit`` runs before a save removes what is left of an earlier one, before each
     manifest is written, and before retention; where it raises, what it precedes does not happen.
+    ``after_commit`` gets the step of each checkpoint that was saved, in the thread that saves.
 
     ``only``: the store itself is this one checkpoint, as ``pull`` leaves it, and is not written.
     """
@@ -80,6 +81,7 @@ class CheckpointStore:
         save_deadline_s: float = SAVE_DEADLINE_S,
         longest_wait_s: float = LONGEST_WAIT_S,
         before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[int], None] = lambda step: None,
         only: int | None = None,
     ) -> None:
         if keep < 1:
@@ -91,7 +93,7 @@ class CheckpointStore:
         self._keep_best = keep_best
         self._saves = BackgroundSaves(store.url, save_deadline_s, longest_wait_s)
         self._only = only
-        self.before_commit = before_commit
+        self.before_commit, self._after_commit = before_commit, after_commit
 
     @property
     def url(self) -> str:
@@ -483,6 +485,8 @@ class _Writing:
         assert self._manifest is not None
         checkpoints.before_commit()
         store.put(checkpoints.key(step, MANIFEST), self._manifest)  # last: this is the commit
+        checkpoints._saves.safe_step = step  # also where storage hangs in what follows
+        checkpoints._after_commit(step)
         log.info(
             "checkpoint saved step=%d seconds=%.1f megabytes=%.1f url=%s",
             step,

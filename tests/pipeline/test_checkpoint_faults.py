@@ -236,6 +236,26 @@ def test_training_does_not_wait_for_a_save_that_hangs(
     assert checkpoints.steps() == [10, 30]  # never more than two in memory
 
 
+def test_a_checkpoint_is_safe_before_older_ones_are_deleted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, looking = threading.Event(), threading.Event()
+
+    def hanging(checkpoints: CheckpointStore, step: int) -> None:
+        looking.set()
+        assert answers.wait(30)
+
+    monkeypatch.setattr(CheckpointStore, "_clean_up", hanging)
+    committed: list[int] = []
+    checkpoints = CheckpointStore(store, after_commit=committed.append)
+    checkpoints.save(10, FILES, manifest={})
+    assert looking.wait(30)
+    assert checkpoints.safe_step == 10
+    assert committed == [10]
+    answers.set()
+    checkpoints.close()
+
+
 def test_what_cannot_heal_surfaces_at_the_next_step(s3: tuple[FaultyS3, str]) -> None:
     checkpoints = CheckpointStore(open_store(s3[1].replace("s3://tests", "s3://never-made")))
     checkpoints.save(10, FILES, manifest={})

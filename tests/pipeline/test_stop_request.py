@@ -223,13 +223,14 @@ def test_a_save_that_hangs_or_a_second_signal_ends_with_the_truth(storage, monke
 @pytest.mark.parametrize(
     "signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["SIGTERM", "Ctrl-C twice"]
 )
-def test_a_stop_under_ray_while_storage_is_away_names_the_safe_step(
+def test_a_stop_under_ray_while_storage_hangs_names_the_safe_step(
     tmp_path: Path, s3_server: S3Server, s3_url: str, signals: list[signal.Signals]
 ) -> None:
     storage = upload_dataset(tmp_path, s3_url)
     grace_s = "16" if len(signals) == 1 else "120"
     lines, left = [], list(signals)
     with faulty_s3(s3_server.url) as proxy:
+        proxy.hang_s = 600
         own = {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": grace_s}
         with subprocess.Popen(
             [
@@ -248,7 +249,7 @@ def test_a_stop_under_ray_while_storage_is_away_names_the_safe_step(
             for line in process.stderr:
                 lines.append(line)
                 if left and ("checkpoint saved step=" in line or "stop requested" in line):
-                    proxy.away = True
+                    proxy.fault("hang", "", "", 10_000)
                     time.sleep(3)  # the driver asks every second which step is safe
                     signaled = time.monotonic()
                     process.send_signal(left.pop(0))
@@ -257,4 +258,4 @@ def test_a_stop_under_ray_while_storage_is_away_names_the_safe_step(
     assert process.returncode == MISTAKE, log
     safe = CheckpointStore(open_store(join(storage, "runs/run/checkpoints"))).newest()
     assert f"stopped before the last steps were saved; step {safe} is safe" in log
-    assert seconds < 90, log  # a save alone would have 8, and 100
+    assert seconds < 90, log  # without an end of its own it takes minutes
