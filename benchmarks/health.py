@@ -1,8 +1,10 @@
 """What the signs of health cost, as a share of the training step that they are measured in.
 
 The parts are timed beside the whole step, in turn: their difference from a step without them would
-drown in noise. Every step splits L1 and compares variances; gates are looked at once in
-``GATES_EVERY`` steps. A second table compares a step with one that adds its gradients up over two
+drown in noise. Every step splits L1, compares variances and takes the norms of both gradients;
+gates are looked at once in ``GATES_EVERY`` steps. Apart from these, what keeps a bad step from
+leaving a trace: the discriminator is copied before its update, and may be put back. A second table
+compares a step with one that adds its gradients up over two
 parts of the batch. On a CPU the clock counts the CPU time of one thread.
 
 Run: ``python -m benchmarks.health [--size 256] [--batch 2] [--device cpu|cuda]``. Written to
@@ -19,6 +21,7 @@ from benchmarks.step import finished, random_batch
 from benchmarks.timing import interleaved, parse_on_device, write_result
 from models import Generator
 from models.masking import erase
+from pipeline.engine import gradient_norms
 from pipeline.health import GATES_EVERY, generator_signs, saturated_gates
 from pipeline.ranks import Ranks
 
@@ -46,6 +49,16 @@ def main() -> None:
     generator = pair.generator.module
     assert isinstance(generator, Generator)
     incomplete = erase(batch.image, batch.mask)
+    gradients = [
+        [torch.randn_like(parameter) for parameter in engine.module.parameters()]
+        for engine in (pair.generator, pair.discriminator)
+    ]
+    good = torch.zeros((), device=device)
+
+    def guard() -> None:
+        pair.discriminator.remember()
+        pair.discriminator.revert(good)
+
     seconds = interleaved(
         {
             "step": finished(lambda: pair.step(batch, 0), device),
@@ -53,6 +66,8 @@ def main() -> None:
             "signs": finished(
                 lambda: generator_signs(batch.image, batch.mask, output, output), device
             ),
+            "gradient norms": finished(lambda: [*map(gradient_norms, gradients)], device),
+            "guard": finished(guard, device),
             "gates": finished(
                 lambda: saturated_gates(generator, incomplete, batch.mask, None), device
             ),
@@ -60,15 +75,17 @@ def main() -> None:
         rounds=options.rounds,
         clock=time.process_time if device.type == "cpu" else time.perf_counter,
     )
-    signs = 100 * seconds["signs"] / seconds["step"]
-    gates = 100 * seconds["gates"] / GATES_EVERY / seconds["step"]
+    percent = {name: 100 * value / seconds["step"] for name, value in seconds.items()}
+    gates = percent["gates"] / GATES_EVERY
     result = {
         "size_px": options.size,
         "batch": options.batch,
         "milliseconds": {name: 1000 * value for name, value in seconds.items()},
-        "signs_percent_of_step": signs,
+        "signs_percent_of_step": percent["signs"],
+        "norms_percent_of_step": percent["gradient norms"],
         "gates_percent_of_step": gates,
-        "health_percent_of_step": signs + gates,
+        "health_percent_of_step": percent["signs"] + percent["gradient norms"] + gates,
+        "guard_percent_of_step": percent["guard"],
         "two_parts_time_ratio": seconds["step in two parts"] / seconds["step"],
     }
     write_result(f"health_{options.device}", result, packages=["torch", "numpy", "pillow"])

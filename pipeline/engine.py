@@ -180,14 +180,8 @@ class _RevertibleEngine:
     @torch.no_grad()
     def _before_step(self, adam: torch.optim.Optimizer, *_: Any) -> None:
         assert self._gate is not None
-        grads = [
-            parameter.grad
-            for group in adam.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        # The sum of squares, since Adam's second moment has to be finite as well.
-        norms = torch.stack(torch._foreach_norm([piece for g in grads for piece in _pieces(g)]))
+        grads = _gradients(p for group in adam.param_groups for p in group["params"])
+        norms = gradient_norms(grads)
         adam.found_inf = self._gate((~norms.isfinite().all()).float())  # type: ignore[attr-defined]
         squared = norms.square().sum()
         self.squared_grad_norm = squared * self._shares / self._weight
@@ -381,6 +375,18 @@ class DeepSpeedEngine(_RevertibleEngine):
                     safe_set_full_optimizer_state(parameter, value, moment)
                 else:
                     self._adam.state[parameter][moment].copy_(value)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def gradient_norms(gradients: Iterable[Tensor]) -> Tensor:
+    """Norms whose squares add up to that of all ``gradients``, as one (pieces,) tensor.
+
+    Infinite also where a square is: Adam's second moment holds squares.
+    """
+    return torch.stack(torch._foreach_norm([piece for g in gradients for piece in _pieces(g)]))
 
 
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
