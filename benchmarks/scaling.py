@@ -3,7 +3,8 @@
 Collectives are those that the process group itself reports to torch's profiler in one step of two
 ranks over gloo, at full width; their sizes do not depend on the device. Their bare time is measured
 between two ranks with nothing else to do, and the step's with and without averaging gradients, so
-that the difference is what the backward pass does not hide. Reading is counted by the order of
+that the difference is what the backward pass does not hide. What stays in memory on each of two
+ranks is counted from the engines' own tensors. Reading is counted by the order of
 training itself, for a dataset of the size of Places2.
 
 Run: ``python -m benchmarks.scaling``, some minutes on a quiet machine. Written to
@@ -48,7 +49,7 @@ Collective = tuple[str, int]
 
 def main() -> None:
     needs("deepspeed", "boto3")
-    collectives, seconds = _on_two_ranks(_measure)
+    collectives, measured = _on_two_ranks(_measure)
     record: dict[str, Any] = {
         "collectives": {name: [list(c) for c in found] for name, found in collectives.items()},
         "sent_over_gradients": round(
@@ -61,14 +62,15 @@ def main() -> None:
             for name, found in collectives.items()
         },
         "ms_between_two_ranks_over_loopback": {
-            name: round(1e3 * value, 1) for name, value in seconds["bare"].items()
+            name: round(1e3 * value, 1) for name, value in measured["bare"].items()
         },
         "step_of_two_ranks": {
             "px": SIZE_PX,
             "images_per_rank": BATCH,
-            "ms": round(1e3 * seconds["step"]["averaged"], 1),
-            "ms_without_averaging": round(1e3 * seconds["step"]["alone"], 1),
+            "ms": round(1e3 * measured["step"]["averaged"], 1),
+            "ms_without_averaging": round(1e3 * measured["step"]["alone"], 1),
         },
+        "resident_megabytes_of_two_ranks": measured["residents"],
         "ms_by_gigabits_per_s": {
             name: {str(ranks): _ms_by_bandwidth(sent_bytes(found, ranks)) for ranks in RANKS}
             for name, found in collectives.items()
@@ -119,7 +121,28 @@ def step_collectives(engine: str) -> list[Collective]:
     return [(kind, elements) for kind, elements in found if elements > FLAGS]
 
 
+def resident_megabytes(engine: str) -> dict[str, float]:
+    """What stays on each rank after a step of ``engine``, both networks; without gradients."""
+    pair, step = _pair(**ENGINES[engine])
+    step()
+    found = dict.fromkeys(("weights", "Adam", "copy of its share"), 0)
+    for network in (pair.generator, pair.discriminator):
+        weights = [*network.module.parameters()]
+        theirs = {weight.untyped_storage().data_ptr() for weight in weights}
+        steps = [p for group in network._adam.param_groups for p in group["params"]]
+        own = [p for p in steps if p.untyped_storage().data_ptr() not in theirs]
+        moments = [v for p in steps for v in network._adam.state[p].values() if v.dim()]
+        for name, tensors in zip(found, (weights, moments, own), strict=True):
+            found[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return {name: round(size / 1e6, 1) for name, size in found.items()}
+
+
 def _step(**variant: Any) -> Callable[[], object]:
+    return _pair(**variant)[1]
+
+
+def _pair(**variant: Any) -> tuple[Any, Callable[[], object]]:
+    """Both networks at full width, and what takes a step."""
     from pipeline import config
     from pipeline.commands.parity import noise_batch
     from pipeline.pair import build_pair, fresh_networks
@@ -132,11 +155,21 @@ def _step(**variant: Any) -> Callable[[], object]:
     networks = fresh_networks(cfg.model, cfg.train, ranks.device)
     pair = build_pair(cfg.model, cfg.train, *networks, ranks)
     batch = noise_batch(cfg, 0, ranks).to(ranks.device)
-    return lambda: pair.step(batch, 0)
+    return pair, lambda: pair.step(batch, 0)
 
 
-def _measure() -> tuple[dict[str, list[Collective]], dict[str, dict[str, float]]]:
-    collectives = {name: step_collectives(name) for name in ENGINES}
+def collectives_of_all() -> dict[str, list[Collective]]:
+    """``step_collectives`` of every engine; collective."""
+    return {name: step_collectives(name) for name in ENGINES}
+
+
+def residents_of_all() -> dict[str, dict[str, float]]:
+    """``resident_megabytes`` of every engine; collective."""
+    return {name: resident_megabytes(name) for name in ENGINES}
+
+
+def _measure() -> tuple[dict[str, list[Collective]], dict[str, Any]]:
+    collectives = collectives_of_all()
     bare = {name: _median(_bare(found)) for name, found in collectives.items()}
     step = _step(**ENGINES["DDP"])
     times: dict[str, list[float]] = {"averaged": [], "alone": []}
@@ -147,6 +180,7 @@ def _measure() -> tuple[dict[str, list[Collective]], dict[str, dict[str, float]]
     return collectives, {
         "bare": bare,
         "step": {name: statistics.median(values) for name, values in times.items()},
+        "residents": residents_of_all(),
     }
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scaling import sent_bytes
+from benchmarks.scaling import collectives_of_all, residents_of_all, sent_bytes
 from benchmarks.timing import RESULTS
 from models import Discriminator, Generator
+from tests.distributed import on_ranks
 
 PAGE = Path("docs/scaling.md").read_text()
+DECISION = Path("docs/decisions/zero3.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,27 @@ def test_every_engine_averages_each_gradient_once(measured: dict[str, Any], engi
     assert sum(sums) == elements
     # Half of the weights on each of two ranks, padded to a multiple of the alignment.
     assert sum(gathers) == (pytest.approx(elements / 2, abs=4) if engine[-1] in "12" else 0)
+
+
+@pytest.mark.slow
+def test_two_ranks_send_and_hold_what_was_measured(measured: dict[str, Any]) -> None:
+    collectives, residents = on_ranks(2, collectives_and_residents)[0]
+    assert {name: [list(c) for c in found] for name, found in collectives.items()} == (
+        measured["collectives"]
+    )
+    assert residents == measured["resident_megabytes_of_two_ranks"]
+
+
+def collectives_and_residents() -> tuple[Any, Any]:
+    return collectives_of_all(), residents_of_all()
+
+
+@pytest.mark.parametrize("engine", ["DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2"])
+def test_the_decision_shows_what_stays_on_a_rank(measured: dict[str, Any], engine: str) -> None:
+    row = next(line for line in DECISION.splitlines() if line.startswith(f"| {engine} | "))
+    weights, _, adam, copy, _ = (float(cell) for cell in row.split("|")[2:7])
+    held = measured["resident_megabytes_of_two_ranks"][engine]
+    assert [weights, adam, copy] == list(held.values())
 
 
 def test_a_ring_sends_nearly_twice_the_data() -> None:
