@@ -66,10 +66,10 @@ def train_step(
     Without ``adversarial`` the generator learns from the L1 losses alone, and the discriminator
     stays as it is.
 
-    With several ``micro_batches``, at most one for each image, gradients add up over parts of the
-    batch, so memory holds the activations of one part. The update is that of the whole batch, and
-    the spectral norm moves as often. Every part goes through the generator twice, since the
-    discriminator steps in between.
+    With several ``micro_batches``, as many on every rank and at most one for each image of its
+    batch, gradients add up over parts of the batch, so memory holds the activations of one part.
+    The update is that of the whole batch, and the spectral norm moves as often. Every part goes
+    through the generator twice, since the discriminator steps in between.
 
     A step in which a loss or a gradient is not finite on any rank is bad: it leaves both networks,
     their optimizers and the power iteration of spectral normalization as they were. The device

@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+PATIENCE_S = 480.0  # on a machine that may be busy
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -29,7 +31,7 @@ def on_ranks(
                 pool.submit(_rank, rank, world_size, meeting, function, args, kwargs)
                 for rank in range(world_size)
             ]
-            return [call.result(timeout=240) for call in calls]
+            return [call.result(timeout=PATIENCE_S) for call in calls]
 
 
 def _rank(

@@ -21,9 +21,13 @@ RATE = 1e-4  # the paper's; at four times that a last bit grows to percents, see
 COMPARED = ("loss/l1_coarse", "loss/l1_refined", "loss/discriminator")
 
 Kind: TypeAlias = tuple[Literal["ddp", "deepspeed"], Literal[0, 1, 2], int]
-"""An engine, a ZeRO stage, and for how many steps."""
-DDP: Kind = ("ddp", 1, STEPS)
-ZERO: tuple[Kind, ...] = (("deepspeed", 1, 10), ("deepspeed", 2, 10))
+"""An engine, a ZeRO stage, and in how many parts each rank takes its batch."""
+DDP: Kind = ("ddp", 1, 1)
+IN_PARTS: Kind = ("ddp", 1, 2)
+MORE: dict[int, tuple[Kind, ...]] = {
+    2: (IN_PARTS,),
+    3: (("deepspeed", 1, 1), ("deepspeed", 2, 1)),  # with unequal shares
+}
 Losses: TypeAlias = list[dict[str, float]]
 
 
@@ -50,7 +54,7 @@ def losses(*kinds: Kind) -> list[Losses]:
 
 
 def losses_under(
-    kind: Literal["ddp", "deepspeed"], zero_stage: Literal[0, 1, 2], steps: int
+    kind: Literal["ddp", "deepspeed"], zero_stage: Literal[0, 1, 2], parts: int
 ) -> Losses:
     torch.set_num_threads(1)
     torch.manual_seed(3)
@@ -65,7 +69,7 @@ def losses_under(
         for network in networks
     ]
     found = []
-    for step in range(steps):
+    for step in range(STEPS):
         rng = torch.Generator().manual_seed(step)
         coarse = torch.rand(STREAMS, 3, 8, 8, generator=rng, dtype=torch.float64) * 2 - 1
         image = F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear").float()
@@ -76,7 +80,7 @@ def losses_under(
         batch = DeviceBatch(
             image[part], mask[part], torch.zeros_like(mask[part]), tuple("abcd"[part])
         )
-        values = train_step(batch, *engines).losses
+        values = train_step(batch, *engines, micro_batches=parts).losses
         means = distributed.mean({name: values[name] for name in COMPARED}, device, weight=weight)
         found.append(means)
     return found
@@ -90,9 +94,13 @@ def alone() -> Losses:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_ranks_loses_alike_for_fifty_steps(alone: Losses, world_size: int) -> None:
-    # Three ranks serve unequal shares.
-    more = ZERO if world_size == 3 else ()
-    for rank in on_ranks(world_size, losses, DDP, *more):
+    for rank in on_ranks(world_size, losses, DDP, *MORE.get(world_size, ())):
         for found in rank:
-            for here, there in zip(found, alone, strict=False):
+            for here, there in zip(found, alone, strict=True):
                 assert here == pytest.approx(there, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_lose_alike_for_fifty_steps(alone: Losses) -> None:
+    for here, there in zip(losses_under(*IN_PARTS), alone, strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
