@@ -23,6 +23,7 @@ from data_prep.shards import Dataset
 from models.masking import erase
 from pipeline import networks
 from pipeline import ranks as distributed
+from pipeline.background_files import BackgroundFiles
 from pipeline.checkpoints import LONGEST_WAIT_S, CheckpointStore, parse_best, refuse_other_model
 from pipeline.config import Config
 from pipeline.data.batch import DeviceBatch
@@ -112,8 +113,10 @@ def train_on_rank(
         stack.callback(checkpoints.close)
         watch = HangWatch(ranks, cfg.train.hang_timeout_s)
         stack.callback(watch.close)
+        files = BackgroundFiles(storage.run)
+        stack.callback(files.close)
         loop = TrainingLoop(
-            cfg, storage, ranks, dataset, pair, checkpoints, tracker, lease, watch, wall, on_step
+            *(cfg, ranks, dataset, pair, checkpoints, tracker, lease, watch, files, wall, on_step)
         )
         return loop.run(loader, position, stop)
 
@@ -149,7 +152,6 @@ class TrainingLoop:
     """One rank's networks and outputs, and the loop over batches."""
 
     cfg: Config
-    storage: RunStorage
     ranks: Ranks
     dataset: Dataset
     pair: NetworkPair
@@ -157,6 +159,7 @@ class TrainingLoop:
     tracker: Tracker
     lease: HeldLease | None
     watch: HangWatch
+    files: BackgroundFiles
     wall: WallTime
     on_step: Callable[[int], None]
     alarms: Alarms = field(default_factory=Alarms)
@@ -232,10 +235,7 @@ class TrainingLoop:
             return None
 
         def keep(name: str, trace: bytes) -> None:
-            try:
-                self.storage.run.put(name, trace)
-            except OSError as error:  # training continues while storage is away
-                log.warning("the profile is not on storage: %s", error)
+            self.files.put(name, trace)
             self.tracker.log_artifact(name, trace)
 
         return StepProfiler(*steps, keep)
@@ -338,12 +338,7 @@ class TrainingLoop:
                 ",".join(last.keys),
             )
             record = "".join(json.dumps(asdict(step)) + "\n" for step in bad)
-            try:
-                self.storage.run.put(
-                    f"bad_steps/step-{last.position.step:08d}.jsonl", record.encode()
-                )
-            except OSError as error:  # training continues while storage is away
-                log.warning("bad steps were not written down: %s", error)
+            self.files.put(f"bad_steps/step-{last.position.step:08d}.jsonl", record.encode())
         if values.in_a_row >= self.cfg.train.max_bad_steps:
             raise TrainingError(
                 f"{values.in_a_row} steps in a row were not finite (train.max_bad_steps="

@@ -11,8 +11,8 @@ from PIL import Image
 
 from cluster.storage import StorageError, open_store
 from cluster.storage.files import FileStore
+from pipeline.background_files import WAITING
 from pipeline.tracking import RunInfo, open_tracker
-from pipeline.tracking.image_tracker import WAITING
 
 INFO = RunInfo(name="demo", url="s3://bucket/runs/demo")
 
