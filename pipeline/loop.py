@@ -97,6 +97,8 @@ def train_on_rank(
         storage.run.clear_unfinished()
     state = _newest(cfg, checkpoints, dataset, ranks)
     position = state.position if state else Position()
+    if checkpoints.safe_step is not None:  # the one that was loaded, on rank 0
+        stop.note_safe(checkpoints.safe_step)
 
     generator, discriminator = fresh_networks(cfg.model, cfg.train, device)
     if not state:
@@ -189,7 +191,6 @@ class TrainingLoop:
 
             if self.ranks.first:
                 self.checkpoints.raise_failure()
-                self._note_safe(stop)
                 self.on_step(position.step)
             if self.lease is not None and self.lease.lost:
                 self.lease.check()
@@ -219,15 +220,10 @@ class TrainingLoop:
         if self.ranks.first:
             with self.wall.within("saving"):
                 self.checkpoints.wait()  # a run is finished once its last checkpoint is committed
-            self._note_safe(stop)
             self.tracker.log_metrics(position.step, self.wall.hours())
             log.info("wall time of the run %s", self.wall.summary())
         self.tracker.finish("FINISHED" if position.step >= cfg.steps else "KILLED")
         return position
-
-    def _note_safe(self, stop: StopRequest) -> None:
-        if (step := self.checkpoints.safe_step) is not None:
-            stop.note_safe(step)
 
     def _profiler(self) -> StepProfiler | None:
         steps = self.cfg.train.profile_steps
