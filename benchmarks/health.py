@@ -4,8 +4,8 @@ The parts are timed beside the whole step, in turn: their difference from a step
 drown in noise. Every step splits L1, compares variances and takes the norms of both gradients;
 gates are looked at once in ``GATES_EVERY`` steps. Apart from these, what keeps a bad step from
 leaving a trace: the discriminator is copied before its update, and may be put back. A second table
-compares a step with one that adds its gradients up over two
-parts of the batch. On a CPU the clock counts the CPU time of one thread.
+compares a step with one that adds its gradients up over two parts of the batch. On a CPU the clock
+counts the CPU time of one thread.
 
 Run: ``python -m benchmarks.health [--size 256] [--batch 2] [--device cpu|cuda]``. Written to
 ``results/health_<device>.json``.

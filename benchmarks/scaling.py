@@ -4,8 +4,8 @@ Collectives are those that the process group itself reports to torch's profiler 
 ranks over gloo, at full width; their sizes do not depend on the device. Their bare time is measured
 between two ranks with nothing else to do, and the step's with and without averaging gradients, so
 that the difference is what the backward pass does not hide. What stays in memory on each of two
-ranks is counted from the engines' own tensors. Reading is counted by the order of
-training itself, for a dataset of the size of Places2.
+ranks is counted from the engines' own tensors. Reading is counted by the order of training itself,
+for a dataset of the size of Places2.
 
 Run: ``python -m benchmarks.scaling``, some minutes on a quiet machine. Written to
 ``results/scaling.json``.
