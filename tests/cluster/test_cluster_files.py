@@ -83,7 +83,8 @@ def test_a_pod_that_is_to_go_asks_its_ranks_to_save() -> None:
     ours = f"{title}-{uuid.uuid4().hex}"  # other ranks of this machine are left alone
     program = program.replace(title, ours).replace(f"sleep({waited_s})", "sleep(0)")
     with subprocess.Popen(["bash", "-c", f"exec -a ray::{ours} sleep 100"]) as rank:
-        while ours not in psutil.Process(rank.pid).cmdline()[0]:
+        renamed = psutil.Process(rank.pid)
+        while ours not in "".join(renamed.cmdline()[:1]):  # empty for a moment, amid `exec`
             time.sleep(0.01)
         subprocess.run([sys.executable, "-c", program], check=True)
         assert rank.wait(timeout=20) == -signal.SIGTERM
