@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import ray
 from ray.autoscaler import sdk as autoscaler
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -318,7 +318,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 class _RankGroup(WorkerGroup):  # type: ignore[misc]
-    """Ray's own, except that a rank lost while all start counts as any other lost rank.
+    """Ray's own, except that a rank that fails while all start counts as one that fails later.
 
     Where ranks have failed, the others end without leaving their process group: it is broken, and
     they may wait in it. Before, the first rank may finish what it saves.
@@ -377,8 +377,8 @@ class _RankGroup(WorkerGroup):  # type: ignore[misc]
             workers = self.get_workers()
             self.abort()  # else its place stays taken, and the next group finds none
             lost = error.__cause__ if isinstance(error, WorkerGroupStartupFailedError) else error
-            # Ranks that cannot reach another one raise RuntimeError.
-            if not isinstance(lost, (RayActorError, RuntimeError)):
+            # A rank's own exception, or its end. Ray ends the whole run for some of them.
+            if not isinstance(lost, (RayError, RuntimeError)):
                 raise
             rank = next((r for r, worker in enumerate(workers) if _is_of(lost, worker)), 0)
             failure = lost.cause if isinstance(lost, RayTaskError) else lost

@@ -22,6 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 LEAST_MEMORY = 2 * 2**30  # bytes that a node has left
 ASK_S = 2.0  # that a rank has to name its modules; else nothing stands by
 START_S = 60.0  # in which a process has begun, or has no use
+THREAD = "standby"
+
+_importing: list[threading.Thread] = []
+_enough = threading.Event()
 
 
 class Standby:
@@ -52,13 +56,17 @@ class Standby:
     def take(self, nodes: Mapping[int, str]) -> dict[int, tuple[Any, ActorMetadata]]:
         """For as many places as possible, one that waits on the node of that place.
 
-        One that has only just begun is further than a new process would be.
+        One that has only just begun is further than a new process would be. It imports nothing
+        more beside its rank: where two threads import modules that import each other, Python gives
+        one of them a half of a module.
         """
         places = {
             place: self._waiting[node].pop()
             for place, node in nodes.items()
             if self._waiting.get(node)
         }
+        for actor in places.values():
+            actor.execute.remote(_stop_importing)  # an actor does one thing after the other
         answers = {place: actor.get_metadata.remote() for place, actor in places.items()}
         if answers:
             ray.wait(list(answers.values()), num_returns=len(answers), timeout=START_S)
@@ -87,11 +95,21 @@ def _import_beside(modules: Sequence[str]) -> None:
     """Import in a thread, so that the process answers; none stays where memory is short."""
     if psutil.virtual_memory().available < LEAST_MEMORY:
         ray.actor.exit_actor()
-    threading.Thread(target=_import, args=(modules,), name="standby", daemon=True).start()
+    _importing.append(threading.Thread(target=_import, args=(modules,), name=THREAD, daemon=True))
+    _importing[-1].start()
+
+
+def _stop_importing() -> None:
+    """Return once the thread that imports has ended, after the module that it is at."""
+    _enough.set()
+    for thread in _importing:
+        thread.join()
 
 
 def _import(modules: Sequence[str]) -> None:
     for module in modules:
+        if _enough.is_set():
+            return
         # Some names are of objects that a package puts among the modules.
         with contextlib.suppress(Exception):
             importlib.import_module(module)

@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from cluster.ray_train import (
     refuse_more_than_exist,
     run_workers,
 )
+from cluster.standby import THREAD
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
 
@@ -119,21 +121,23 @@ def killed_once(config: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class KillsItsFirstReader:
-    """Ends the process that unpickles it, once: a rank that dies while it is being started."""
+class FailsItsFirstReader:
+    """Ends the process that unpickles it, or raises there, once: while a rank is being started."""
 
-    def __init__(self, tries: Path) -> None:
-        self.tries = tries
+    def __init__(self, tries: Path, raises: bool) -> None:
+        self.tries, self.raises = tries, raises
 
     def __reduce__(self) -> Any:
-        return read_by, (self.tries,)
+        return read_by, (self.tries, self.raises)
 
 
-def read_by(tries: Path) -> KillsItsFirstReader:
+def read_by(tries: Path, raises: bool) -> FailsItsFirstReader:
     if not tries.exists():
         tries.touch()
+        if raises:
+            raise ImportError("a file system that answers late")
         os.kill(os.getpid(), signal.SIGKILL)
-    return KillsItsFirstReader(tries)
+    return FailsItsFirstReader(tries, raises)
 
 
 def started(config: dict[str, Any]) -> None:
@@ -165,6 +169,24 @@ def cpu_seconds_of_another(title: str) -> float | None:
                 times = process.cpu_times()
                 return float(times.user + times.system)
     return None
+
+
+def killed_while_another_imports(config: dict[str, Any]) -> None:
+    """The first try imports a slow module, and ends while a process that stands by is at it."""
+    tries = Path(config["tries"])
+    importing = [thread.name for thread in threading.enumerate() if thread.name == THREAD]
+    with tries.open("a") as file:
+        file.write(f"{'tests.cluster.slow_import' in sys.modules} {importing}\n")
+    marks = importlib.import_module("tests.cluster.slow_import").MARKS
+    if len(tries.read_text().splitlines()) > 1:
+        marks.unlink()
+        return
+    Mailbox(str(tries.parent)).put("step", "1")
+    deadline = time.monotonic() + 60
+    while len(marks.read_text()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def asked_to_leave(config: dict[str, Any]) -> None:
@@ -228,12 +250,18 @@ def test_the_first_rank_finishes_its_save_where_others_are_lost(tmp_path):
     assert run(lost_beside_a_save, tmp_path, ranks=2) == "saved: True"
 
 
-def test_so_is_one_that_is_lost_before_it_has_started(tmp_path):
-    assert run(started, tmp_path, killer=KillsItsFirstReader(tmp_path / "tries")) == "started"
+@pytest.mark.parametrize("raises", [False, True])
+def test_so_is_one_that_is_lost_before_it_has_started(tmp_path, raises):
+    failing = FailsItsFirstReader(tmp_path / "tries", raises)
+    assert run(started, tmp_path, failing=failing) == "started"
 
 
 def test_a_rank_that_replaces_a_lost_one_has_its_imports_behind_it(tmp_path):
     assert run(killed_when_another_stands_by, tmp_path) == "False\nTrue\n"
+
+
+def test_a_process_that_takes_a_place_amid_its_imports_ends_them_first(tmp_path):
+    assert run(killed_while_another_imports, tmp_path) == "False []\nTrue []\n"
 
 
 def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):
