@@ -157,6 +157,7 @@ def run_workers(
     max_failures: int,
     wait_s: float,
     timeout_s: float,
+    hang_s: float,
     mistakes: tuple[type[BaseException], ...],
     check: Callable[[], None],
     finish: Callable[[], None],
@@ -170,7 +171,8 @@ def run_workers(
     of ``mistakes``. That happens ``max_failures`` times without a new safe step in ``mailbox``.
     One of ``mistakes`` ends all ranks at once. Where the number of ranks may change, they are asked
     to save before a change, see ``is_leaving``, and wait ``wait_s`` for nodes where too few are
-    left. While ranks train on CPUs, as many processes stand by for lost ones. Raises WorkersError
+    left. While ranks train on CPUs, as many processes stand by for lost ones. Collectives fail
+    after ``timeout_s``; NCCL's detector reports them after half of ``hang_s``. Raises WorkersError
     with the line of the first rank that failed, or RoomError where the ranks have no place.
     """
     # Paths in recipes are relative to this folder: workers have to stay in it.
@@ -178,7 +180,7 @@ def run_workers(
     filesystem, path = pyarrow_filesystem(join(storage_url))
     on_gpus = workers.resource == "GPU"
     if on_gpus:
-        _watch_nccl(timeout_s / 4)
+        _watch_nccl(hang_s / 2)
 
     def run() -> None:
         function(config)

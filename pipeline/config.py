@@ -159,8 +159,8 @@ class TrainSettings(Section):
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this many steps are never deleted."""
     save_deadline_minutes: PositiveFloat = 10.0
-    """How long storage may be away before a run ends because it cannot save; training continues
-    meanwhile."""
+    """How long storage may be away before a run ends: it cannot save, or lacks a shard that is not
+    cached. Meanwhile training continues as far as it has shards."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step, counted from 1, that torch's profiler traces on rank 0. The trace is
     kept in the run's folder ``profile/`` and by the tracker. Traced steps are slower."""
@@ -172,7 +172,7 @@ class TrainSettings(Section):
     change no weights."""
     hang_timeout_s: PositiveFloat = 300.0
     """A run in which no rank makes progress for so long ends with exit code 1 and names the ranks
-    that do not answer; Ray Train starts it again. Collectives wait for twice as long."""
+    that do not answer; Ray Train starts it again. Time to wait for storage is not counted."""
     max_hours: PositiveFloat | None = None
     """Save and end after this many hours, like a request to stop; the same command resumes."""
     max_failures: NonNegativeInt = 3

@@ -45,11 +45,14 @@ class HangWatch:
 
     It begins with the first ``progress``, since compilation may take longer than a step ever does.
     Where every rank that answers has made none for ``timeout_s``, all stacks are written to stderr
-    and the process ends with exit code 1.
+    and the process ends with exit code 1. A rank that is ``excused`` counts as one that makes
+    progress: what it waits for has a deadline.
     """
 
-    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
-        self._ranks, self._timeout_s = ranks, timeout_s
+    def __init__(
+        self, ranks: Ranks, timeout_s: float, excused: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._ranks, self._timeout_s, self._excused = ranks, timeout_s, excused
         self._pause_s = min(timeout_s / BEATS_PER_TIMEOUT, LONGEST_PAUSE_S)
         self._step, self._since, self._doing = 0, time.monotonic(), ""
         self._done = threading.Event()
@@ -92,15 +95,21 @@ class HangWatch:
             self._thread.join()
 
     def _beat(self, number: int) -> Beat:
-        return Beat(number, self._step, time.monotonic() - self._since, self._doing)
+        return Beat(number, self._step, self._idle_s(), self._doing)
+
+    def _idle_s(self) -> float:
+        now = time.monotonic()
+        if self._excused():
+            self._since = now
+        return now - self._since
 
     def _watch(self) -> None:
         number = 0
         while not self._done.wait(self._pause_s):
             number += 1
-            idle_s = time.monotonic() - self._since
-            self._tell(self._beat(number))
-            if idle_s > self._timeout_s and self._all_hang(number):
+            beat = self._beat(number)
+            self._tell(beat)
+            if beat.idle_s > self._timeout_s and self._all_hang(number):
                 os._exit(1)
 
     def _asked(self, call: Callable[[], T], otherwise: T) -> T:

@@ -29,6 +29,7 @@ from pipeline.config import Config
 from pipeline.data.batch import DeviceBatch
 from pipeline.data.batches import TrainLoader
 from pipeline.data.loaders import train_loader, validation_batches, validation_definition
+from pipeline.data.shard_cache import fetches_shards
 from pipeline.device import refuse_precision, set_backends
 from pipeline.errors import TrainingError
 from pipeline.evaluation.evaluator import Evaluation, evaluate
@@ -113,7 +114,7 @@ def train_on_rank(
         if ranks.first and not state:
             tracker.log_image("dataset", 0, decode(dataset.store.get("contact_sheet.png")).pixels)
         stack.callback(checkpoints.close)
-        watch = HangWatch(ranks, cfg.train.hang_timeout_s)
+        watch = HangWatch(ranks, cfg.train.hang_timeout_s, excused=fetches_shards)
         stack.callback(watch.close)
         files = BackgroundFiles(storage.run)
         stack.callback(files.close)

@@ -127,7 +127,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset, launched: fl
     if distributed.launched_by_torchrun():
         stop_with_launcher()  # ranks that outlive it would keep the run from who starts it again
         with lost_rank_as_error():
-            distributed.join_torchrun(backend, timedelta(seconds=2 * cfg.train.hang_timeout_s))
+            distributed.join_torchrun(backend, timedelta(seconds=_collectives_wait_s(cfg)))
     elif cfg.train.engine == "deepspeed":  # needs a process group, even of one rank
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -159,6 +159,12 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset, launched: fl
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _collectives_wait_s(cfg: Config) -> float:
+    """How long ranks wait for one that hangs, which ends by its watch, or that lacks a shard."""
+    hang_s = cfg.train.hang_timeout_s
+    return hang_s + max(hang_s, 60 * cfg.train.save_deadline_minutes)
 
 
 @contextlib.contextmanager
@@ -285,7 +291,8 @@ def _train_on_ray(cfg: Config, storage: RunStorage, launched: float) -> None:
                         storage_url=join(storage.run_url, "ray"),
                         max_failures=cfg.train.max_failures,
                         wait_s=cfg.cluster.wait_s,
-                        timeout_s=2 * cfg.train.hang_timeout_s,
+                        timeout_s=_collectives_wait_s(cfg),
+                        hang_s=cfg.train.hang_timeout_s,
                         mistakes=MISTAKES,
                         check=find_device,
                         finish=finish_saves,

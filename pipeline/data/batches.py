@@ -26,8 +26,8 @@ class TrainLoader:
     depend on (seed, epoch, key) alone; with ``mask_per_sample`` false one mask serves a whole
     global batch.
 
-    Crops are squares of ``size_px``, as ``read_batch`` cuts them. ``cache`` and ``cache_bytes`` as
-    in ``ShardCache``.
+    Crops are squares of ``size_px``, as ``read_batch`` cuts them. ``cache``, ``cache_bytes`` and
+    ``away_s`` as in ``ShardCache``.
 
     Ranks serve equally many streams, or one more, so their batches may differ in size. Raises
     ValueError where there are more ranks than streams. ``batches`` raises ShardError for a damaged
@@ -51,6 +51,7 @@ class TrainLoader:
         threads: int = 2,
         cache: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        away_s: float = 0,
     ) -> None:
         if world_size > streams:
             raise ValueError(
@@ -67,7 +68,12 @@ class TrainLoader:
         self._size_px, self._seed, self._flip = size_px, seed, flip
         self._masks, self._mask_per_sample = masks, mask_per_sample
         self._reader = BatchReader(
-            dataset, "train", threads=threads, cache=cache, cache_bytes=cache_bytes
+            dataset,
+            "train",
+            threads=threads,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            away_s=away_s,
         )
 
     @property
@@ -139,6 +145,7 @@ def val_batches(
     threads: int = 2,
     cache: Path | None = None,
     cache_bytes: int = CACHE_BYTES,
+    away_s: float = 0,
 ) -> Iterator[Batch]:
     """This rank's share of the first ``limit`` held-out images, in the order of the shards.
 
@@ -168,7 +175,9 @@ def val_batches(
             yield partial(read_batch, samples, centered_view, size_px=size_px)
 
     def batches() -> Iterator[Batch]:
-        reader = BatchReader(dataset, "val", threads=threads, cache=cache, cache_bytes=cache_bytes)
+        reader = BatchReader(
+            dataset, "val", threads=threads, cache=cache, cache_bytes=cache_bytes, away_s=away_s
+        )
         try:
             yield from reader.in_order(tasks(reader))
         finally:

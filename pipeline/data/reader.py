@@ -46,7 +46,7 @@ class StoredSample(NamedTuple):
 class BatchReader:
     """Reads the samples of one split, in threads; which ones and in which order the caller says.
 
-    ``cache`` and ``cache_bytes`` as in ``ShardCache``.
+    ``cache``, ``cache_bytes`` and ``away_s`` as in ``ShardCache``.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class BatchReader:
         threads: int = 2,
         cache: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        away_s: float = 0,
     ) -> None:
         self._shards = dataset.shards(split)
-        self._cache = ShardCache(dataset, cache=cache, cache_bytes=cache_bytes)
+        self._cache = ShardCache(dataset, cache=cache, cache_bytes=cache_bytes, away_s=away_s)
         self._opened: dict[str, Future[OpenShard]] = {}
         self._ahead = threads + 1
         self._decoders = ThreadPoolExecutor(threads, "decode", initializer=_use_device_of_caller())

@@ -6,13 +6,14 @@ import logging
 import mmap
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from cluster.storage import Store, join
+from cluster.storage import MissingKeyError, StorageError, StorageRefusedError, Store, join
 from cluster.storage.records import RecordError, read_insisting
 from data_prep.shards import BLOCK, Dataset, RawSample, Shard, ShardError, read_samples
 
@@ -21,6 +22,16 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 32 * 2**30
 ABANDONED_S = 3600  # an incomplete copy without a write for this long is never completed
 DOWNLOADS = 4  # shards at a time; a big one comes in parallel parts besides
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a shard is read again
+
+_fetching_until: dict[int, float] = {}
+"""By thread that fetches a shard: when ``away_s`` have passed, by ``time.monotonic``."""
+
+
+def fetches_shards() -> bool:
+    """Whether a shard is on its way to this process, and storage is not overdue."""
+    now = time.monotonic()
+    return any(now < until for until in list(_fetching_until.values()))
 
 
 class OpenShard(NamedTuple):
@@ -39,14 +50,22 @@ class ShardCache:
     checked against their SHA-256. Copies are named by that SHA-256, so ranks, runs and datasets
     share them. Beyond ``cache_bytes`` the copies that were used longest ago are removed; a process
     that still reads one is not disturbed. What is left serves the next run.
+
+    While storage is away, a copy is tried again for ``away_s``, after pauses that double.
     """
 
     def __init__(
-        self, dataset: Dataset, *, cache: Path | None = None, cache_bytes: int = CACHE_BYTES
+        self,
+        dataset: Dataset,
+        *,
+        cache: Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        away_s: float = 0,
     ) -> None:
         self._store, self._url = dataset.store, dataset.url
         default = Path(tempfile.gettempdir(), f"deepfill-shards-{os.getuid()}")
         self._cache, self._cache_bytes = cache or default, cache_bytes
+        self._away_s, self._closed = away_s, threading.Event()
         self._openers = ThreadPoolExecutor(DOWNLOADS, "shard")
         self._opened: dict[str, Future[OpenShard]] = {}
 
@@ -72,10 +91,12 @@ class ShardCache:
             os.utime(path)  # used now, so removed last
             return path.open("rb")
         except FileNotFoundError:
-            return self._fetched(shard, path)
+            with self._counted():
+                return self._patiently(lambda: self._fetched(shard, path), shard)
 
     def close(self) -> None:
         """End the threads; shards that wait to be opened are dropped."""
+        self._closed.set()
         self._openers.shutdown(cancel_futures=True)
         self._opened = {}
 
@@ -91,6 +112,36 @@ class ShardCache:
         if len(samples) != shard.samples:
             raise ShardError(f"{url} has {len(samples)} samples instead of {shard.samples}")
         return OpenShard(url, samples)
+
+    def _patiently(self, fetch: Callable[[], BinaryIO], shard: Shard) -> BinaryIO:
+        """What ``fetch`` returns, which is repeated while storage is away."""
+        pause_s, give_up = FIRST_PAUSE_S, None
+        while True:
+            try:
+                return fetch()
+            except StorageError as error:
+                now = time.monotonic()
+                give_up = give_up or now + self._away_s
+                hopeless = isinstance(error, MissingKeyError | StorageRefusedError)
+                if hopeless or now >= give_up:
+                    raise
+                log.warning(
+                    "shard not read yet name=%s, next attempt in %.1f s, giving up in %.0f s: %s",
+                    *(shard.name, pause_s, give_up - now, error),
+                )
+                if self._closed.wait(min(pause_s, give_up - now)):
+                    raise
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Inside the block, ``fetches_shards`` counts this thread."""
+        me = threading.get_ident()
+        _fetching_until[me] = time.monotonic() + self._away_s
+        try:
+            yield
+        finally:
+            del _fetching_until[me]
 
     def _fetched(self, shard: Shard, path: Path) -> BinaryIO:
         url, started = join(self._url, shard.name), time.perf_counter()

@@ -227,6 +227,7 @@ def run(function: Any, tmp_path: Path, *, ranks: int = 1, **config: Any) -> str:
             storage_url=str(tmp_path / "ray"),
             max_failures=3,
             timeout_s=60,
+            hang_s=30,
             mistakes=(ValueError,),
             check=lambda: None,
             finish=partial(save_slowly, tmp_path),

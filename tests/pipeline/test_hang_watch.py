@@ -84,6 +84,19 @@ def test_a_rank_that_waits_for_another_one_s_work_is_left_alone(idle_rank):
     assert on_ranks(2, watched, idle_rank) == [True, True]
 
 
+def test_a_rank_that_waits_for_storage_makes_progress() -> None:
+    waits = threading.Event()
+    watch = HangWatch(Ranks(), 1.0, excused=waits.is_set)
+    waits.set()
+    watch.progress(1)
+    time.sleep(2.5)  # another watch would have ended this process
+    assert watch._beat(1).idle_s == 0
+    waits.clear()
+    time.sleep(0.05)
+    assert watch._beat(2).idle_s > 0
+    watch.close()
+
+
 def test_a_store_that_never_answers_does_not_hold_the_watch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Storage that is away for longer than the ranks wait for each other."""
+"""Storage that is away for longer than a rank may make no progress."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ from cluster.services import S3Server
 from cluster.storage import join, open_store
 from pipeline.arguments.common import DONE, MISTAKE
 from tests.cluster.storage.faulty_s3 import FaultyS3, faulty_s3
-from tests.small_dataset import FIXTURE, upload_dataset
+from tests.small_dataset import FIXTURE, unpack_dataset, upload_dataset
 
 STEPS, EVERY = 12, 4
 HANG_S = 5
-AWAY_S = 2.5 * HANG_S  # the process group waits for twice ``HANG_S``
+AWAY_S = 2.5 * HANG_S
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -76,21 +76,44 @@ def weights(storage: str) -> dict[str, bytes]:
     return {name: store.get(name) for name in store.list_keys() if name.endswith(".safetensors")}
 
 
-def test_a_run_outlives_a_storage_that_is_away_for_longer_than_ranks_wait(tmp_path, s3_url, proxy):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    """The weights of a run whose storage is a folder."""
+    storage = str(unpack_dataset(tmp_path_factory.mktemp("undisturbed")))
+    with two_ranks(storage, "") as process:
+        _, log = process.communicate()
+    assert process.returncode == DONE, log
+    assert len(weights(storage)) >= 3
+    return weights(storage)
+
+
+def test_a_run_outlives_a_storage_that_is_away_for_longer_than_a_rank_may_hang(
+    tmp_path, s3_url, proxy, undisturbed
+):
     def outage() -> None:
         proxy.hang_s = AWAY_S
         proxy.fault("hang", "", "", 10_000)
         time.sleep(AWAY_S)
         proxy.heal()
 
-    disturbed = upload_dataset(tmp_path / "a", join(s3_url, "disturbed"))
-    alone = upload_dataset(tmp_path / "b", join(s3_url, "alone"))
-    code, log = trained(disturbed, proxy, outage)
+    storage = upload_dataset(tmp_path, s3_url)
+    code, log = trained(storage, proxy, outage)
     assert code == DONE, log
-    code, log = trained(alone, proxy, lambda: None)
-    assert code == DONE, log
-    assert len(weights(alone)) >= 3
-    assert weights(disturbed) == weights(alone)
+    assert weights(storage) == undisturbed
+
+
+def test_a_shard_is_waited_for_while_its_storage_is_away(
+    tmp_path, s3_url, proxy, undisturbed, monkeypatch
+):
+    storage = upload_dataset(tmp_path, s3_url)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # no shard is cached
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    proxy.fault("503", "GET", ".tar", times=6)
+    with two_ranks(storage, proxy.url) as process:
+        _, log = process.communicate()
+    assert process.returncode == DONE, log
+    assert "shard not read yet" in log
+    assert weights(storage) == undisturbed
 
 
 def test_a_storage_that_stays_away_ends_the_run_at_the_deadline(tmp_path, s3_url, proxy):
