@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import (
     ENABLE_NCCL_HANG_DETECTOR_ENV_VAR,
     NCCL_RAS_ACTION_ENV_VAR,
@@ -298,6 +299,18 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     mailbox: Mailbox
     wait_s: float
     finish: Callable[[], None]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without that of Ray Data, which is not used here.
+
+        It starts a process for every group of ranks, whose imports take place beside the first
+        steps after a restart.
+        """
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, DatasetsCallback)
+        ]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         """As Ray does, with our controller and our policies."""
