@@ -50,7 +50,7 @@ from benchmarks.timing import needs, write_result
 RECIPE = "pipeline/recipes/demo.yaml"
 STEPS, EVERY, KILLED_AT, RANKS = 48, 10, 45, 2
 SMALL = {"train.size_px": 64, "model.width": 16}
-ROUNDS = 2
+ROUNDS = 4
 VICTIM = 1
 PATIENCE_S = 600
 STAMPS = "DEEPFILL_RECOVERY_STAMPS"
