@@ -18,10 +18,10 @@ demo: .venv/installed ## run the whole job small: Ray, S3, MLflow, real photogra
 	$(BIN)/python -m pipeline demo
 
 test: .venv/installed ## run every test that needs no GPU, in JOBS processes (2)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 unit: .venv/installed ## run the tests that start no service and no process, in JOBS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not (ray or s3 or mlflow or distributed or process or slow or gpu)"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not (ray or s3 or mlflow or distributed or process or slow or gpu)"
 
 check: .venv/installed ## format, lint, types, and which package may import which
 	$(BIN)/ruff format --check .

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # boto3 and the S3 server cost seconds that a pure test does 
     from cluster.services import S3Server
     from cluster.storage import Store
 
+# Bits depend on the number of threads, and Ray gives each of its processes one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell that runs us in the background has us ignore Ctrl-C, and all that we start with us.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,7 +8,7 @@ import pytest
 from tests.chaos import storage
 from tests.chaos.__main__ import RESULTS, main
 
-SEEDS = 40
+SEEDS = 20
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from data_prep.shards import Dataset, verify
 from tests.data_prep.processes import below, kill, kill_tree
 
-KILLS = 5
+KILLS = 3
 DRIVER = """
 import sys
 import ray
