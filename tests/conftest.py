@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # boto3 and the S3 server cost seconds that a pure test does 
 
 # Bits depend on the number of threads, and Ray gives each of its processes one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# By default Ray's processes give way to all others: beside another test they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # A shell that runs us in the background has us ignore Ctrl-C, and all that we start with us.
 signal.signal(signal.SIGINT, signal.default_int_handler)
