@@ -1,17 +1,16 @@
 """A node that its provider is about to take back, as Ray announces it."""
 
-import contextlib
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from cluster.ray_train import Mailbox, Workers, is_leaving, run_workers
+from tests.data_prep.processes import below
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
 
@@ -24,21 +23,12 @@ def one_node():
     ray.shutdown()
 
 
-def watched() -> bool:
-    """Whether Ray Train's actor that hears of announcements runs, on this node."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            title = " ".join(process.cmdline())
-            if process.ppid() == os.getppid() and title.startswith("ray::PreemptionWatcher"):
-                return True
-    return False
-
-
 def announced(config: dict[str, Any]) -> None:
     """Announce that this node goes in a minute, and wait until this rank hears of it."""
     assert not is_leaving()
     deadline = time.monotonic() + 120
-    while not watched():  # what watches has to be there: the node will take nothing more
+    # What watches has to be there: the node will take nothing more.
+    while not below(os.getppid(), "ray::PreemptionWatcher"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     context = ray.get_runtime_context()

@@ -26,6 +26,7 @@ from cluster.ray_train import (
     run_workers,
 )
 from cluster.standby import THREAD
+from tests.data_prep.processes import below
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
 
@@ -162,11 +163,10 @@ def killed_when_another_stands_by(config: dict[str, Any]) -> None:
 
 
 def cpu_seconds_of_another(title: str) -> float | None:
-    for process in psutil.process_iter():
+    for pid in below(os.getppid(), title):
         with contextlib.suppress(psutil.Error):
-            ours = process.ppid() == os.getppid() and process.pid != os.getpid()
-            if ours and " ".join(process.cmdline()).startswith(title):
-                times = process.cpu_times()
+            if pid != os.getpid():
+                times = psutil.Process(pid).cpu_times()
                 return float(times.user + times.system)
     return None
 
