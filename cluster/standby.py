@@ -24,7 +24,6 @@ ASK_S = 2.0  # that a rank has to name its modules; else nothing stands by
 START_S = 60.0  # in which a process has begun, or has no use
 THREAD = "standby"
 
-_importing: list[threading.Thread] = []
 _enough = threading.Event()
 
 
@@ -95,15 +94,15 @@ def _import_beside(modules: Sequence[str]) -> None:
     """Import in a thread, so that the process answers; none stays where memory is short."""
     if psutil.virtual_memory().available < LEAST_MEMORY:
         ray.actor.exit_actor()
-    _importing.append(threading.Thread(target=_import, args=(modules,), name=THREAD, daemon=True))
-    _importing[-1].start()
+    threading.Thread(target=_import, args=(modules,), name=THREAD, daemon=True).start()
 
 
 def _stop_importing() -> None:
     """Return once the thread that imports has ended, after the module that it is at."""
     _enough.set()
-    for thread in _importing:
-        thread.join()
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
 
 
 def _import(modules: Sequence[str]) -> None:
