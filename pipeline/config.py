@@ -179,6 +179,10 @@ class TrainSettings(Section):
     """How often Ray Train restarts the workers after losing one, until a checkpoint is saved again;
     then the count begins anew."""
 
+    @property
+    def save_deadline_s(self) -> float:
+        return 60 * self.save_deadline_minutes
+
     # Field by field and not after the whole: every mistake then shows at once.
 
     @field_validator("size_px")

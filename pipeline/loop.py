@@ -88,7 +88,7 @@ def train_on_rank(
         best=parse_best(cfg.train.keep_best_by),
         keep_best=cfg.train.keep_best,
         every=cfg.train.keep_every_steps,
-        save_deadline_s=60 * cfg.train.save_deadline_minutes,
+        save_deadline_s=cfg.train.save_deadline_s,
         # Meanwhile the other ranks wait: storage that hangs must not look like a rank that does.
         longest_wait_s=min(LONGEST_WAIT_S, cfg.train.hang_timeout_s / 2),
         before_commit=(lambda: None) if lease is None else lease.check,

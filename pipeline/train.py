@@ -164,7 +164,7 @@ def _train_here(cfg: Config, storage: RunStorage, dataset: Dataset, launched: fl
 def _collectives_wait_s(cfg: Config) -> float:
     """How long ranks wait for one that hangs, which ends by its watch, or that lacks a shard."""
     hang_s = cfg.train.hang_timeout_s
-    return hang_s + max(hang_s, 60 * cfg.train.save_deadline_minutes)
+    return hang_s + max(hang_s, cfg.train.save_deadline_s)
 
 
 @contextlib.contextmanager

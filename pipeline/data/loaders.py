@@ -35,7 +35,7 @@ def train_loader(cfg: config.Config, dataset: Dataset, ranks: Ranks) -> TrainLoa
         flip=cfg.train.flip,
         threads=_decoding_threads(cfg, ranks),
         cache_bytes=int(cfg.train.cache_gib * 2**30),
-        away_s=60 * cfg.train.save_deadline_minutes,
+        away_s=cfg.train.save_deadline_s,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
@@ -80,7 +80,7 @@ def validation_batches(
         world_size=ranks.world_size,
         limit=limit,
         cache_bytes=int(cfg.train.cache_gib * 2**30),
-        away_s=60 * cfg.train.save_deadline_minutes,
+        away_s=cfg.train.save_deadline_s,
     )
 
 

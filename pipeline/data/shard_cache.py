@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -92,7 +92,7 @@ class ShardCache:
             return path.open("rb")
         except FileNotFoundError:
             with self._counted():
-                return self._patiently(lambda: self._fetched(shard, path), shard)
+                return self._fetched(shard, path)
 
     def close(self) -> None:
         """End the threads; shards that wait to be opened are dropped."""
@@ -113,12 +113,12 @@ class ShardCache:
             raise ShardError(f"{url} has {len(samples)} samples instead of {shard.samples}")
         return OpenShard(url, samples)
 
-    def _patiently(self, fetch: Callable[[], BinaryIO], shard: Shard) -> BinaryIO:
-        """What ``fetch`` returns, which is repeated while storage is away."""
+    def _fetched(self, shard: Shard, path: Path) -> BinaryIO:
+        """The copy of ``shard``, now at ``path``; while storage is away, that is tried again."""
         pause_s, give_up = FIRST_PAUSE_S, None
         while True:
             try:
-                return fetch()
+                return self._fetched_now(shard, path)
             except StorageError as error:
                 now = time.monotonic()
                 give_up = give_up or now + self._away_s
@@ -143,7 +143,7 @@ class ShardCache:
         finally:
             del _fetching_until[me]
 
-    def _fetched(self, shard: Shard, path: Path) -> BinaryIO:
+    def _fetched_now(self, shard: Shard, path: Path) -> BinaryIO:
         url, started = join(self._url, shard.name), time.perf_counter()
         self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         arriving = path.with_suffix(f".{os.getpid()}")
