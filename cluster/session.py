@@ -133,7 +133,7 @@ def connect() -> Iterator[None]:
         )
     local: dict[str, Any] = {
         "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": True,  # Ray Train asks it whether its controller is alive
+        "include_dashboard": False,  # ten processes with 1 GB, for a cluster nobody else joins
         "_node_ip_address": LOOPBACK,
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

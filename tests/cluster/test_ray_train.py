@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray,
 @pytest.fixture(scope="module", autouse=True)
 def two_pretended_gpus():
     """A local Ray that schedules on GPUs which do not exist."""
-    ray.init(num_cpus=3, num_gpus=2, include_dashboard=True, _node_ip_address="127.0.0.1")
+    ray.init(num_cpus=3, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
     # Ray Train takes over Ctrl-C in the main thread and keeps it; the product calls it elsewhere.
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -215,6 +215,13 @@ def save_slowly(folder: Path) -> None:
     (folder / "saved").touch()
 
 
+def waits(config: dict[str, Any]) -> None:
+    tries = Path(config["tries"])
+    tries.write_text(str(os.getpid()))
+    tries.with_name("given up").touch()
+    time.sleep(100)
+
+
 def run(function: Any, tmp_path: Path, *, ranks: int = 1, **config: Any) -> str:
     tries = tmp_path / "tries"
     try:
@@ -231,6 +238,7 @@ def run(function: Any, tmp_path: Path, *, ranks: int = 1, **config: Any) -> str:
             mistakes=(ValueError,),
             check=lambda: None,
             finish=partial(save_slowly, tmp_path),
+            given_up=(tmp_path / "given up").exists,
         )
     finally:
         tried = tries.read_text()
@@ -267,6 +275,16 @@ def test_a_process_that_takes_a_place_amid_its_imports_ends_them_first(tmp_path)
 
 def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):
     assert run(asked_to_leave, tmp_path) == "left"
+
+
+def test_ranks_that_are_given_up_are_killed_at_once(tmp_path):
+    before = time.monotonic()
+    with pytest.raises(WorkersError, match="given up"):
+        run(waits, tmp_path)
+    rank = int((tmp_path / "tries").read_text())
+    while psutil.pid_exists(rank):
+        assert time.monotonic() - before < 60
+        time.sleep(0.1)
 
 
 def test_ray_has_no_copy_of_the_configuration_that_it_would_show(tmp_path, monkeypatch):
