@@ -19,6 +19,7 @@ from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     ENABLE_NCCL_HANG_DETECTOR_ENV_VAR,
     NCCL_RAS_ACTION_ENV_VAR,
@@ -162,6 +163,7 @@ def run_workers(
     mistakes: tuple[type[BaseException], ...],
     check: Callable[[], None],
     finish: Callable[[], None],
+    given_up: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run ``function(config)`` on every rank of a process group, until all ranks have returned.
 
@@ -173,8 +175,9 @@ def run_workers(
     One of ``mistakes`` ends all ranks at once. Where the number of ranks may change, they are asked
     to save before a change, see ``is_leaving``, and wait ``wait_s`` for nodes where too few are
     left. While ranks train on CPUs, as many processes stand by for lost ones. Collectives fail
-    after ``timeout_s``; NCCL's detector reports them after half of ``hang_s``. Raises WorkersError
-    with the line of the first rank that failed, or RoomError where the ranks have no place.
+    after ``timeout_s``; NCCL's detector reports them after half of ``hang_s``. Once ``given_up``
+    says so, all ranks are killed. Raises WorkersError with the line of the first rank that failed,
+    or RoomError where the ranks have no place.
     """
     # Paths in recipes are relative to this folder: workers have to stay in it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -207,7 +210,7 @@ def run_workers(
         ),
     )
     trainer.mistakes, trainer.mailbox, trainer.wait_s = mistakes, mailbox, wait_s
-    trainer.finish = finish
+    trainer.finish, trainer.given_up = finish, given_up
     try:
         trainer.fit()
     except TrainingFailedError as error:
@@ -299,17 +302,19 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     mailbox: Mailbox
     wait_s: float
     finish: Callable[[], None]
+    given_up: Callable[[], bool]
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without that of Ray Data, which is not used here.
+        """Without two that start processes which nothing here needs.
 
-        It starts a process for every group of ranks, whose imports take place beside the first
-        steps after a restart.
+        Ray Data is not used; its process would import beside the first steps after a restart. The
+        cleaner ends the ranks of a controller that is dead, as the end of our driver does. It asks
+        the first dashboard it finds, and one of another cluster on this machine says "dead".
         """
         return [
             callback
             for callback in super()._create_default_callbacks()
-            if not isinstance(callback, DatasetsCallback)
+            if not isinstance(callback, (DatasetsCallback, PlacementGroupCleanerCallback))
         ]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
@@ -328,7 +333,13 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         variables |= get_env_vars_to_propagate()
         actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
         controller = actor(_Controller).remote(self.mailbox, self.finish, **kwargs)
-        ray.get(controller.run.remote())
+        ended = controller.run.remote()
+        # Never a wait without end: the process can crash where Ray disconnects amid one.
+        while not ray.wait([ended], timeout=POLL_S)[0]:
+            if self.given_up():
+                ray.kill(controller)
+                raise WorkersError("the ranks were given up")
+        ray.get(ended)
         return ray.get(controller.get_result.remote())
 
 

@@ -53,6 +53,7 @@ NO_ROOM = (
     "set train.workers=auto, a smaller number or [fewest, most], or cluster.wait_s where the "
     "cluster still grows"
 )
+KILL_S = 5.0  # that Ray has to kill ranks which are given up, of the little time that is left
 MISTAKES = (ValueError, FileNotFoundError, StorageRefusedError, CheckpointError, TrainingError)
 """What would only happen again if a rank were started again."""
 
@@ -272,6 +273,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage, launched: float) -> None:
             mailbox.clear()
             device: Device = "cuda" if workers.resource == "GPU" else "cpu"
             failure: list[BaseException] = []
+            given_up = threading.Event()
 
             def find_device() -> None:
                 _ = Ranks(kind=device).device  # raises where a node lacks it, before NCCL fails
@@ -296,6 +298,7 @@ def _train_on_ray(cfg: Config, storage: RunStorage, launched: float) -> None:
                         mistakes=MISTAKES,
                         check=find_device,
                         finish=finish_saves,
+                        given_up=given_up.is_set,
                     )
                 except BaseException as error:
                     failure.append(error)
@@ -318,6 +321,9 @@ def _train_on_ray(cfg: Config, storage: RunStorage, launched: float) -> None:
             except KeyboardInterrupt:
                 safe = mailbox.get("safe step")
                 raise TrainingError(not_saved(int(safe) if safe else None)) from None
+            finally:
+                given_up.set()
+                thread.join(KILL_S)
         if failure and isinstance(failure[0], ray_train.WorkersError):
             raise TrainingError(str(failure[0])) from failure[0]
         if failure:

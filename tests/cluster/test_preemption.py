@@ -31,6 +31,8 @@ def announced(config: dict[str, Any]) -> None:
     while not below(os.getppid(), "ray::PreemptionWatcher"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    # It would ask the dashboard of any cluster on this machine whether our controller lives.
+    assert not below(os.getppid(), "ray::PlacementGroupCleaner")
     context = ray.get_runtime_context()
     accepted, reason = ray._raylet.GcsClient(address=context.gcs_address).drain_node(
         context.get_node_id(),
