@@ -101,7 +101,8 @@ def sleep(seconds: float) -> None:  # Ray takes no built-in functions
     time.sleep(seconds)
 
 
-def test_gpus_that_are_busy_for_a_moment_are_waited_for():
+def test_gpus_that_are_busy_for_a_moment_are_waited_for(monkeypatch):
+    monkeypatch.setattr("cluster.ray_train.BUSY_S", 120)  # a moment is longer on a busy machine
     task = ray.remote(num_gpus=2)(sleep).remote(3)
     time.sleep(1.5)
     assert room(2) == Workers(2, "GPU")

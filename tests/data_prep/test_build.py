@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,15 +251,22 @@ def test_killed_workers_change_no_byte(
     request: pytest.FixtureRequest, album: Path, tmp_path: Path, kind: str, subject: str
 ) -> None:
     left_alone = request.getfixturevalue("undisturbed" if subject == "face" else "scenes")
-    killed: list[int] = []
+    killed: set[int] = set()
+    built = threading.Event()
 
-    def kill(done: int, total: int, failed: int) -> None:
-        if len(killed) < 2:
+    def kill() -> None:
+        while len(killed) < 2 and not built.wait(0.02):
             for pid in below(os.getpid(), f"ray::{kind}")[:1]:
                 end(pid)
-                killed.append(pid)
+                killed.add(pid)
 
-    dataset = build(tmp_path, album, subject=subject, progress=kill)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        dataset = build(tmp_path, album, subject=subject)
+    finally:
+        built.set()
+        killer.join()
     assert killed
     assert verify(dataset) == []
     assert contents(tmp_path) == contents(left_alone)

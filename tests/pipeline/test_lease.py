@@ -41,6 +41,15 @@ def write(store: Store, lease: Lease) -> None:
     store.put(LEASE, json.dumps(asdict(lease)).encode())
 
 
+def take_over(store: Store, mine: HeldLease) -> None:
+    """A stranger writes until ``mine`` notices, as its renewals do: one of ours may cross."""
+    deadline = time.monotonic() + 60
+    while not mine.lost:
+        assert time.monotonic() < deadline
+        write(store, STRANGER)
+        time.sleep(0.15)
+
+
 def seconds_to_acquire(store: Store, ended: tuple[str, ...] = ()) -> float:
     started = time.monotonic()
     with hold(store, ended):
@@ -60,18 +69,20 @@ def test_a_living_trainer_is_respected_and_named(store):
     first.check()
 
 
-def test_a_process_that_is_gone_from_this_machine_is_replaced_at_once(store):
+def test_a_process_that_is_gone_from_this_machine_is_replaced_at_once(store, monkeypatch):
+    monkeypatch.setattr(leases, "TIME_TO_LIVE_S", 300)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     alive = leases._process(process.pid)
     process.communicate(b"\n")
     assert alive is not None
     write(store, replace(STRANGER, pid=process.pid, process=alive))
-    assert seconds_to_acquire(store) < 1
+    assert seconds_to_acquire(store) < 100
 
 
-def test_a_ray_job_that_has_ended_is_replaced_at_once(store):
+def test_a_ray_job_that_has_ended_is_replaced_at_once(store, monkeypatch):
+    monkeypatch.setattr(leases, "TIME_TO_LIVE_S", 300)
     write(store, replace(STRANGER, job="job-1"))
-    assert seconds_to_acquire(store, ("job-1",)) < 1
+    assert seconds_to_acquire(store, ("job-1",)) < 100
 
 
 def test_an_unknown_trainer_has_its_time_to_live(store, caplog):
@@ -137,11 +148,7 @@ def test_who_was_taken_over_notices_and_commits_nothing(store):
         checkpoints = CheckpointStore(store, before_commit=mine.check)
         checkpoints.save(1, {"a.json": b"{}"}, manifest={"metrics": {}})
         checkpoints.wait()
-        deadline = time.monotonic() + 30
-        while not mine.lost and time.monotonic() < deadline:
-            write(store, STRANGER)  # as its renewals do: one of ours may have crossed the first
-            time.sleep(0.15)
-        assert mine.lost
+        take_over(store, mine)
         checkpoints.save(2, {"a.json": b"{}"}, manifest={"metrics": {}})
         with pytest.raises(LeaseLostError, match="taken over by process 1 on far"):
             checkpoints.wait()
@@ -162,7 +169,7 @@ def test_a_commit_that_lands_after_a_takeover_retires_nothing_of_the_new_trainer
 
         def slow_put(key: str, data: bytes) -> None:
             if key == "step-00000002/manifest.json":
-                write(store, STRANGER)
+                take_over(store, mine)
             put(key, data)
 
         monkeypatch.setattr(store, "put", slow_put)
