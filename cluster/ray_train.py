@@ -177,7 +177,7 @@ def run_workers(
     left. While ranks train on CPUs, as many processes stand by for lost ones. Collectives fail
     after ``timeout_s``; NCCL's detector reports them after half of ``hang_s``. Once ``given_up``
     says so, all ranks are killed. Raises WorkersError with the line of the first rank that failed,
-    or RoomError where the ranks have no place.
+    or where Ray Train's controller is lost, and RoomError where the ranks have no place.
     """
     # Paths in recipes are relative to this folder: workers have to stay in it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -220,6 +220,10 @@ def run_workers(
         if isinstance(cause, RoomError):
             raise cause from error
         raise WorkersError(_reason(error, mistakes)) from error
+    except RayError as error:
+        raise WorkersError(
+            f"Ray Train's controller was lost: run the same command to resume ({_last_line(error)})"
+        ) from error
 
 
 def _watch_nccl(after_s: float) -> None:
@@ -553,8 +557,11 @@ def _reason(error: TrainingFailedError, mistakes: tuple[type[BaseException], ...
     # Ranks that lost the connection to another one, which torch reports so, come last.
     failures = sorted(_failures(error).items(), key=lambda f: isinstance(f[1], RuntimeError))
     for rank, failure in failures:
-        last_line = (str(failure).strip() or "without a message").splitlines()[-1]
-        last_line = last_line.split(". Some common causes")[0]
-        return f"rank {rank}: {type(failure).__name__}: {last_line}"
-    last_line = (str(error).strip() or "without a message").splitlines()[-1]
-    return f"the ranks were lost: {last_line.split('. Some common causes')[0]}"
+        return f"rank {rank}: {type(failure).__name__}: {_last_line(failure)}"
+    return f"the ranks were lost: {_last_line(error)}"
+
+
+def _last_line(error: BaseException) -> str:
+    """The last line of its message, without Ray's advice."""
+    message = str(error).strip() or "without a message"
+    return message.splitlines()[-1].split(". Some common causes")[0]

@@ -216,6 +216,13 @@ def save_slowly(folder: Path) -> None:
     (folder / "saved").touch()
 
 
+def kills_the_controller(config: dict[str, Any]) -> None:
+    Path(config["tries"]).write_text(str(os.getpid()))
+    (controller,) = below(os.getppid(), "ray::_Controller")
+    os.kill(controller, signal.SIGKILL)
+    time.sleep(100)
+
+
 def waits(config: dict[str, Any]) -> None:
     tries = Path(config["tries"])
     tries.write_text(str(os.getpid()))
@@ -278,10 +285,17 @@ def test_sigterm_reaches_a_worker_that_goes_on_until_it_has_saved(tmp_path):
     assert run(asked_to_leave, tmp_path) == "left"
 
 
-def test_ranks_that_are_given_up_are_killed_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        (waits, r"^the ranks were given up$"),
+        (kills_the_controller, r"^Ray Train's controller was lost: run the same command to resume"),
+    ],
+)
+def test_ranks_that_are_given_up_or_lose_their_controller_are_killed(tmp_path, function, line):
     before = time.monotonic()
-    with pytest.raises(WorkersError, match="given up"):
-        run(waits, tmp_path)
+    with pytest.raises(WorkersError, match=line):
+        run(function, tmp_path)
     rank = int((tmp_path / "tries").read_text())
     while psutil.pid_exists(rank):
         assert time.monotonic() - before < 60
