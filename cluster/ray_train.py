@@ -176,8 +176,9 @@ def run_workers(
     to save before a change, see ``is_leaving``, and wait ``wait_s`` for nodes where too few are
     left. While ranks train on CPUs, as many processes stand by for lost ones. Collectives fail
     after ``timeout_s``; NCCL's detector reports them after half of ``hang_s``. Once ``given_up``
-    says so, all ranks are killed. Raises WorkersError with the line of the first rank that failed,
-    or where Ray Train's controller is lost, and RoomError where the ranks have no place.
+    says so, all ranks are killed; their places are free when this process ends. Raises WorkersError
+    with the line of the first rank that failed, or where Ray Train's controller is lost, and
+    RoomError where the ranks have no place.
     """
     # Paths in recipes are relative to this folder: workers have to stay in it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

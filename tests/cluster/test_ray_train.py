@@ -14,6 +14,12 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
+from ray import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from cluster.ray_train import (
     Mailbox,
@@ -300,6 +306,8 @@ def test_ranks_that_are_given_up_or_lose_their_controller_are_killed(tmp_path, f
     while psutil.pid_exists(rank):
         assert time.monotonic() - before < 60
         time.sleep(0.1)
+    for group in placement_group_table():  # otherwise taken until this process ends
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 def test_ray_has_no_copy_of_the_configuration_that_it_would_show(tmp_path, monkeypatch):
