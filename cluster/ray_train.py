@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import ray
 from ray.autoscaler import sdk as autoscaler
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.experimental import internal_kv as kv
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -221,7 +221,7 @@ def run_workers(
         if isinstance(cause, RoomError):
             raise cause from error
         raise WorkersError(_reason(error, mistakes)) from error
-    except RayError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         raise WorkersError(
             f"Ray Train's controller was lost: run the same command to resume ({_last_line(error)})"
         ) from error

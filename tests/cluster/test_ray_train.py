@@ -15,11 +15,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
 from ray import PlacementGroupID
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.ray_train import (
     Mailbox,
